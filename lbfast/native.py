@@ -1,0 +1,140 @@
+"""Builds and loads the native kernels of csrc: by setup.py, or once at first use into a cache folder.
+
+Every csrc/cpu/X.cpp registers its own ops with TORCH_LIBRARY_FRAGMENT(lbfast, m); after `load()` they are
+torch.ops.lbfast.X. Where no compiler exists, `why_not()` says so and the torch implementations serve.
+LBFAST_CACHE names the cache folder (default: $XDG_CACHE_HOME/lbfast, ~/.cache/lbfast).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+# at::vec picks its width from these; AMX is reached through at::native's brgemm, which looks at the machine itself.
+_FLAGS = {
+    "AVX512": ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    "AVX2": ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"],
+    "DEFAULT": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"],
+}
+_BUILD_TIMEOUT_S = 600
+
+
+class BuildError(RuntimeError):
+    """The native kernels could not be compiled; the message says why."""
+
+
+def _capability() -> str:
+    name = torch.backends.cpu.get_cpu_capability()
+    return name if name in _FLAGS else "DEFAULT"
+
+
+def _sources() -> list[Path]:
+    here = Path(__file__).resolve().parent
+    for folder in (here / "csrc", here.parent / "csrc"):
+        if folder.is_dir():
+            return sorted(folder.glob("cpu/*.cpp"))
+    return []
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++") or shutil.which("clang++")
+
+
+@functools.lru_cache(maxsize=1)
+def library_name() -> str:
+    """File name of the library: it changes with the sources, the torch build, the compiler flags and the CPU's vector width."""
+    key = hashlib.sha256()
+    for path in sorted({*_sources(), *(h for s in _sources() for h in s.parent.glob("*.h"))}):
+        key.update(path.read_bytes())
+    key.update(f"{torch.__version__} {platform.machine()} {_FLAGS[_capability()]}".encode())
+    return f"_native-{_capability().lower()}-{key.hexdigest()[:16]}.so"
+
+
+def compile_library(target: Path) -> None:
+    """Compiles csrc/cpu into `target`, atomically. Raises BuildError with the compiler's last words."""
+    compiler = _compiler()
+    if compiler is None:
+        raise BuildError("no C++ compiler was found (install g++, or set CXX)")
+    sources = _sources()
+    if not sources:
+        raise BuildError("the csrc folder is missing")
+    from torch.utils import cpp_extension
+
+    include = [f"-I{path}" for path in cpp_extension.include_paths()]
+    common = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-DNDEBUG", *_FLAGS[_capability()], *include]
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        objects = [Path(folder, f"{source.stem}.o") for source in sources]
+        _run_all([[compiler, *common, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects)])
+        library = Path(folder, target.name)
+        _run_all([[compiler, "-shared", "-fopenmp", *map(str, objects), *libraries, "-lc10", "-ltorch_cpu", "-ltorch", "-o", str(library)]])
+        os.replace(library, target)
+
+
+def _run_all(commands: list[list[str]]) -> None:
+    """Runs compiler commands, as many at once as there are cores."""
+    width = max(1, os.cpu_count() or 1)
+    for start in range(0, len(commands), width):
+        running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands[start : start + width]]
+        try:
+            outputs = [process.communicate(timeout=_BUILD_TIMEOUT_S)[0] for process in running]
+        except subprocess.TimeoutExpired as error:
+            raise BuildError(f"the compiler did not end within {_BUILD_TIMEOUT_S} s") from error
+        finally:
+            for process in running:
+                if process.poll() is None:
+                    process.kill()
+        for process, output in zip(running, outputs):
+            if process.returncode:
+                raise BuildError(f"{' '.join(process.args[:1])} failed: {output[-2000:]}")
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """Lets one process at a time compile; the others wait and find the library there."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def cache_folder() -> Path:
+    """Where libraries compiled at first use are kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LBFAST_CACHE") or Path(base, "lbfast"))
+
+
+@functools.lru_cache(maxsize=1)
+def _load() -> str:
+    """Loads the library, compiling it where needed. Returns the reason why it could not, or an empty string."""
+    name = library_name()
+    shipped = Path(__file__).resolve().parent / name
+    path = shipped if shipped.exists() else cache_folder() / name
+    try:
+        if not path.exists():
+            with _only_one(path.with_suffix(".lock")):
+                if not path.exists():
+                    compile_library(path)
+        torch.ops.load_library(str(path))
+    except (BuildError, OSError) as error:
+        return f"the native kernels could not be built: {error}"
+    return ""
+
+
+def why_not() -> list[str]:
+    """Reasons why the native kernels are not available; empty when they are loaded. Compiles them at the first call."""
+    reason = _load()
+    return [reason] if reason else []

@@ -1,0 +1,55 @@
+"""What tests of ops share: error budgets derived from float64, input makers, NaN-poisoned allocations."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+ROUNDING = {torch.float64: 1e-12, torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+"""One unit of relative rounding of each dtype."""
+
+
+def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """||actual - exact|| / ||exact|| in float64; infinite where anything is NaN or shapes differ."""
+    if actual.shape != exact.shape:
+        return float("inf")
+    exact, actual = exact.detach().double().cpu(), actual.detach().double().cpu()
+    if exact.numel() == 0:
+        return 0.0
+    error = (actual - exact).norm() / exact.norm().clamp_min(1e-300)
+    return float(error) if torch.isfinite(error) else float("inf")
+
+
+def assert_within_budget(actual: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, what: str = "", factor: float = 2.0) -> None:
+    """Fails unless the error of `actual` is at most `factor` times that of the same computation in plain torch, plus rounding.
+
+    Args:
+        actual: result under test, any dtype.
+        exact: the same in float64.
+        plain: the same computed by plain torch in the dtype under test.
+        what: named in the failure.
+    """
+    assert actual.dtype == plain.dtype, f"{what}: expected {plain.dtype}, got {actual.dtype}"
+    error, allowed = relative_error(actual, exact), factor * relative_error(plain, exact) + ROUNDING[plain.dtype]
+    assert error <= allowed, f"{what}: error {error:.3e} against float64, allowed {allowed:.3e}"
+
+
+@contextlib.contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """torch.empty and its kin hand out NaN (or the largest integer) inside the block, so that unwritten memory shows."""
+    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic.fill_uninitialized_memory)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    """Standard normal times `scale`, drawn in float64 on the CPU so that every dtype and device sees the same numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(device=device, dtype=dtype)
