@@ -83,7 +83,9 @@ def choose(op: str, impl: str | None, implementations: Mapping[str, Reasons], *a
         if not why_not(*args, **kwargs):
             return name
     every = explain(implementations, *args, **kwargs)
-    raise RuntimeError(f"{op}: no implementation can take these inputs: " + "; ".join(f"{k}: {', '.join(v)}" for k, v in every.items()))
+    raise RuntimeError(
+        f"{op}: no implementation can take these inputs: " + "; ".join(f"{k}: {', '.join(v)}" for k, v in every.items())
+    )
 
 
 def explain(implementations: Mapping[str, Reasons], *args: Any, **kwargs: Any) -> dict[str, list[str]]:

@@ -22,7 +22,16 @@ import torch
 
 # at::vec picks its width from these; AMX is reached through at::native's brgemm, which looks at the machine itself.
 _FLAGS = {
-    "AVX512": ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    "AVX512": [
+        "-DCPU_CAPABILITY=AVX512",
+        "-DCPU_CAPABILITY_AVX512",
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mfma",
+        "-mf16c",
+    ],
     "AVX2": ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"],
     "DEFAULT": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"],
 }
@@ -52,7 +61,7 @@ def _compiler() -> str | None:
 
 @functools.lru_cache(maxsize=1)
 def library_name() -> str:
-    """File name of the library: it changes with the sources, the torch build, the compiler flags and the CPU's vector width."""
+    """File name of the library: it changes with the sources, the torch build, the flags and the CPU's vector width."""
     key = hashlib.sha256()
     for path in sorted({*_sources(), *(h for s in _sources() for h in s.parent.glob("*.h"))}):
         key.update(path.read_bytes())
@@ -71,14 +80,38 @@ def compile_library(target: Path) -> None:
     from torch.utils import cpp_extension
 
     include = [f"-I{path}" for path in cpp_extension.include_paths()]
-    common = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-DNDEBUG", *_FLAGS[_capability()], *include]
+    common = [
+        "-O3",
+        "-std=c++20",
+        "-fPIC",
+        "-fopenmp",
+        "-ffp-contract=fast",
+        "-DNDEBUG",
+        *_FLAGS[_capability()],
+        *include,
+    ]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         objects = [Path(folder, f"{source.stem}.o") for source in sources]
         _run_all([[compiler, *common, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects)])
         library = Path(folder, target.name)
-        _run_all([[compiler, "-shared", "-fopenmp", *map(str, objects), *libraries, "-lc10", "-ltorch_cpu", "-ltorch", "-o", str(library)]])
+        _run_all(
+            [
+                [
+                    compiler,
+                    "-shared",
+                    "-fopenmp",
+                    *map(str, objects),
+                    *libraries,
+                    "-lc10",
+                    "-ltorch_cpu",
+                    "-ltorch",
+                    "-o",
+                    str(library),
+                ]
+            ]
+        )
         os.replace(library, target)
 
 
@@ -86,7 +119,10 @@ def _run_all(commands: list[list[str]]) -> None:
     """Runs compiler commands, as many at once as there are cores."""
     width = max(1, os.cpu_count() or 1)
     for start in range(0, len(commands), width):
-        running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands[start : start + width]]
+        running = [
+            subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for c in commands[start : start + width]
+        ]
         try:
             outputs = [process.communicate(timeout=_BUILD_TIMEOUT_S)[0] for process in running]
         except subprocess.TimeoutExpired as error:

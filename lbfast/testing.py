@@ -22,8 +22,10 @@ def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     return float(error) if torch.isfinite(error) else float("inf")
 
 
-def assert_within_budget(actual: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, what: str = "", factor: float = 2.0) -> None:
-    """Fails unless the error of `actual` is at most `factor` times that of the same computation in plain torch, plus rounding.
+def assert_within_budget(
+    actual: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, what: str = "", factor: float = 2.0
+) -> None:
+    """Fails unless the error of `actual` is at most `factor` times that of plain torch in the same dtype, plus rounding.
 
     Args:
         actual: result under test, any dtype.
@@ -38,8 +40,12 @@ def assert_within_budget(actual: torch.Tensor, exact: torch.Tensor, plain: torch
 
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """torch.empty and its kin hand out NaN (or the largest integer) inside the block, so that unwritten memory shows."""
-    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic.fill_uninitialized_memory)
+    """torch.empty and its kin hand out NaN (integers: the largest) inside the block: unwritten memory shows."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
@@ -49,7 +55,9 @@ def poisoned_empty() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = before[2]
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0, scale: float = 1.0) -> torch.Tensor:
-    """Standard normal times `scale`, drawn in float64 on the CPU so that every dtype and device sees the same numbers."""
+def randn(
+    *shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0, scale: float = 1.0
+) -> torch.Tensor:
+    """Standard normal times `scale`, drawn in float64 on the CPU: every dtype and device sees the same numbers."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(device=device, dtype=dtype)
