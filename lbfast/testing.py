@@ -25,7 +25,7 @@ def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
 def assert_within_budget(
     actual: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, what: str = "", factor: float = 2.0
 ) -> None:
-    """Fails unless the error of `actual` is at most `factor` times that of plain torch in the same dtype, plus rounding.
+    """Fails unless the error of `actual` is within `factor` times that of plain torch in that dtype, plus rounding.
 
     Args:
         actual: result under test, any dtype.
