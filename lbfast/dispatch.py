@@ -80,6 +80,8 @@ def choose(op: str, impl: str | None, implementations: Mapping[str, Reasons], *a
             raise RuntimeError(f"{op}: impl={wanted!r} cannot take these inputs: {'; '.join(reasons)}")
         return wanted
     for name, why_not in implementations.items():
+        if name == "triton" and triton_interpreted():
+            continue  # the interpreter is for tests that ask for it
         if not why_not(*args, **kwargs):
             return name
     every = explain(implementations, *args, **kwargs)
