@@ -1,0 +1,171 @@
+"""Attention over the tokens of one image, frame, spectrogram or caption, read in place from strided projections."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+
+from lbfast import dispatch
+
+_GRID_LIMIT = 65535
+"""SDPA's CUDA backends put the batch on a grid axis of this length."""
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    key_padding_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Scaled dot-product attention; the result is laid out for the output projection.
+
+        scores = scale * einsum("bnhd,bmhd->bhnm", q, k) + causal_mask + padding_mask
+        out = einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v)
+
+    Both masks add finfo(float32).min where they mask, as CLIP does: a query none of whose keys is left averages over
+    the keys that only one of them masks, and is never NaN.
+
+    Args:
+        q: (B, N, H, D), float16, bfloat16, float32 or float64, any strides.
+        k, v: (B, M, H, D) of q's dtype and device, any strides: views of one fused projection are read in place.
+        causal: query i sees the keys 0..i; needs N == M.
+        key_padding_mask: (B, M), bool (True: padding), or float (0: kept, negative, as -inf or finfo.min: padding).
+        scale: default D ** -0.5.
+        impl: "triton", "torch" (SDPA), "flash_attn" or "xformers"; None chooses between the first two.
+
+    Returns:
+        (B, N, H, D), contiguous.
+
+    Raises:
+        TypeError: dtypes differ or are not floating point. ValueError: shapes or devices don't fit.
+        RuntimeError: `impl` cannot take these inputs; the message has every reason.
+
+    Source: Vaswani et al., arXiv 1706.03762; tiling after Dao, arXiv 2307.08691.
+    """
+    _check(q, k, v, causal, key_padding_mask)
+    if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
+        key_padding_mask = key_padding_mask < 0
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chosen = dispatch.choose("attention", impl, IMPLEMENTATIONS, q, k, v, causal, key_padding_mask)
+    if chosen == "flash_attn":
+        return _flash_attn(q, k, v, causal, scale)
+    if chosen == "xformers":
+        return _xformers(q, k, v, causal, scale)
+    return _torch(q, k, v, causal, key_padding_mask, scale)
+
+
+def _check(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, key_padding_mask: torch.Tensor | None
+) -> None:
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"attention: q, k: expected (B, N, H, D), got {tuple(q.shape)}, {tuple(k.shape)}")
+    if k.shape != v.shape:
+        raise ValueError(f"attention: v: expected k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+        raise ValueError(
+            f"attention: k: expected (B, M, H, D) with B, H, D of q {tuple(q.shape)}, got {tuple(k.shape)}"
+        )
+    if not q.is_floating_point() or q.dtype != k.dtype or q.dtype != v.dtype:
+        raise TypeError(f"attention: q, k, v: expected one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if k.shape[1] == 0:
+        raise ValueError("attention: k: expected at least one key, got M=0")
+    if causal and q.shape[1] != k.shape[1]:
+        raise ValueError(f"attention: causal: expected as many queries as keys, got {q.shape[1]} and {k.shape[1]}")
+    if key_padding_mask is not None:
+        if key_padding_mask.shape != k.shape[:2]:
+            raise ValueError(
+                f"attention: key_padding_mask: expected (B, M) = {tuple(k.shape[:2])}, "
+                f"got {tuple(key_padding_mask.shape)}"
+            )
+        if key_padding_mask.dtype != torch.bool and not key_padding_mask.is_floating_point():
+            raise TypeError(f"attention: key_padding_mask: expected bool or float, got {key_padding_mask.dtype}")
+
+
+def _torch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    padded: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """SDPA over transposed views; the batch goes in chunks where a CUDA backend's grid would end."""
+    if q.device.type != "cpu" and q.shape[0] > _GRID_LIMIT:
+        masks = [None] * len(q.split(_GRID_LIMIT)) if padded is None else padded.split(_GRID_LIMIT)
+        parts = zip(q.split(_GRID_LIMIT), k.split(_GRID_LIMIT), v.split(_GRID_LIMIT), masks)
+        return torch.cat([_torch(*part[:3], causal, part[3], scale) for part in parts])
+    mask = None
+    if padded is not None:
+        # The CPU takes a float32 mask. CUDA wants q's dtype, and float16's finfo.min would not absorb a score.
+        dtype = torch.float32 if q.device.type == "cpu" and q.dtype != torch.float64 else q.dtype
+        if dtype == torch.float16:
+            return _torch(q.float(), k.float(), v.float(), causal, padded, scale).to(q.dtype)
+        mask = _additive_mask(padded, q.shape[1], causal, dtype)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal and mask is None,
+        scale=scale,
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def _additive_mask(padded: torch.Tensor, n: int, causal: bool, dtype: torch.dtype) -> torch.Tensor:
+    """(B, 1, 1, M), or (B, 1, N, M) where causal: finfo.min for each mask that masks; twice that may be -inf."""
+    lowest = torch.finfo(dtype).min if dtype != torch.float64 else torch.finfo(torch.float32).min
+    mask = torch.zeros(padded.shape, dtype=dtype, device=padded.device).masked_fill(padded, lowest)[:, None, None, :]
+    if not causal:
+        return mask
+    return mask + torch.full((n, n), lowest, dtype=dtype, device=padded.device).triu(1)
+
+
+def _flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v, softmax_scale=scale, causal=causal)
+
+
+def _xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
+    from xformers import ops
+
+    bias = ops.LowerTriangularMask() if causal else None
+    return ops.memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale).contiguous()
+
+
+def _why_not_torch(*_: object) -> list[str]:
+    return []
+
+
+def _why_not_library(module: str, extra: str) -> dispatch.Reasons:
+    """The reasons of an attention library that takes half-precision GPU tensors and no padding."""
+
+    def why_not(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, padded: torch.Tensor | None
+    ) -> list[str]:
+        reasons = []
+        if importlib.util.find_spec(module) is None:
+            reasons.append(f"{module} is not installed (pip install lbfast[{extra}])")
+        if q.device.type != "cuda":
+            reasons.append("the tensors are not on a GPU")
+        if q.dtype not in (torch.float16, torch.bfloat16):
+            reasons.append(f"{module} takes float16 and bfloat16, not {q.dtype}")
+        if padded is not None:
+            reasons.append(f"{module} takes no key_padding_mask here")
+        return reasons
+
+    return why_not
+
+
+IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {
+    "torch": _why_not_torch,
+    "flash_attn": _why_not_library("flash_attn", "flash-attn"),
+    "xformers": _why_not_library("xformers", "xformers"),
+}

@@ -1,0 +1,78 @@
+"""Attention over the T frames of a clip at each token position, without moving the frames together first."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from lbfast import dispatch
+
+_GRID_LIMIT = 65535
+_INT32_LIMIT = 2**31
+
+
+def temporal_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Scaled dot-product attention over the frames of each token position and head.
+
+        scores = scale * einsum("btnhd,bsnhd->bnhts", q, k)
+        out = einsum("bnhts,bsnhd->btnhd", scores.softmax(-1), v)
+
+    Args:
+        q, k, v: (B, T, N, H, D), float16, bfloat16, float32 or float64, of one shape, dtype and device, any strides:
+            views of one fused projection are read in place. T is at most 32 for "triton" and "native".
+        scale: default D ** -0.5.
+        impl: "triton", "native" or "torch"; None chooses.
+
+    Returns:
+        (B, T, N, H, D), contiguous.
+
+    Raises:
+        TypeError: dtypes differ or are not floating point. ValueError: shapes don't fit.
+        RuntimeError: `impl` cannot take these inputs; the message has every reason.
+
+    Source: divided space-time attention, Bertasius et al., arXiv 2102.05095; LanguageBind, arXiv 2310.01852.
+    """
+    _check(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dispatch.choose("temporal_attention", impl, IMPLEMENTATIONS, q, k, v)
+    return _torch(q, k, v, scale)
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    if q.dim() != 5:
+        raise ValueError(f"temporal_attention: q: expected (B, T, N, H, D), got {tuple(q.shape)}")
+    if q.shape != k.shape or q.shape != v.shape:
+        raise ValueError(
+            f"temporal_attention: k, v: expected q's shape {tuple(q.shape)}, got {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if not q.is_floating_point() or q.dtype != k.dtype or q.dtype != v.dtype:
+        raise TypeError(
+            f"temporal_attention: q, k, v: expected one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+
+
+def _torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """SDPA with (position, head) as its heads: no copies where the two fold, as in separate projections."""
+    if q.device.type != "cpu":  # SDPA's CUDA backends index in 32 bits, and pad T to 128 in their backward
+        _, t, n, h, d = q.shape
+        limit = max(1, min(_GRID_LIMIT, (_INT32_LIMIT - 1) // (n * h * d * max(t, 128))))
+        if q.shape[0] > limit:
+            parts = zip(q.split(limit), k.split(limit), v.split(limit))
+            return torch.cat([_torch(*part, scale) for part in parts])
+    folded = [x.permute(0, 2, 3, 1, 4).flatten(1, 2) for x in (q, k, v)]  # (B, N*H, T, D)
+    out = F.scaled_dot_product_attention(*folded, scale=scale)
+    return out.transpose(1, 2).unflatten(2, q.shape[2:4]).contiguous()
+
+
+def _why_not_torch(*_: object) -> list[str]:
+    return []
+
+
+IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {"torch": _why_not_torch}
