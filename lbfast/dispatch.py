@@ -33,7 +33,6 @@ def _check_name(name: str, where: str) -> str:
     return name
 
 
-@functools.lru_cache(maxsize=1)
 def _from_environment() -> str | None:
     name = os.environ.get("LBFAST_IMPL")
     return _check_name(name, "environment variable LBFAST_IMPL") if name else None
@@ -95,9 +94,15 @@ def explain(implementations: Mapping[str, Reasons], *args: Any, **kwargs: Any) -
     return {name: why_not(*args, **kwargs) for name, why_not in implementations.items()}
 
 
-@functools.lru_cache(maxsize=1)
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+@functools.cache
+def _find(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+@torch.compiler.assume_constant_result
+def installed(module: str) -> bool:
+    """True where `module` can be imported; looked up once, and a constant to torch.compile."""
+    return _find(module)
 
 
 def triton_interpreted() -> bool:
@@ -107,7 +112,7 @@ def triton_interpreted() -> bool:
 
 def why_not_triton(*tensors: torch.Tensor) -> list[str]:
     """Reasons, common to every op, why a Triton kernel cannot take these tensors."""
-    if not _triton_installed():
+    if not installed("triton"):
         return ["triton is not installed (pip install lbfast[gpu])"]
     if any(t.device.type != "cuda" for t in tensors) and not triton_interpreted():
         return ["the tensors are not on a GPU"]
@@ -118,6 +123,13 @@ def why_not_native(*tensors: torch.Tensor) -> list[str]:
     """Reasons, common to every op, why a native CPU kernel cannot take these tensors. Compiles them at first use."""
     if any(t.device.type != "cpu" for t in tensors):
         return ["the tensors are not on the CPU"]
+    reason = _native_reason()
+    return [reason] if reason else []
+
+
+@torch.compiler.assume_constant_result
+def _native_reason() -> str:
+    """Why the native kernels are not available, or an empty string. It compiles them: not for torch.compile to trace."""
     from lbfast import native
 
-    return native.why_not()
+    return "; ".join(native.why_not())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 
@@ -100,27 +98,26 @@ def _torch(
         masks = [None] * len(q.split(_GRID_LIMIT)) if padded is None else padded.split(_GRID_LIMIT)
         parts = zip(q.split(_GRID_LIMIT), k.split(_GRID_LIMIT), v.split(_GRID_LIMIT), masks)
         return torch.cat([_torch(*part[:3], causal, part[3], scale) for part in parts])
-    mask = None
-    if padded is not None:
-        # The CPU takes a float32 mask. CUDA wants q's dtype, and float16's finfo.min would not absorb a score.
-        dtype = torch.float32 if q.device.type == "cpu" and q.dtype != torch.float64 else q.dtype
-        if dtype == torch.float16:
-            return _torch(q.float(), k.float(), v.float(), causal, padded, scale).to(q.dtype)
-        mask = _additive_mask(padded, q.shape[1], causal, dtype)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=causal and mask is None,
-        scale=scale,
-    )
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, D)
+    if padded is None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+        return out.transpose(1, 2).contiguous()
+    mask = _additive_mask(padded, q.shape[2], causal, q.dtype)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if needs_grad or q.device.type != "cpu":
+        # SDPA saves log(sum(exp)), which finfo.min absorbs: the gradient of a query with no key left would be wrong.
+        # And its CUDA backends want the mask in q's dtype, where float16's finfo.min does not absorb a score.
+        scores = (q * scale @ k.transpose(-2, -1)).to(mask.dtype) + mask
+        out = scores.softmax(-1).to(q.dtype) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).contiguous()
 
 
 def _additive_mask(padded: torch.Tensor, n: int, causal: bool, dtype: torch.dtype) -> torch.Tensor:
-    """(B, 1, 1, M), or (B, 1, N, M) where causal: finfo.min for each mask that masks; twice that may be -inf."""
-    lowest = torch.finfo(dtype).min if dtype != torch.float64 else torch.finfo(torch.float32).min
+    """(B, 1, 1, M), or (B, 1, N, M) where causal: finfo(float32).min for each mask that masks; two may sum to -inf."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    lowest = torch.finfo(torch.float32).min
     mask = torch.zeros(padded.shape, dtype=dtype, device=padded.device).masked_fill(padded, lowest)[:, None, None, :]
     if not causal:
         return mask
@@ -151,7 +148,7 @@ def _why_not_library(module: str, extra: str) -> dispatch.Reasons:
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, padded: torch.Tensor | None
     ) -> list[str]:
         reasons = []
-        if importlib.util.find_spec(module) is None:
+        if not dispatch.installed(module):
             reasons.append(f"{module} is not installed (pip install lbfast[{extra}])")
         if q.device.type != "cuda":
             reasons.append("the tensors are not on a GPU")
