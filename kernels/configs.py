@@ -1,0 +1,26 @@
+"""Launch tables by architecture ("sm_90", "gfx942", ...), one section an op; "default" serves hardware not named.
+
+Nothing is tuned at run time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TypeVar
+
+Row = TypeVar("Row")
+
+
+def lookup(table: Mapping[str, Row], arch: str) -> Row:
+    """The row of `arch`, or the default one."""
+    return table.get(arch, table["default"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Tile sizes by their names in the kernel, warps, and software pipeline stages."""
+
+    tile: Mapping[str, int]
+    num_warps: int
+    num_stages: int = 1
