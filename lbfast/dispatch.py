@@ -129,7 +129,7 @@ def why_not_native(*tensors: torch.Tensor) -> list[str]:
 
 @torch.compiler.assume_constant_result
 def _native_reason() -> str:
-    """Why the native kernels are not available, or an empty string. Compiles them, which torch.compile must not trace."""
+    """Why the native kernels are not available, or an empty string. Compiles them: torch.compile must not trace it."""
     from lbfast import native
 
     return "; ".join(native.why_not())
