@@ -1,0 +1,476 @@
+"""LanguageBind: one modality with its text tower, and all of them bound to one language space."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from lbfast import ops
+from lbfast.model import checkpoint
+from lbfast.model import config as configs
+from lbfast.model.config import LanguageBindConfig
+from lbfast.model.layers import MLP, Attention, EncoderLayer
+from lbfast.model.lora import add_lora, merge_lora
+from lbfast.model.towers import (
+    TextEmbeddings,
+    TextTransformer,
+    VisionEmbeddings,
+    VisionTransformer,
+    output_flags,
+    resize_position_embedding,
+)
+
+Self = TypeVar("Self", bound="LanguageBindModel")
+
+
+@dataclass
+class LanguageBindOutput(ModelOutput):
+    """What a LanguageBind model returns; fields and order are those of Hugging Face's CLIPOutput.
+
+    Attributes:
+        loss: scalar, with return_loss.
+        logits_per_image: (images, texts), cosines times exp(logit_scale).
+        logits_per_text: (texts, images).
+        text_embeds, image_embeds: (B, E), of unit length.
+        text_model_output, vision_model_output: of the towers.
+    """
+
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_model_output: Any = None
+    vision_model_output: Any = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None, the towers' outputs as tuples too."""
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in (self[k] for k in self.keys()))
+
+
+class LanguageBindModel(PreTrainedModel):
+    """Base of LanguageBind{Image,Video,Audio,Depth,Thermal}: they differ only in their configuration.
+
+    Args:
+        config: with `vision_config.lora_r > 0` the encoder gets trainable adapters and is frozen otherwise.
+    """
+
+    config_class = LanguageBindConfig
+    base_model_prefix = "languagebind"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: LanguageBindConfig):
+        super().__init__(config)
+        text, vision = config.text_config, config.vision_config
+        self.text_model = TextTransformer(text)
+        self.vision_model = VisionTransformer(vision, config.modality)
+        self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.post_init()
+        if vision.lora_r:
+            add_lora(
+                self.vision_model.encoder, vision.lora_r, vision.lora_alpha, vision.lora_dropout, vision.add_time_attn
+            )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """CLIP's initialisation, scaled by initializer_factor."""
+        factor = self.config.initializer_factor
+        if isinstance(module, TextEmbeddings):
+            nn.init.normal_(module.token_embedding.weight, std=0.02 * factor)
+            nn.init.normal_(module.position_embedding.weight, std=0.02 * factor)
+        elif isinstance(module, VisionEmbeddings):
+            spread = module.config.initializer_range * factor
+            nn.init.normal_(module.class_embedding, std=module.embed_dim**-0.5 * factor)
+            nn.init.normal_(module.patch_embedding.weight, std=spread)
+            rows, columns = module.grid
+            table = torch.empty((module.image_size // module.patch_size) ** 2 + 1, module.embed_dim).normal_(std=spread)
+            if module.position_embedding.weight.shape != table.shape or rows != columns:
+                table = resize_position_embedding(table, module.grid)
+            with torch.no_grad():
+                module.position_embedding.weight.copy_(table)
+        elif isinstance(module, Attention):
+            width, depth = module.config.hidden_size, module.config.num_hidden_layers
+            for projection in (module.q_proj, module.k_proj, module.v_proj):
+                nn.init.normal_(projection.weight, std=width**-0.5 * (2 * depth) ** -0.5 * factor)
+            nn.init.normal_(module.out_proj.weight, std=width**-0.5 * factor)
+        elif isinstance(module, MLP):
+            width, depth = module.config.hidden_size, module.config.num_hidden_layers
+            nn.init.normal_(module.fc1.weight, std=(2 * width) ** -0.5 * factor)
+            nn.init.normal_(module.fc2.weight, std=width**-0.5 * (2 * depth) ** -0.5 * factor)
+        elif isinstance(module, EncoderLayer) and module.add_time_attn:
+            nn.init.normal_(module.temporal_embedding, std=module.temporal_embedding.shape[-1] ** -0.5)
+        elif isinstance(module, LanguageBindModel):
+            nn.init.normal_(module.text_projection.weight, std=module.text_projection.in_features**-0.5 * factor)
+            nn.init.normal_(module.visual_projection.weight, std=module.visual_projection.in_features**-0.5 * factor)
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls: type[Self],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: LanguageBindConfig | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        return_dict: bool | None = None,
+        merge_lora: bool = True,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        device_map: None = None,
+    ) -> Self:
+        """Loads a checkpoint strictly, in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: directory, or name on the hub, with config.json and model.safetensors or
+                pytorch_model.bin, sharded or not.
+            config: instead of the checkpoint's config.json.
+            cache_dir, token, revision, local_files_only, force_download: of the download.
+            torch_dtype: torch.float32 (default), a floating dtype or its name, or "auto" for the checkpoint's own.
+                `dtype` is the same under its newer name.
+            return_dict: False makes forward return tuples by default.
+            merge_lora: add LoRA adapters into the weights. False keeps them apart and trainable, the encoder frozen.
+            device_map: only None; move the model with `.to(device)`.
+
+        Raises:
+            FileNotFoundError: no config.json or no weights there.
+            OSError: a hub name that is neither cached nor reachable.
+            CheckpointError: the weights do not fit, are not finite, or are no state dict.
+        """
+        if device_map is not None:
+            raise ValueError(f"device_map: expected None, got {device_map!r}; move the model with .to(device)")
+        wanted = _dtype(torch_dtype if torch_dtype is not None else dtype)
+        where = str(pretrained_model_name_or_path)
+        hub: dict[str, Any] = {
+            "cache_dir": cache_dir,
+            "token": token,
+            "revision": revision,
+            "local_files_only": local_files_only,
+            "force_download": force_download,
+        }
+        config = load_config(cls.config_class, where, **hub) if config is None else copy.deepcopy(config)
+        if return_dict is not None:
+            config.return_dict = return_dict
+        state = checkpoint.canonical_keys(checkpoint.read_state_dict(checkpoint.find_files(where, **hub)))
+        rank = checkpoint.lora_rank(state)
+        config.vision_config.lora_r = rank
+        with torch.device("meta"):
+            model = cls(config)
+        checkpoint.check_state(model, state, where)
+        if wanted is None:
+            wanted = state["visual_projection.weight"].dtype
+        checkpoint.assign(model, state, wanted)
+        if rank and merge_lora:
+            model.merge_lora()
+        return model.eval()
+
+    def merge_lora(self: Self) -> Self:
+        """Adds the adapters into the weights, which become trainable again. In place; does nothing without adapters."""
+        if merge_lora(self):
+            self.config.vision_config.lora_r = 0
+            self.vision_model.encoder.requires_grad_(True)
+        return self
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        key_style: str = "plain",
+        safe_serialization: bool = True,
+        max_shard_size: int | str = "5GB",
+    ) -> None:
+        """Writes config.json and the weights; `from_pretrained` gives the same model back.
+
+        Args:
+            save_directory: made if it does not exist.
+            key_style: "plain", our module names; or "upstream", what upstream's save_pretrained writes. They differ
+                only where adapters are kept apart.
+            safe_serialization: model.safetensors; False: pytorch_model.bin.
+            max_shard_size: bytes, or "5GB".
+        """
+        if key_style not in ("plain", "upstream"):
+            raise ValueError(f"key_style: expected 'plain' or 'upstream', got {key_style!r}")
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"save_directory: expected a directory, got the file {folder}")
+        state = checkpoint.upstream_keys(self) if key_style == "upstream" else self.state_dict()
+        checkpoint.save_state_dict(state, folder, safe_serialization, max_shard_size)
+        self.config.architectures = [type(self).__name__]
+        self.config.save_pretrained(folder)
+
+    def get_image_features(self, pixel_values: torch.Tensor | None = None, **outputs: bool | None) -> torch.Tensor:
+        """pixel_values, as of the vision tower -> (B, E), not normalised."""
+        return self.visual_projection(self.vision_model(pixel_values=pixel_values, **outputs)[1])
+
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **outputs: bool | None,
+    ) -> torch.Tensor:
+        """input_ids and masks, as of the text tower -> (B, E), not normalised."""
+        return self.text_projection(self.text_model(input_ids, attention_mask, position_ids, **outputs)[1])
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        return_loss: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> LanguageBindOutput | tuple[Any, ...]:
+        """Embeds pixels and captions and compares them; the arguments are those of the two towers.
+
+        With return_loss, the symmetric InfoNCE loss of as many pixels as captions.
+        """
+        output_attentions, output_hidden_states, return_dict = output_flags(
+            self.config, output_attentions, output_hidden_states, return_dict
+        )
+        outputs = {
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+        }
+        vision = self.vision_model(pixel_values=pixel_values, **outputs)
+        text = self.text_model(input_ids, attention_mask, position_ids, **outputs)
+        image_embeds = normalised(self.visual_projection(vision[1]))
+        text_embeds = normalised(self.text_projection(text[1]))
+        scale = self.logit_scale.exp()
+        logits_per_text = text_embeds @ image_embeds.T * scale
+        loss = None
+        if return_loss:
+            if len(image_embeds) != len(text_embeds):
+                raise ValueError(
+                    f"return_loss: expected as many captions as pixels, got {len(text_embeds)} and {len(image_embeds)}"
+                )
+            loss = ops.info_nce(image_embeds, text_embeds, scale)
+        if not return_dict:
+            result = (logits_per_text.T, logits_per_text, text_embeds, image_embeds, text, vision)
+            return result if loss is None else (loss, *result)
+        return LanguageBindOutput(
+            loss=loss,
+            logits_per_image=logits_per_text.T,
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text,
+            vision_model_output=vision,
+        )
+
+
+class LanguageBindImage(LanguageBindModel):
+    config_class = configs.LanguageBindImageConfig
+
+
+class LanguageBindVideo(LanguageBindModel):
+    config_class = configs.LanguageBindVideoConfig
+
+
+class LanguageBindAudio(LanguageBindModel):
+    config_class = configs.LanguageBindAudioConfig
+
+
+class LanguageBindDepth(LanguageBindModel):
+    config_class = configs.LanguageBindDepthConfig
+
+
+class LanguageBindThermal(LanguageBindModel):
+    config_class = configs.LanguageBindThermalConfig
+
+
+model_dict: dict[str, type[LanguageBindModel]] = {
+    model.config_class.modality.name: model
+    for model in (LanguageBindImage, LanguageBindVideo, LanguageBindAudio, LanguageBindDepth, LanguageBindThermal)
+}
+
+
+class ModalityScales(nn.Module):
+    """Log-temperatures by modality, as buffers: they move and are saved with the model. Read like a dict."""
+
+    def __init__(self, scales: Mapping[str, torch.Tensor]):
+        super().__init__()
+        for name, scale in scales.items():
+            self.register_buffer(name, scale.detach().clone())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._buffers[name]  # type: ignore[return-value]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._buffers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._buffers)
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def keys(self) -> Any:
+        return self._buffers.keys()
+
+    def values(self) -> Any:
+        return self._buffers.values()
+
+    def items(self) -> Any:
+        return self._buffers.items()
+
+
+class LanguageBind(nn.Module):
+    """Encoders of any of the five modalities and the text tower they are bound to.
+
+    Args:
+        clip_type: modality -> checkpoint: a name of the hub's LanguageBind organisation ("LanguageBind_Video_FT"), a
+            full repository id, or a local directory.
+        use_temp: multiply embeddings of every modality but language by its exp(logit_scale).
+        cache_dir: of downloads.
+        token, revision, torch_dtype, merge_lora, local_files_only: as of `from_pretrained`.
+
+    Raises ValueError for an unknown modality and where the modalities' embeddings have different sizes.
+    """
+
+    def __init__(
+        self,
+        clip_type: Mapping[str, str | os.PathLike[str]],
+        use_temp: bool = True,
+        cache_dir: str | os.PathLike[str] | None = "./cache_dir",
+        **loading: Any,
+    ):
+        if not isinstance(clip_type, Mapping) or not clip_type:
+            raise ValueError(f"clip_type: expected a mapping of modality to checkpoint, got {clip_type!r}")
+        unknown = clip_type.keys() - model_dict.keys()
+        if unknown:
+            raise ValueError(
+                f"clip_type: expected modalities of {', '.join(model_dict)}, got {', '.join(sorted(unknown))}"
+            )
+        models = {
+            name: model_dict[name].from_pretrained(_full_name(where), cache_dir=cache_dir, **loading)
+            for name, where in clip_type.items()
+        }
+        self._bind(models, use_temp)
+
+    @classmethod
+    def from_models(cls, models: Mapping[str, LanguageBindModel], use_temp: bool = True) -> LanguageBind:
+        """Binds models that are already there: {modality: model}. They share their parameters with the result."""
+        self = cls.__new__(cls)
+        self._bind(models, use_temp)
+        return self
+
+    def _bind(self, models: Mapping[str, LanguageBindModel], use_temp: bool) -> None:
+        nn.Module.__init__(self)
+        sizes = {name: model.config.projection_dim for name, model in models.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(
+                "clip_type: expected checkpoints whose embeddings have one size, for one language space; got "
+                + ", ".join(f"{name}: {size}" for name, size in sizes.items())
+            )
+        last = list(models.values())[-1]
+        self.use_temp = use_temp
+        self.modality_encoder = nn.ModuleDict({name: model.vision_model for name, model in models.items()})
+        self.modality_encoder["language"] = last.text_model
+        self.modality_proj = nn.ModuleDict({name: model.visual_projection for name, model in models.items()})
+        self.modality_proj["language"] = last.text_projection
+        self.modality_scale = ModalityScales({name: model.logit_scale for name, model in models.items()})
+        self.modality_config = {name: model.config for name, model in models.items()}
+
+    def forward(self, inputs: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Embeds inputs by modality.
+
+        Args:
+            inputs: e.g. {"video": {"pixel_values": ...}, "language": {"input_ids": ..., "attention_mask": ...}}.
+
+        Returns:
+            {modality: (B, E)}: unit vectors, times exp(logit_scale) for modalities but language with use_temp.
+        """
+        unknown = inputs.keys() - self.modality_encoder.keys()
+        if unknown or not inputs:
+            raise ValueError(
+                f"inputs: expected modalities of {', '.join(self.modality_encoder.keys())}, got "
+                f"{', '.join(sorted(unknown)) or 'none'}"
+            )
+        outputs = {}
+        for name, value in inputs.items():
+            embeds = normalised(self.modality_proj[name](self.modality_encoder[name](**value)[1]))
+            if self.use_temp and name != "language":
+                embeds = embeds * self.modality_scale[name].exp()
+            outputs[name] = embeds
+        return outputs
+
+
+def normalised(x: torch.Tensor) -> torch.Tensor:
+    """x / ||x|| over the last dimension."""
+    return x / x.norm(p=2, dim=-1, keepdim=True)
+
+
+def to_device(x: Mapping[str, torch.Tensor], device: torch.device | str) -> dict[str, torch.Tensor]:
+    """Moves every tensor of a processor's output to a device."""
+    return {key: value.to(device) for key, value in x.items()}
+
+
+def load_config(
+    config_class: type[LanguageBindConfig], name_or_path: str | os.PathLike[str], **hub: Any
+) -> LanguageBindConfig:
+    """Reads config.json of a directory or hub repository, for the modality of `config_class`.
+
+    Raises FileNotFoundError, OSError, or ValueError for JSON that is broken or of another modality.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        file = path / "config.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{path}: expected a config.json in this directory, found none")
+    else:
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            file = checkpoint.fetch_file(str(name_or_path), "config.json", **hub)
+        except EntryNotFoundError as error:
+            raise FileNotFoundError(f"{name_or_path}: expected a config.json in this repository, found none") from error
+    try:
+        fields = json.loads(file.read_text())
+        written = fields.get("model_type", config_class.model_type)
+        config = config_class.from_dict(fields)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: expected a {config_class.model_type} configuration, cannot read it: {error}"
+        ) from error
+    if written not in (config_class.model_type, "clip"):
+        raise ValueError(f"{file}: expected model_type {config_class.model_type}, got {written}")
+    return config
+
+
+def _full_name(where: str | os.PathLike[str]) -> str:
+    name = os.fspath(where)
+    return name if "/" in name or os.sep in name or Path(name).is_dir() else f"LanguageBind/{name}"
+
+
+def _dtype(name: torch.dtype | str | None) -> torch.dtype | None:
+    """None for "auto"."""
+    if name is None:
+        return torch.float32
+    if name == "auto":
+        return None
+    found = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else name
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"torch_dtype: expected a floating torch.dtype, its name or 'auto', got {name!r}")
+    return found

@@ -1,0 +1,203 @@
+"""Transformer layers shared by every tower: attention over tokens, attention over frames, MLP."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lbfast import ops
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation over the last dimension, through `ops.layer_norm`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (normalised sum, sum) of x and a residual that broadcasts against it, in one pass."""
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, residual=residual)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with CLIP's four projections."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        width, heads = config.hidden_size, config.num_attention_heads
+        if width % heads:
+            raise ValueError(f"num_attention_heads: expected a divisor of hidden_size {width}, got {heads}")
+        if config.attention_dropout:
+            raise ValueError(f"attention_dropout: expected 0.0, as published, got {config.attention_dropout}")
+        self.config = config
+        self.heads = heads
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (..., D) -> q, k, v, each a view (..., H, D / H)."""
+        heads = (self.heads, -1)
+        return (
+            self.q_proj(x).unflatten(-1, heads),
+            self.k_proj(x).unflatten(-1, heads),
+            self.v_proj(x).unflatten(-1, heads),
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        causal: bool = False,
+        key_padding_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x (B, N, D) -> (B, N, D), and with output_attentions the probabilities (B, H, N, N)."""
+        q, k, v = self.project(x)
+        y = ops.attention(q, k, v, causal=causal, key_padding_mask=key_padding_mask)
+        weights = attention_weights(q, k, causal, key_padding_mask) if output_attentions else None
+        return self.out_proj(y.flatten(-2)), weights
+
+
+class TemporalAttention(Attention):
+    """The same over the T frames of each token position."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """x (B, T, N, D) -> (B, T, N, D)."""
+        return self.out_proj(ops.temporal_attention(*self.project(x)).flatten(-2))
+
+
+def attention_weights(
+    q: torch.Tensor, k: torch.Tensor, causal: bool, key_padding_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Softmax probabilities (B, H, N, M) for q (B, N, H, D), k (B, M, H, D); only for callers who ask to see them."""
+    scores = torch.einsum("bnhd,bmhd->bhnm", q * q.shape[-1] ** -0.5, k)
+    lowest = torch.finfo(scores.dtype).min
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores + torch.zeros_like(scores[:1, :1]).masked_fill(future, lowest)
+    if key_padding_mask is not None:
+        scores = scores + torch.zeros_like(scores[:, :1, :1]).masked_fill(key_padding_mask[:, None, None], lowest)
+    return scores.softmax(-1)
+
+
+class MLP(nn.Module):
+    """fc2(activation(fc1(x))) with exact-erf GELU or quick-GELU."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        if config.hidden_act not in _ACTIVATIONS:
+            raise ValueError(f"hidden_act: expected one of {', '.join(_ACTIVATIONS)}, got {config.hidden_act!r}")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if type(self.fc1) is nn.Linear and type(self.fc2) is nn.Linear:
+            fc1, fc2 = self.fc1, self.fc2
+            return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=self.config.hidden_act)
+        return self.fc2(_ACTIVATIONS[self.config.hidden_act](self.fc1(x)))  # adapters on it
+
+
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS = {"gelu": nn.functional.gelu, "quick_gelu": _quick_gelu}
+
+
+class EncoderLayer(nn.Module):
+    """CLIP's pre-norm layer; with `add_time_attn` attention over the frames of each position comes before it.
+
+    Args:
+        config: vision or text config.
+        temporal_mlp: with `add_time_attn`, also temporal_layer_norm2 and temporal_mlp.
+    """
+
+    def __init__(self, config: Any, temporal_mlp: bool = False):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.self_attn = Attention(config)
+        self.layer_norm1 = LayerNorm(width, eps=eps)
+        self.mlp = MLP(config)
+        self.layer_norm2 = LayerNorm(width, eps=eps)
+        self.add_time_attn = config.add_time_attn
+        self.temporal_layer_norm2 = self.temporal_mlp = None
+        if self.add_time_attn:
+            self.temporal_embedding = nn.Parameter(torch.randn(1, config.num_frames, width) * width**-0.5)
+            self.temporal_attn = TemporalAttention(config)
+            self.temporal_layer_norm1 = LayerNorm(width, eps=eps)
+            if temporal_mlp:
+                self.temporal_mlp = MLP(config)
+                self.temporal_layer_norm2 = LayerNorm(width, eps=eps)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        frames: int = 1,
+        causal: bool = False,
+        key_padding_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x (B * T, N, D), the T frames of a clip adjacent -> the same shape, and the tokens' attention if asked."""
+        if self.add_time_attn:
+            a, x = self._across_frames(x.unflatten(0, (-1, frames)))
+            h, x = self.layer_norm1.add(a.flatten(0, 1), x.flatten(0, 1))
+        else:
+            h = self.layer_norm1(x)
+        a, weights = self.self_attn(h, causal, key_padding_mask, output_attentions)
+        h, x = self.layer_norm2.add(a, x)
+        return x + self.mlp(h), weights
+
+    def _across_frames(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (B, T, N, D) -> what attention over frames adds, and what it is to be added to."""
+        frames = x.shape[1]
+        if frames > 1:
+            h, x = self.temporal_layer_norm1.add(x, self.temporal_embedding[:, :frames, None])
+        else:
+            h = self.temporal_layer_norm1(x)
+        a = self.temporal_attn(h)
+        if self.temporal_mlp is None or self.temporal_layer_norm2 is None:
+            return a, x
+        h, x = self.temporal_layer_norm2.add(a, x)
+        return self.temporal_mlp(h), x
+
+
+class Encoder(nn.Module):
+    """The layers of a tower, with gradient checkpointing of whole layers in training."""
+
+    def __init__(self, config: Any, temporal_mlp: bool = False):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(EncoderLayer(config, temporal_mlp) for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False  # set by PreTrainedModel.gradient_checkpointing_enable
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        frames: int = 1,
+        causal: bool = False,
+        key_padding_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
+        """x (B * T, N, D) -> last hidden state, the states before each layer and after the last, the attentions."""
+        states: list[torch.Tensor] = []
+        attentions: list[torch.Tensor] = []
+        for layer in self.layers:
+            states.append(x)
+            arguments = (x, frames, causal, key_padding_mask, output_attentions)
+            if self.gradient_checkpointing and self.training:
+                run = getattr(self, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
+                x, weights = run(layer.__call__, *arguments)
+            else:
+                x, weights = layer(*arguments)
+            attentions.append(weights)
+            if not output_hidden_states:
+                states.clear()
+        states.append(x)
+        return x, tuple(states) if output_hidden_states else None, tuple(attentions) if output_attentions else None

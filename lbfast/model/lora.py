@@ -1,0 +1,96 @@
+"""Low-rank adapters: linear layers with them, where upstream puts them, and merging them into the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class LoraLinear(nn.Linear):
+    """y = x W^T + b + (alpha / r) B A dropout(x), with W and b frozen until asked otherwise.
+
+    Args:
+        in_features, out_features, bias: as of nn.Linear.
+        r: rank, >= 1.
+        alpha: numerator of the factor of the adapter.
+        dropout: probability applied to the adapter's input in training.
+
+    Source: LoRA (arXiv 2106.09685).
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, r: int, alpha: float, dropout: float = 0.0, bias: bool = True
+    ):
+        super().__init__(in_features, out_features, bias=bias)
+        if r < 1:
+            raise ValueError(f"r: expected a rank of at least 1, got {r}")
+        self.scaling = alpha / r
+        self.dropout = dropout
+        self.lora_A = nn.Linear(in_features, r, bias=False)
+        self.lora_B = nn.Linear(r, out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        base = F.linear(x, self.weight, self.bias)
+        return base + self.lora_B(self.lora_A(F.dropout(x, self.dropout, self.training))) * self.scaling
+
+    def merged_weight(self) -> torch.Tensor:
+        """W + (alpha / r) B A, summed in at least float32, in W's dtype."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        delta = self.lora_B.weight.to(wide) @ self.lora_A.weight.to(wide)
+        return (self.weight.to(wide) + self.scaling * delta).to(self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r={self.lora_A.out_features}, scaling={self.scaling:g}"
+
+
+_SPATIAL = ("q_proj", "k_proj", "v_proj", "out_proj")
+_TEMPORAL = (*(f"temporal_attn.{name}" for name in _SPATIAL), "temporal_mlp.fc1", "temporal_mlp.fc2")
+
+
+def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)
+
+
+def add_lora(encoder: nn.Module, r: int, alpha: float, dropout: float, add_time_attn: bool) -> None:
+    """Puts adapters where upstream does and freezes all else in `encoder`.
+
+    With temporal attention only that (and the temporal MLP) is adapted, otherwise every attention projection.
+    """
+    encoder.requires_grad_(False)
+    targets = _TEMPORAL if add_time_attn else _SPATIAL
+    for name, module in list(encoder.named_modules()):
+        if type(module) is nn.Linear and name.endswith(targets):
+            with torch.device(module.weight.device):
+                adapted = LoraLinear(
+                    module.in_features, module.out_features, r, alpha, dropout, bias=module.bias is not None
+                )
+            adapted.weight, adapted.bias = module.weight, module.bias
+            _replace(encoder, name, adapted.to(module.weight.dtype).train(module.training))
+
+
+def lora_modules(root: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """The adapted layers of `root`, with their names."""
+    for name, module in root.named_modules():
+        if isinstance(module, LoraLinear):
+            yield name, module
+
+
+def merge_lora(root: nn.Module) -> int:
+    """Adds every adapter of `root` into its weight, in place, and leaves plain nn.Linear layers. Returns how many."""
+    adapted = list(lora_modules(root))
+    for name, module in adapted:
+        with torch.no_grad(), torch.device("meta"):
+            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+        plain.weight = nn.Parameter(module.merged_weight().detach())
+        if module.bias is not None:
+            plain.bias = nn.Parameter(module.bias.detach())
+        _replace(root, name, plain.train(module.training))
+    return len(adapted)

@@ -1,0 +1,315 @@
+"""The vision tower of every modality and the text tower, with upstream's attribute names, inputs and outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from lbfast import ops
+from lbfast.model.config import Modality
+from lbfast.model.layers import Encoder, LayerNorm
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def resize_position_embedding(table: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Fits a position table (1 + s * s, D), class token first, to another grid: (1 + rows * columns, D).
+
+    Bicubic with antialiasing, as upstream does for audio.
+    """
+    side = round((table.shape[0] - 1) ** 0.5)
+    if side * side + 1 != table.shape[0]:
+        raise ValueError(f"table: expected 1 + a square number of rows, got {table.shape[0]}")
+    patches = table[1:].float().T.reshape(1, -1, side, side)
+    patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([table[:1], patches[0].flatten(1).T.to(table.dtype)])
+
+
+class VisionEmbeddings(nn.Module):
+    """Patches (or tubes of frames), class token and positions, through `ops.patch_embed`."""
+
+    def __init__(self, config: Any, modality: Modality):
+        super().__init__()
+        self.config = config
+        self.embed_dim, self.patch_size = config.hidden_size, config.patch_size
+        height = width = self.image_size = config.image_size
+        if modality.mel_grid and config.num_mel_bins and config.target_length:
+            height, width = int(config.num_mel_bins), int(config.target_length)
+        self.pixel_shape = (config.num_channels, height, width)
+        self.grid = (height // self.patch_size, width // self.patch_size)
+        self.num_patches = self.grid[0] * self.grid[1]
+        self.num_positions = self.num_patches + 1
+        tubes = getattr(config, "clip_type", "vl") == "vl_new" and config.add_time_attn
+        self.tube_size = int(getattr(config, "tube_size", 1)) if tubes else 1
+        patch = (self.patch_size, self.patch_size)
+        # the convolutions only hold the weight under its checkpoint key; they are never called
+        self.patch_embedding: nn.Conv2d | nn.Conv3d
+        if tubes:
+            if config.num_frames % self.tube_size:
+                raise ValueError(
+                    f"tube_size: expected a divisor of num_frames {config.num_frames}, got {self.tube_size}"
+                )
+            tube = (self.tube_size, *patch)
+            self.patch_embedding = nn.Conv3d(config.num_channels, self.embed_dim, tube, stride=tube, bias=False)
+            class_shape: tuple[int, ...] = (config.num_frames // self.tube_size, self.embed_dim)
+        else:
+            self.patch_embedding = nn.Conv2d(config.num_channels, self.embed_dim, patch, stride=patch, bias=False)
+            class_shape = (self.embed_dim,)
+        self.class_embedding = nn.Parameter(torch.randn(class_shape))
+        self.position_embedding = nn.Embedding(self.num_positions, self.embed_dim)
+
+    def forward(self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """pixel_values (B, C, H, W) or (B, C, T, H, W), float or uint8; kept (B, K) -> (B * T', 1 + K, D)."""
+        raw = pixel_values.dtype == torch.uint8
+        return ops.patch_embed(
+            pixel_values,
+            self.patch_embedding.weight,
+            class_embedding=self.class_embedding,
+            position_embedding=self.position_embedding.weight,
+            kept=kept,
+            mean=PIXEL_MEAN if raw else None,
+            std=PIXEL_STD if raw else None,
+        )
+
+
+class PatchDropout(nn.Module):
+    """Chooses the patches that training keeps (arXiv 2212.00794); the dropped ones are never embedded."""
+
+    def __init__(self, prob: float):
+        super().__init__()
+        if not 0 <= prob < 1:
+            raise ValueError(f"force_patch_dropout: expected a probability in [0, 1), got {prob}")
+        self.prob = prob
+
+    def forward(self, clips: int, patches: int, device: torch.device) -> torch.Tensor | None:
+        """Indices (clips, kept) in rising order, the same for all frames of a clip; None when all are kept."""
+        if not self.training or self.prob == 0:
+            return None
+        count = max(1, int(patches * (1 - self.prob)))
+        return torch.rand(clips, patches, device=device).topk(count, dim=-1).indices.sort(dim=-1).values
+
+    def extra_repr(self) -> str:
+        return f"prob={self.prob}"
+
+
+class VisionTransformer(nn.Module):
+    """Pixels of one modality -> hidden states and the pooled class token, averaged over frames."""
+
+    def __init__(self, config: Any, modality: Modality):
+        super().__init__()
+        self.config = config
+        self.modality = modality
+        self.embeddings = VisionEmbeddings(config, modality)
+        self.patch_dropout = PatchDropout(config.force_patch_dropout)
+        self.pre_layrnorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic: the checkpoints' name
+        self.encoder = Encoder(config, temporal_mlp=config.add_time_attn and modality.temporal_mlp)
+        self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
+        """Embeds pixels.
+
+        Args:
+            pixel_values: (B, C, H, W), (B, C, T, H, W), or (b, pair, T, bs, C, H, W) taken as B = b * pair * bs clips
+                of T frames; floats as the processor gives them, or raw uint8 0..255 (not for audio). A video model
+                takes (B * T, C, H, W) too, T = num_frames, and then pools each frame alone.
+            output_attentions: also return the attention of tokens of each layer, (B * T, heads, N, N).
+            output_hidden_states: also return the layers' inputs and the last output, (B * T, N, D).
+            return_dict: False for a tuple.
+
+        Returns:
+            last_hidden_state (B * T, N, D) and pooler_output (B, D), before the projection.
+
+        Raises:
+            ValueError: pixel_values has another rank, size, channel or frame count than the checkpoint, or is empty.
+        """
+        output_attentions, output_hidden_states, return_dict = output_flags(
+            self.config, output_attentions, output_hidden_states, return_dict
+        )
+        pixels = self._as_clips(pixel_values)
+        kept = self.patch_dropout(pixels.shape[0], self.embeddings.num_patches, pixels.device)
+        hidden = self.pre_layrnorm(self.embeddings(pixels, kept))
+        frames = self.config.num_frames // self.embeddings.tube_size if self.config.add_time_attn else 1
+        last, states, attentions = self.encoder(
+            hidden, frames=frames, output_attentions=output_attentions, output_hidden_states=output_hidden_states
+        )
+        pooled = self.post_layernorm(last[:, 0])
+        if pixel_values.ndim > 4:
+            pooled = pooled.unflatten(0, (pixels.shape[0], -1)).mean(1)
+        if not return_dict:
+            return tuple(item for item in (last, pooled, states, attentions) if item is not None)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last, pooler_output=pooled, hidden_states=states, attentions=attentions
+        )
+
+    def _as_clips(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Checks pixel_values and returns a view (B, C, H, W) or (B, C, T, H, W)."""
+        channels, height, width = self.embeddings.pixel_shape
+        expected = f"a tensor (B, {channels}, {height}, {width}) or (B, {channels}, T, {height}, {width})"
+        if not isinstance(pixel_values, torch.Tensor):
+            raise TypeError(f"pixel_values: expected {expected}, got {type(pixel_values).__name__}")
+        shape = tuple(pixel_values.shape)
+        if pixel_values.ndim not in (4, 5, 7):
+            raise ValueError(f"pixel_values: expected {expected}, or with 7 dimensions, got shape {shape}")
+        if not pixel_values.is_floating_point() and (pixel_values.dtype != torch.uint8 or self.modality.mel_grid):
+            kinds = "floats" if self.modality.mel_grid else "floats or uint8"
+            raise TypeError(f"pixel_values: expected {kinds}, got {pixel_values.dtype}")
+        if (shape[1] if pixel_values.ndim < 7 else shape[4], *shape[-2:]) != (channels, height, width):
+            raise ValueError(f"pixel_values: expected {expected}, got shape {shape}")
+        if 0 in shape:
+            raise ValueError(f"pixel_values: expected at least one item, got shape {shape}")
+        needed = self.config.num_frames
+        if pixel_values.ndim == 4:
+            if not self.config.add_time_attn:
+                return pixel_values
+            if shape[0] % needed:
+                raise ValueError(
+                    f"pixel_values: this checkpoint takes clips of {needed} frames: expected (B, {channels}, {needed}, "
+                    f"{height}, {width}) or a multiple of {needed} frames in (B * {needed}, ...), got shape {shape}"
+                )
+            return pixel_values.unflatten(0, (-1, needed)).transpose(1, 2)
+        frames = shape[2]
+        if self.config.add_time_attn and frames != needed:
+            raise ValueError(
+                f"pixel_values: this checkpoint takes clips of {needed} frames, got {frames} in shape {shape}"
+            )
+        if pixel_values.ndim == 7:
+            return pixel_values.reshape(-1, frames, channels, height, width).transpose(1, 2)
+        return pixel_values
+
+
+class TextEmbeddings(nn.Module):
+    """Token and position embeddings."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """input_ids (B, N), position_ids (B, N) or (1, N) -> (B, N, D)."""
+        tokens = self.token_embedding(input_ids)
+        if position_ids is None:
+            return tokens + self.position_embedding.weight[: input_ids.shape[1]]
+        return tokens + self.position_embedding(position_ids)
+
+
+class TextTransformer(nn.Module):
+    """Token ids -> hidden states and the state at the first end-of-text token."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+        self.embeddings = TextEmbeddings(config)
+        self.encoder = Encoder(config)
+        self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
+        """Embeds captions.
+
+        Args:
+            input_ids: (B, N) token ids, N <= 77; the end-of-text token is the largest id.
+            attention_mask: (B, N), 1 for tokens and 0 for padding; or additive, (B, N) or (B, 1, 1, N), 0 for tokens
+                and -inf or finfo.min for padding.
+            position_ids: (B, N) or (1, N); default 0..N-1.
+            output_attentions, output_hidden_states, return_dict: as of the vision tower.
+
+        Returns:
+            last_hidden_state (B, N, D), layer-normalised, and pooler_output (B, D), before the projection.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was expected and what came.
+        """
+        output_attentions, output_hidden_states, return_dict = output_flags(
+            self.config, output_attentions, output_hidden_states, return_dict
+        )
+        input_ids = self._check(input_ids, position_ids)
+        padding = None if attention_mask is None else padding_from(attention_mask, input_ids.shape)
+        last, states, attentions = self.encoder(
+            self.embeddings(input_ids, position_ids),
+            causal=True,
+            key_padding_mask=padding,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        last = self.final_layer_norm(last)
+        pooled = last[torch.arange(last.shape[0], device=last.device), input_ids.argmax(dim=-1)]
+        if not return_dict:
+            return tuple(item for item in (last, pooled, states, attentions) if item is not None)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last, pooler_output=pooled, hidden_states=states, attentions=attentions
+        )
+
+    def _check(self, input_ids: torch.Tensor | None, position_ids: torch.Tensor | None) -> torch.Tensor:
+        """Returns input_ids as (B, N)."""
+        longest, vocabulary = self.config.max_position_embeddings, self.config.vocab_size
+        if not isinstance(input_ids, torch.Tensor):
+            raise TypeError(f"input_ids: expected a tensor (B, N) of token ids, got {type(input_ids).__name__}")
+        if input_ids.is_floating_point() or input_ids.ndim < 1:
+            raise TypeError(f"input_ids: expected integers (B, N), got {input_ids.dtype} {tuple(input_ids.shape)}")
+        ids = input_ids.reshape(-1, input_ids.shape[-1])
+        if 0 in ids.shape:
+            raise ValueError(f"input_ids: expected at least one caption, got shape {tuple(input_ids.shape)}")
+        if ids.shape[1] > longest:
+            raise ValueError(
+                f"input_ids: expected at most {longest} tokens a caption, got {ids.shape[1]}; the processor truncates"
+            )
+        if position_ids is not None and tuple(position_ids.shape) not in (tuple(ids.shape), (1, ids.shape[1])):
+            raise ValueError(f"position_ids: expected shape {tuple(ids.shape)}, got {tuple(position_ids.shape)}")
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = ids.aminmax()
+            if low < 0 or high >= vocabulary:
+                raise ValueError(f"input_ids: expected ids from 0 to {vocabulary - 1}, got {int(low)} to {int(high)}")
+        return ids
+
+
+def padding_from(attention_mask: torch.Tensor, shape: torch.Size | tuple[int, int]) -> torch.Tensor | None:
+    """Any form of a padding mask -> (B, N) bool, True where the key is padding; None where none is known to be.
+
+    A float mask without a positive value is additive (0 for tokens, -inf or finfo.min for padding); every other is 1
+    for tokens and 0 for padding.
+    """
+    mask = attention_mask
+    if mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+        mask = mask[:, 0, 0]
+    if tuple(mask.shape) != tuple(shape):
+        raise ValueError(f"attention_mask: expected shape {tuple(shape)}, got {tuple(attention_mask.shape)}")
+    padding = mask == 0
+    if mask.is_floating_point():
+        padding = torch.where((mask > 0).any(), padding, mask < 0)
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not padding.any():
+        return None
+    return padding
+
+
+def output_flags(
+    config: Any, output_attentions: bool | None, output_hidden_states: bool | None, return_dict: bool | None
+) -> tuple[bool, bool, bool]:
+    """Fills what the caller left open from the config."""
+
+    def pick(value: bool | None, name: str, default: bool) -> bool:
+        return bool(getattr(config, name, default) if value is None else value)
+
+    return (
+        pick(output_attentions, "output_attentions", False),
+        pick(output_hidden_states, "output_hidden_states", False),
+        pick(return_dict, "return_dict", True),
+    )
