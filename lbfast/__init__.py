@@ -10,12 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_WHERE = {
-    "use_impl": "lbfast.dispatch",
-}
+_MODALITIES = ("Image", "Video", "Audio", "Depth", "Thermal")
+_MODEL = "lbfast.model.languagebind"
+_CONFIG = "lbfast.model.config"
+_PROCESSOR = "lbfast.processing.processor"
 
-if TYPE_CHECKING:
-    from lbfast.dispatch import use_impl as use_impl
+_WHERE = {
+    "LanguageBind": _MODEL,
+    "to_device": _MODEL,
+    "model_dict": _MODEL,
+    "config_dict": _CONFIG,
+    "published_config": _CONFIG,
+    "transform_dict": _PROCESSOR,
+    "accelerate": "lbfast.model.accelerate",
+    "CheckpointError": "lbfast.model.checkpoint",
+    "MediaError": "lbfast.processing",
+    "InfoNCELoss": "lbfast.losses",
+    "LanguageBindLoss": "lbfast.losses",
+    "use_impl": "lbfast.dispatch",
+    **{f"LanguageBind{name}": _MODEL for name in _MODALITIES},
+    **{f"LanguageBind{name}Config": _CONFIG for name in _MODALITIES},
+    **{f"LanguageBind{name}Processor": _PROCESSOR for name in _MODALITIES},
+    **{f"LanguageBind{name}Tokenizer": "lbfast.processing.text" for name in _MODALITIES},
+}
 
 __all__ = [*_WHERE, "__version__"]
 
