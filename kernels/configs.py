@@ -24,3 +24,9 @@ class Launch:
     tile: Mapping[str, int]
     num_warps: int
     num_stages: int = 1
+
+
+# layer_norm: ELEMENTS numbers a tile (whole rows of D rounded up to a power of two); PER_SM programs a multiprocessor,
+# each with partial sums of its own in the backward.
+LAYER_NORM_FWD: Mapping[str, Launch] = {"default": Launch({"ELEMENTS": 4096}, num_warps=4)}
+LAYER_NORM_BWD: Mapping[str, Launch] = {"default": Launch({"ELEMENTS": 4096, "PER_SM": 4}, num_warps=4)}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import triton.language as tl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,3 +45,20 @@ def arch(device: torch.device) -> str:
     if device.type != "cuda":
         return "default"
     return _arch(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Makes tensor's GPU the current one, where Triton launches; nothing to do for the interpreter."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def programs(device: torch.device, per_sm: int) -> int:
+    """How many programs fill the GPU `per_sm` times over; a small number for the interpreter."""
+    if device.type != "cuda":
+        return 3
+    return per_sm * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """Sums are float32, float64 for float64."""
+    return tl.float64 if dtype == torch.float64 else tl.float32

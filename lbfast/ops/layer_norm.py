@@ -188,15 +188,15 @@ def _layer_norm_bwd(
     if dispatch.choose("layer_norm", impl, IMPLEMENTATIONS, dy, total, weight, bias) == "triton":
         from lbfast.kernels import layer_norm as kernel
 
-        return kernel.layer_norm_bwd(dy, dtotal, total, weight, bias, mean, rstd, mask)
-    dx, dweight, dbias = _torch_bwd(dy, total, weight, mean, rstd, mask)
-    if dx is not None and dtotal is not None:
-        dx = dx.add_(dtotal)
-    none = total.new_empty(0)
+        dx, dweight, dbias = kernel.layer_norm_bwd(dy, dtotal, total, weight, mean, rstd, mask)
+    else:
+        dx, dweight, dbias = _torch_bwd(dy, total, weight, mean, rstd, mask)
+        if dx is not None and dtotal is not None:
+            dx = dx.add_(dtotal)
     return (
-        none if dx is None else dx,
-        none.clone() if dweight is None else dweight.to(weight.dtype),
-        none.clone() if dbias is None else dbias.to(bias.dtype),
+        total.new_empty(0) if dx is None else dx,
+        total.new_empty(0) if dweight is None else dweight.to(weight.dtype),
+        total.new_empty(0) if dbias is None else dbias.to(bias.dtype),
     )
 
 
@@ -277,8 +277,17 @@ torch.library.register_autograd("lbfast::layer_norm", _layer_norm_backward, setu
 torch.library.register_autograd("lbfast::add_layer_norm", _add_layer_norm_backward, setup_context=_add_setup)
 
 
+def _why_not_triton(x: torch.Tensor, *others: torch.Tensor | None) -> list[str]:
+    reasons = dispatch.why_not_triton(x, *(t for t in others if t is not None))
+    if not reasons:
+        from lbfast.kernels import layer_norm as kernel
+
+        reasons = kernel.why_not(x)
+    return reasons
+
+
 def _why_not_torch(*_: object) -> list[str]:
     return []
 
 
-IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {"torch": _why_not_torch}
+IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {"triton": _why_not_triton, "torch": _why_not_torch}
