@@ -1,0 +1,429 @@
+"""Symmetric InfoNCE over a large batch: exact, in memory linear in the batch, on one process or many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+from lbfast import dispatch, distributed
+
+_ROUNDING_HEADROOM = 4096.0  # fp16 rounds dS scaled up by this, so that probabilities of 1/B stay normal numbers
+_DEFAULT_WORKSPACE_MIB = {"cpu": 32, "cuda": 256}
+
+
+def info_nce(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    *,
+    ids: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    group: Any = None,
+    gather: Literal["all", "ring"] = "all",
+    impl: str | None = None,
+    workspace_mib: int | None = None,
+) -> torch.Tensor:
+    """Contrastive loss of image i against every text and of text i against every image; pair i is the positive.
+
+        logits = logit_scale * image_embeds @ text_embeds.T
+        loss = (cross_entropy(logits, arange(B)) + cross_entropy(logits.T, arange(B))) / 2
+
+    The logits are computed in tiles and never stored; the backward computes them again from the softmax statistics
+    of each row and column. Products of 16-bit inputs are accumulated in float32 and never rounded back to 16 bits
+    before the softmax. Inputs are not normalised here, nor are 16-bit inputs converted: bfloat16 stays bfloat16.
+    Under autocast the embeddings are cast to its dtype, as a matrix product would.
+
+    Args:
+        image_embeds, text_embeds: (B, D), floating point, one device, any strides. Of two dtypes the wider is taken.
+            Either may need no gradient: its part of the backward is then skipped.
+        logit_scale: the factor itself (not its logarithm): one element that may need a gradient, or a float.
+        ids: (B,) integers or None. Rows that share an id are not negatives of each other (a caption that repeats).
+        label_smoothing: in [0, 1): this share of the target is spread over the positive and all negatives of a row.
+        group: a torch.distributed process group: each rank gives its own rows (any number, at least one in all), and
+            the loss is that of the concatenated batch on every rank. Every rank must call forward and backward, with
+            the same arguments and the same inputs requiring a gradient. A rank that dies raises on the others
+            (RuntimeError, at the latest after the group's own time-out).
+        gather: "all" collects every rank's texts on each rank; "ring" passes them round, so that no rank ever holds
+            more than two ranks' worth of them.
+        impl: "triton", "native" or "torch"; None chooses.
+        workspace_mib: bound on the scratch memory for tiles; default 256 on a GPU, 32 elsewhere. Speed, not results
+            to more than rounding, depends on it.
+
+    Returns:
+        Scalar mean loss: float32 (float64 for float64 inputs). Gradients are those of this loss for the rank's own
+        rows, and the whole gradient for logit_scale. NaN where an input is NaN or infinite.
+
+    Raises:
+        TypeError: a dtype is not floating point, or ids are no integers. ValueError: shapes don't fit, or ranks
+        disagree about them. RuntimeError: `impl` cannot take these inputs (the message has every reason).
+
+    Source: van den Oord et al., arXiv 1807.03748; CLIP, arXiv 2103.00020; tiles as in Inf-CLIP, arXiv 2410.17243.
+    """
+    scale = _check(image_embeds, text_embeds, logit_scale, ids, label_smoothing, gather, workspace_mib)
+    device = image_embeds.device
+    dtype = torch.promote_types(image_embeds.dtype, text_embeds.dtype)
+    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    image_embeds, text_embeds = image_embeds.to(dtype), text_embeds.to(dtype)
+    name = dispatch.choose("info_nce", impl, IMPLEMENTATIONS, image_embeds, text_embeds)
+    if workspace_mib is None:
+        workspace_mib = _DEFAULT_WORKSPACE_MIB.get(device.type, 32)
+    world = distributed.world(group)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        shards = distributed.Shards.agree(image_embeds, group, world, scale.requires_grad, text_embeds.requires_grad)
+        if shards.total == 0:
+            raise ValueError("info_nce: image_embeds: expected at least one row, got none")
+        labels = None if ids is None else _labels(ids, shards)
+    loss = _InfoNCE.apply(
+        image_embeds, text_embeds, scale, _Plan(_implementation(name), shards, gather, labels, workspace_mib << 20)
+    )
+    if label_smoothing:
+        loss = loss + label_smoothing * _Smoothing.apply(image_embeds, text_embeds, scale, shards, labels)
+    return loss
+
+
+def _check(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    ids: torch.Tensor | None,
+    label_smoothing: float,
+    gather: str,
+    workspace_mib: int | None,
+) -> torch.Tensor:
+    """Raises on wrong arguments; returns the scale as a tensor of no dimensions on the embeddings' device."""
+    for name, x in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
+        if not x.is_floating_point():
+            raise TypeError(f"info_nce: {name}: expected a floating dtype, got {x.dtype}")
+        if x.dim() != 2 or x.shape[1] == 0:
+            raise ValueError(f"info_nce: {name}: expected (B, D), got {tuple(x.shape)}")
+    if image_embeds.shape != text_embeds.shape:
+        raise ValueError(
+            f"info_nce: text_embeds: expected image_embeds' shape {tuple(image_embeds.shape)}, "
+            f"got {tuple(text_embeds.shape)}"
+        )
+    if image_embeds.device != text_embeds.device:
+        raise ValueError(f"info_nce: text_embeds: expected on {image_embeds.device}, got {text_embeds.device}")
+    if not isinstance(logit_scale, torch.Tensor):
+        logit_scale = torch.tensor(float(logit_scale), dtype=torch.float64)
+    if logit_scale.numel() != 1:
+        raise ValueError(f"info_nce: logit_scale: expected one element, got {tuple(logit_scale.shape)}")
+    if not logit_scale.is_floating_point():
+        raise TypeError(f"info_nce: logit_scale: expected a floating dtype, got {logit_scale.dtype}")
+    if ids is not None:
+        if ids.is_floating_point() or ids.is_complex():
+            raise TypeError(f"info_nce: ids: expected integers, got {ids.dtype}")
+        if ids.shape != image_embeds.shape[:1]:
+            raise ValueError(f"info_nce: ids: expected ({image_embeds.shape[0]},), got {tuple(ids.shape)}")
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"info_nce: label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+    if gather not in ("all", "ring"):
+        raise ValueError(f"info_nce: gather: expected 'all' or 'ring', got {gather!r}")
+    if workspace_mib is not None and workspace_mib < 1:
+        raise ValueError(f"info_nce: workspace_mib: expected at least 1, got {workspace_mib}")
+    return logit_scale.reshape(()).to(image_embeds.device)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One rectangle of the matrix of logits: local images against some texts."""
+
+    diag: int | None
+    """Column of row 0's positive (row i's is diag + i); None where the rectangle holds no positives."""
+    row_labels: torch.Tensor | None
+    col_labels: torch.Tensor | None
+    """(m,) and (n,) int32: a pair with equal labels that is no positive is left out."""
+    workspace: int
+    """Scratch memory, bytes."""
+
+
+class Implementation(Protocol):
+    """What computes one block; m rows, n columns, acc = float32 (float64 for float64 inputs)."""
+
+    def stats(
+        self, x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor, block: Block, keep: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Softmax statistics: rows (2, m), cols (2, n), positives (m,) or None without any, and what was kept.
+
+        Statistics are in acc: [0] a shift near the largest logit, [1] the sum of exp(logit - shift). `keep` says that
+        the backward will see this very block, so that something of it may be kept.
+        """
+        ...
+
+    def grads(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        scale: torch.Tensor,
+        rows: torch.Tensor,
+        cols: torch.Tensor,
+        block: Block,
+        kept: torch.Tensor | None,
+        dx: torch.Tensor | None,
+        dy: torch.Tensor | None,
+        need_scale: bool,
+    ) -> torch.Tensor | None:
+        """With dS = p_row + p_col - 2 delta: adds dS @ y to dx (m, D) and dS.T @ x to dy (n, D), both acc.
+
+        Returns sum(dS * x @ y.T), float64, where `need_scale`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class _Plan:
+    implementation: Implementation
+    shards: distributed.Shards
+    gather: str
+    labels: torch.Tensor | None
+    """(total,) int32 on every rank."""
+    workspace: int
+
+    def block(self, owner: int | None) -> Block:
+        """The local rows against the texts of rank `owner`; of every rank when None."""
+        shards, labels = self.shards, self.labels
+        if owner is None:
+            diag: int | None = shards.start(shards.rank)
+            columns = slice(0, shards.total)
+        else:
+            diag = 0 if owner == shards.rank else None
+            columns = shards.span(owner)
+        if labels is None:
+            return Block(diag, None, None, self.workspace)
+        return Block(diag, labels[shards.span(shards.rank)], labels[columns], self.workspace)
+
+
+class _InfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, image_embeds, text_embeds, scale, plan):
+        shards, implementation = plan.shards, plan.implementation
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            s = scale.to(_accumulation(image_embeds.dtype))
+            kept = None
+            if shards.world == 1 or plan.gather == "all":
+                y = shards.gather_rows(text_embeds)
+                keep = any(ctx.needs_input_grad)
+                rows, cols, positives, kept = implementation.stats(image_embeds, y, s, plan.block(None), keep)
+            else:
+                y = text_embeds
+                rows, cols, positives = _ring_stats(image_embeds, y, s, plan)
+            cols = shards.merge_statistics(cols)
+            own = cols[:, shards.span(shards.rank)]
+            # (shift - positive) first: where the two are near, the difference is exact
+            terms = (rows[0] - positives) + rows[1].log() + (own[0] - positives) + own[1].log()
+            loss = shards.sum(_wide(terms).sum()) / (2 * shards.total)
+        ctx.plan = plan
+        ctx.save_for_backward(image_embeds, y, scale, rows, cols, kept)
+        return loss.to(s.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        image_embeds, y, scale, rows, cols, kept = ctx.saved_tensors
+        plan, (need_x, need_y, need_s) = ctx.plan, ctx.needs_input_grad[:3]
+        shards, implementation = plan.shards, plan.implementation
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            acc = _accumulation(image_embeds.dtype)
+            s = scale.to(acc)
+            dx = image_embeds.new_zeros(image_embeds.shape, dtype=acc) if need_x else None
+            if shards.world == 1 or plan.gather == "all":
+                dy = y.new_zeros(y.shape, dtype=acc) if need_y else None
+                ds = implementation.grads(image_embeds, y, s, rows, cols, plan.block(None), kept, dx, dy, need_s)
+                dy = shards.scatter_rows(dy) if need_y else None
+            else:
+                dy, ds = _ring_grads(image_embeds, y, s, rows, cols, plan, dx, need_y, need_s)
+            factor = grad.to(acc) / (2 * shards.total)
+            dx = dx.mul_(factor * s).to(image_embeds.dtype) if need_x else None
+            dy = dy.mul_(factor * s).to(y.dtype) if need_y else None
+            ds = (shards.sum(ds) * factor).to(scale.dtype) if need_s else None
+        return dx, dy, ds, None
+
+
+def _ring_stats(x, y, s, plan):
+    """Statistics when the ranks' texts are passed round: rows (2, b), cols (2, total) of local rows only, positives."""
+    shards = plan.shards
+    rows, positives = _no_statistics(x.shape[0], s), None
+    cols = _no_statistics(shards.total, s)
+    for owner, y_owner in shards.ring(y):
+        more, part, diagonal, _ = plan.implementation.stats(x, y_owner, s, plan.block(owner), False)
+        rows = _merge(rows, more)
+        cols[:, shards.span(owner)] = part
+        positives = diagonal if diagonal is not None else positives
+    return rows, cols, positives
+
+
+def _ring_grads(x, y, s, rows, cols, plan, dx, need_y, need_s):
+    """Gradients when the ranks' texts are passed round; each rank's dy follows its texts and comes home complete."""
+    shards = plan.shards
+    dy = y.new_zeros(y.shape, dtype=s.dtype) if need_y else None
+    ds = torch.zeros((), dtype=_wide(s).dtype, device=s.device) if need_s else None
+    for owner, y_owner in shards.ring(y):
+        own = cols[:, shards.span(owner)]
+        more = plan.implementation.grads(x, y_owner, s, rows, own, plan.block(owner), None, dx, dy, need_s)
+        ds = ds + more if need_s else None
+        dy = shards.pass_on(dy, owner) if need_y else None
+    return dy, ds
+
+
+def _merge(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Joins the statistics (2, n) of two sets of logits."""
+    shift = torch.maximum(a[0], b[0])
+    return torch.stack([shift, a[1] * (a[0] - shift).exp() + b[1] * (b[0] - shift).exp()])
+
+
+def _no_statistics(n: int, s: torch.Tensor) -> torch.Tensor:
+    """Statistics (2, n) of no logits at all."""
+    out = s.new_zeros(2, n)
+    out[0] = torch.finfo(s.dtype).min
+    return out
+
+
+class _Smoothing(torch.autograd.Function):
+    """What label smoothing 1 adds to the loss, without any logits: it is bilinear in the embeddings.
+
+    A row's smoothed target differs by eps (1/n_i - delta) on its positive and negatives A_i, n_i of them, so
+
+        added / eps = s/2B sum_i x_i . t_i,   t_i = 2 y_i - sum_{j in A_i} (1/n_i + 1/n_j) y_j
+
+    and sums over A_i are sums over all rows less those over the row's group (which shares n) plus the row itself.
+    """
+
+    @staticmethod
+    def forward(ctx, image_embeds, text_embeds, scale, shards, labels):
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            acc = _accumulation(image_embeds.dtype)
+            x, y, s = image_embeds.to(acc), text_embeds.to(acc), scale.to(acc)
+            factor = 1 / (2 * shards.total)
+            tx, ty = _smoothing_partners(y, shards, labels), _smoothing_partners(x, shards, labels)
+            total = shards.sum(_wide(x * tx).sum()).to(acc) * factor
+        ctx.save_for_backward(tx.to(image_embeds.dtype), ty.to(image_embeds.dtype), scale, total)
+        ctx.factor = factor
+        return total * s
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        tx, ty, scale, total = ctx.saved_tensors
+        need_x, need_y, need_s = ctx.needs_input_grad[:3]
+        factor = grad * scale.to(grad.dtype) * ctx.factor
+        dx = (tx * factor).to(tx.dtype) if need_x else None
+        dy = (ty * factor).to(ty.dtype) if need_y else None
+        return dx, dy, (grad * total).to(scale.dtype) if need_s else None, None, None
+
+
+def _smoothing_partners(y: torch.Tensor, shards: distributed.Shards, labels: torch.Tensor | None) -> torch.Tensor:
+    """t (b, D) of _Smoothing for the local rows y (b, D)."""
+    if labels is None:
+        return 2 * y - (2 / shards.total) * shards.sum(y.sum(0))
+    local = labels[shards.span(shards.rank)].long()
+    n = (shards.total + 1 - torch.bincount(labels, minlength=1)[local]).to(y.dtype)[:, None]
+    groups, slot = torch.unique(local, return_inverse=True)
+    sums = y.new_zeros(len(groups), y.shape[1])
+    for owner, y_owner in shards.ring(y):  # sum over the row's group, wherever its members are
+        theirs = labels[shards.span(owner)].long()
+        where = torch.searchsorted(groups, theirs).clamp_(max=max(0, len(groups) - 1))
+        if len(groups):
+            same = (groups[where] == theirs).to(y.dtype)
+            sums.index_add_(0, where, y_owner * same[:, None])
+    same = sums[slot]
+    return 2 * y - (shards.sum(y.sum(0)) - same + y) / n - (shards.sum((y / n).sum(0)) - same / n + y / n)
+
+
+def _labels(ids: torch.Tensor, shards: distributed.Shards) -> torch.Tensor:
+    """(total,) int32 on every rank: equal where ids are."""
+    every = shards.gather_rows(ids.to(torch.int64)[:, None])[:, 0]
+    return torch.unique(every, return_inverse=True)[1].to(torch.int32)
+
+
+def _accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """x in float64, where the device has it."""
+    return x if x.device.type == "mps" else x.double()
+
+
+class _Torch:
+    """Row chunks in plain torch, on any device: what serves where nothing else does."""
+
+    def stats(self, x, y, scale, block, keep):
+        rows, cols = _no_statistics(x.shape[0], scale), _no_statistics(y.shape[0], scale)
+        positives = None if block.diag is None else scale.new_empty(x.shape[0])
+        y = _operand(y)
+        for a, b in self._spans(x, y, block):
+            z = self._logits(x[a:b], y, scale, block, a, b)
+            if positives is not None:
+                positives[a:b] = z.diagonal(block.diag + a)[: b - a]
+            top = z.amax(1)
+            rows[0, a:b], rows[1, a:b] = top, torch.sub(z, top[:, None]).exp_().sum(1)
+            top = torch.maximum(cols[0], z.amax(0))
+            cols[1] *= (cols[0] - top).exp_()
+            cols[1] += z.sub_(top).exp_().sum(0)
+            cols[0] = top
+        return rows, cols, positives, None
+
+    def grads(self, x, y, scale, rows, cols, block, kept, dx, dy, need_scale):
+        y = _operand(y)
+        ds = torch.zeros((), dtype=_wide(scale).dtype, device=x.device) if need_scale else None
+        for a, b in self._spans(x, y, block):
+            x_c = _operand(x[a:b])
+            z = self._logits(x_c, y, scale, block, a, b)
+            p = torch.sub(z, rows[0, a:b, None]).exp_().div_(rows[1, a:b, None])
+            p += z.sub_(cols[0]).exp_().div_(cols[1])
+            if block.diag is not None:
+                p.diagonal(block.diag + a)[: b - a].sub_(2)
+            dx_c = _product(p, y) if dx is not None or need_scale else None
+            if dx is not None:
+                dx[a:b] += dx_c
+            if dy is not None:
+                dy += _product(p.t(), x_c)
+            if need_scale:
+                ds += (_wide(dx_c) * x_c).sum()
+        return ds
+
+    @staticmethod
+    def _spans(x: torch.Tensor, y: torch.Tensor, block: Block) -> Iterator[tuple[int, int]]:
+        m, n = x.shape[0], y.shape[0]
+        step = max(1, block.workspace // max(1, 4 * n * torch.finfo(_accumulation(x.dtype)).bits // 8))
+        return ((a, min(a + step, m)) for a in range(0, m if n else 0, step))
+
+    @staticmethod
+    def _logits(x_c, y, scale, block, a, b):
+        z = _product(_operand(x_c), y.t()).mul_(scale)
+        if block.row_labels is not None:
+            same = block.row_labels[a:b, None] == block.col_labels
+            if block.diag is not None:
+                same.diagonal(block.diag + a)[: b - a].fill_(False)
+            z.masked_fill_(same, torch.finfo(z.dtype).min)
+        return z
+
+
+def _operand(x: torch.Tensor) -> torch.Tensor:
+    """CPU: 16-bit inputs in float32, for torch has no product of 16-bit matrices with a float32 result there."""
+    return x if x.is_cuda or x.dtype == torch.float64 else x.float()
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in float32 (float64), whatever b's dtype; a is rounded to b's."""
+    if b.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.dtype == b.dtype:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    if b.dtype == torch.float16:
+        return torch.mm(a.mul(_ROUNDING_HEADROOM).half(), b, out_dtype=torch.float32).div_(_ROUNDING_HEADROOM)
+    return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
+
+
+def _implementation(name: str) -> Implementation:
+    return _Torch()
+
+
+def _why_not_torch(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> list[str]:
+    return []
+
+
+IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {"torch": _why_not_torch}

@@ -1,0 +1,253 @@
+"""info_nce: loss and gradients against float64, for every implementation that runs here."""
+
+import itertools
+
+import pytest
+import torch
+
+from lbfast import dispatch
+from lbfast.ops.info_nce import IMPLEMENTATIONS, info_nce
+from lbfast.reference.info_nce import info_nce as reference
+from lbfast.testing import assert_within_budget, randn
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = (1, 2, 63, 64, 65, 257, 1000)
+WIDTHS = (32, 80, 768, 1024)
+SCALES = (1.0, 14.3, 100.0)
+HALF = (torch.float16, torch.bfloat16)
+
+
+def _impls():
+    probe = torch.zeros(1, 1, device=DEVICE)
+    return [name for name in IMPLEMENTATIONS if name != "triton" and not IMPLEMENTATIONS[name](probe, probe)]
+
+
+IMPLS = _impls()
+
+
+def unit(*shape, seed=0, dtype=torch.float32, align=None):
+    x = randn(*shape, seed=seed, dtype=torch.float64)
+    if align is not None:
+        x = x + 0.5 * align.double()
+    return torch.nn.functional.normalize(x, dim=-1).to(dtype).to(DEVICE)
+
+
+def run(function, x, y, s, needs=(True, True, True), **options):
+    """Loss and the three gradients (None where not asked for)."""
+    x, y, s = (t.detach().clone().requires_grad_(need) for t, need in zip((x, y, s), needs))
+    loss = function(x, y, s, **options)
+    loss.backward()
+    return loss.detach(), x.grad, y.grad, s.grad
+
+
+def check(draws, s, impl, **options):
+    """Compares impl with float64, within what plain torch makes of the same inputs.
+
+    The errors are those of several draws together: of one draw, plain torch may hit a scalar by luck.
+    """
+    reference_options = {k: v for k, v in options.items() if k in ("ids", "label_smoothing")}
+    s = torch.tensor(s, device=DEVICE)
+    results = []
+    for x, y in draws:
+        exact = run(reference, x.double(), y.double(), s.double(), **reference_options)
+        plain = run(reference, x, y, s, **reference_options)
+        ours = run(info_nce, x, y, s, impl=impl, **options)
+        assert ours[0].dtype == torch.float32
+        results.append((ours, exact, plain))
+    for i, name in enumerate(("loss", "d image", "d text", "d scale")):
+        ours, exact, plain = (torch.stack([r[k][i] for r in results]) for k in range(3))
+        what = f"{name}: {impl} {x.dtype} {tuple(x.shape)} scale {float(s)} {options}"
+        assert_within_budget(ours.to(plain.dtype), exact, plain, what)
+
+
+def pairs(b, d, dtype, align=False):
+    """Draws of (b, d) unit rows; the smaller b the more of them."""
+    draws = 48 if b <= 2 else 12 if b <= 80 else 8 if b <= 300 else 4
+    for seed in range(draws if dtype == torch.float32 else draws // 4):  # 16 bits: far within the budget
+        x = unit(b, d, seed=2 * seed, dtype=dtype)
+        yield x, unit(b, d, seed=2 * seed + 1, dtype=dtype, align=x.cpu() if align else None)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_matches_float64(impl, dtype):
+    for b, d, s in itertools.product(SIZES, WIDTHS, SCALES):
+        check(pairs(b, d, dtype, align=d == 80), s, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_groups_and_smoothing(impl, dtype):
+    for b, classes in ((1, 1), (2, 2), (65, 7), (257, 200)):
+        ids = torch.arange(b, device=DEVICE) % classes - 5_000_000_000
+        check(pairs(b, 80, dtype), 14.3, impl, ids=ids)
+        check(pairs(b, 80, dtype), 14.3, impl, label_smoothing=0.1)
+        check(pairs(b, 80, dtype), 14.3, impl, ids=ids, label_smoothing=0.1)
+
+
+def test_gradcheck():
+    x, y = unit(7, 5, dtype=torch.float64), unit(7, 5, seed=1, dtype=torch.float64)
+    s = torch.tensor(3.0, dtype=torch.float64, device=DEVICE)
+    ids = torch.tensor([0, 1, 2, 0, 3, 1, 0], device=DEVICE)
+    inputs = [t.requires_grad_() for t in (x, y, s)]
+    for options in ({}, {"ids": ids}, {"ids": ids, "label_smoothing": 0.2}):
+        assert torch.autograd.gradcheck(lambda a, b, c, o=options: info_nce(a, b, c, **o), inputs)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_each_gradient_alone(impl):
+    x, y, s = unit(70, 40), unit(70, 40, seed=1), torch.tensor(20.0, device=DEVICE)
+    every = run(info_nce, x, y, s, impl=impl)
+    for needs in itertools.product((False, True), repeat=3):
+        if not any(needs):
+            continue
+        some = run(info_nce, x, y, s, needs, impl=impl)
+        for need, a, b in zip(needs, some[1:], every[1:]):
+            assert (a is None) != need
+            if need:
+                torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_extreme_rows(impl, dtype):
+    """Finite and right: identical rows, opposite rows, one-hot rows, at scale 100."""
+    eye = torch.eye(96, device=DEVICE, dtype=dtype)
+    same = unit(1, 96, dtype=dtype).expand(70, 96)
+    s = torch.tensor(100.0, device=DEVICE)
+    mixed = torch.cat([same[:20], -same[:20], eye[:30]])
+    cases = {
+        "identical": (same, same),
+        "opposite": (same, -same),
+        "one-hot": (eye, eye),
+        "one-hot, wrong pairs": (eye, eye.roll(1, 0)),
+        "cosines of -1 and 1": (mixed, -mixed),
+    }
+    for name, (x, y) in cases.items():
+        exact = run(reference, x.double(), y.double(), s.double())
+        ours = run(info_nce, x, y, s, impl=impl)
+        plain = run(reference, x, y, s)
+        for what, a, e, p in zip(("loss", "d image", "d text", "d scale"), ours, exact, plain):
+            assert torch.isfinite(a).all(), f"{name}: {what}"
+            if e.norm() > 1e-9:  # below, float32 holds nothing but rounding
+                assert_within_budget(a.to(p.dtype), e, p, f"{name}: {what}")
+            else:
+                assert a.norm() < 1e-5, f"{name}: {what}"
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_range_of_logits_beyond_exp(impl):
+    """Rows and columns whose largest logits differ by hundreds, within one tile."""
+    up = torch.linspace(0.01, 30, 130, device=DEVICE)[:, None]
+    check([(x * up - 0.3, y * up.flip(0) + 0.3) for x, y in pairs(130, 64, torch.float32)], 5.0, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_group_has_no_negatives(impl):
+    x, y, s = unit(90, 40), unit(90, 40, seed=1), torch.tensor(10.0, device=DEVICE)
+    for result in run(info_nce, x, y, s, impl=impl, ids=torch.zeros_like(x[:, 0], dtype=torch.int64)):
+        assert not result.any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_inf_give_nan(impl, bad):
+    for where in ((0, 0), (69, 39), (33, 7)):
+        for side in (0, 1):
+            pair = [unit(70, 40), unit(70, 40, seed=1)]
+            pair[side][where] = bad
+            assert torch.isnan(info_nce(*pair, torch.tensor(10.0, device=DEVICE), impl=impl))
+    assert torch.isnan(info_nce(unit(9, 8), unit(9, 8), torch.tensor(bad, device=DEVICE), impl=impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_properties(impl):
+    """Symmetric in its sides, blind to the order of the pairs and to the workspace; the same bits every time."""
+    x, y, s = unit(600, 72), unit(600, 72, seed=1), torch.tensor(30.0, device=DEVICE)
+    first = run(info_nce, x, y, s, impl=impl)
+    swapped = run(info_nce, y, x, s, impl=impl)
+    order = torch.randperm(600, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    permuted = run(info_nce, x[order], y[order], s, impl=impl)
+    tight = run(info_nce, x, y, s, impl=impl, workspace_mib=1)
+    again = run(info_nce, x, y, s, impl=impl)
+    for a, b in zip(first, (swapped[0], swapped[2], swapped[1], swapped[3])):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
+    for a, b in zip((first[0], first[1][order], first[2][order], first[3]), permuted):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
+    for a, b in zip(first, tight):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
+    for a, b in zip(first, again):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides(impl, dtype):
+    wide = randn(50, 2, 48, dtype=dtype, seed=3).to(DEVICE)
+    x, y = wide[:, 0, ::2], wide[:, 1].t().contiguous().t()[:, :24]
+    assert not x.is_contiguous() and not y.is_contiguous()
+    s = torch.tensor([0.5], device=DEVICE)
+    for a, b in zip(run(info_nce, x, y, s, impl=impl), run(info_nce, x.contiguous(), y.contiguous(), s, impl=impl)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_scale_zero_negative_and_float(impl):
+    for s in (0.0, -7.0):
+        check(pairs(40, 24, torch.float32), s, impl)
+    x, y = unit(40, 24), unit(40, 24, seed=1)
+    assert torch.equal(info_nce(x, y, 12.5, impl=impl), info_nce(x, y, torch.tensor(12.5, device=DEVICE), impl=impl))
+
+
+def test_mixed_dtypes_and_autocast():
+    x, y, s = unit(40, 24), unit(40, 24, seed=1).bfloat16(), torch.tensor(10.0, device=DEVICE)
+    mixed = run(info_nce, x, y, s)
+    wide = run(info_nce, x, y.float(), s)
+    assert mixed[2].dtype == torch.bfloat16
+    assert torch.equal(mixed[0], wide[0]) and torch.equal(mixed[1], wide[1])
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        cast = run(info_nce, x, y, s)
+    narrow = run(info_nce, x.bfloat16(), y, s)
+    assert torch.equal(cast[0], narrow[0]) and cast[1].dtype == torch.float32
+
+
+def test_same_embeds_on_both_sides():
+    x, s = unit(30, 16).requires_grad_(), torch.tensor(9.0, device=DEVICE)
+    info_nce(x, x, s).backward()
+    other = x.detach().clone().requires_grad_()
+    reference(other, other, s).backward()
+    torch.testing.assert_close(x.grad, other.grad, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"image_embeds": torch.zeros(3)}, ValueError, r"image_embeds: expected \(B, D\)"),
+        ({"text_embeds": torch.zeros(3, 5)}, ValueError, "text_embeds: expected image_embeds' shape"),
+        ({"image_embeds": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "image_embeds: expected a floating"),
+        ({"image_embeds": torch.zeros(0, 4), "text_embeds": torch.zeros(0, 4)}, ValueError, "at least one row"),
+        ({"logit_scale": torch.ones(2)}, ValueError, "logit_scale: expected one element"),
+        ({"logit_scale": torch.tensor(3)}, TypeError, "logit_scale: expected a floating"),
+        ({"ids": torch.zeros(4, dtype=torch.int64)}, ValueError, r"ids: expected \(3,\)"),
+        ({"ids": torch.zeros(3)}, TypeError, "ids: expected integers"),
+        ({"label_smoothing": 1.0}, ValueError, "label_smoothing"),
+        ({"gather": "some"}, ValueError, "gather: expected 'all' or 'ring'"),
+        ({"workspace_mib": 0}, ValueError, "workspace_mib"),
+        ({"impl": "cuda"}, ValueError, "impl: expected one of"),
+    ],
+)
+def test_errors(change, error, says):
+    arguments = {"image_embeds": torch.zeros(3, 4), "text_embeds": torch.zeros(3, 4), "logit_scale": torch.tensor(1.0)}
+    arguments.update(change)
+    with pytest.raises(error, match=says):
+        info_nce(**arguments)
+
+
+def test_impl_that_cannot_says_why():
+    x = torch.zeros(2, 4, dtype=torch.float64)
+    for name in IMPLEMENTATIONS:
+        reasons = dispatch.explain(IMPLEMENTATIONS, x, x)[name]
+        if reasons:
+            with pytest.raises(RuntimeError, match="cannot take these inputs"):
+                info_nce(x, x, 1.0, impl=name)
+    assert dispatch.explain(IMPLEMENTATIONS, x, x)["torch"] == []
