@@ -30,3 +30,7 @@ class Launch:
 # each with partial sums of its own in the backward.
 LAYER_NORM_FWD: Mapping[str, Launch] = {"default": Launch({"ELEMENTS": 4096}, num_warps=4)}
 LAYER_NORM_BWD: Mapping[str, Launch] = {"default": Launch({"ELEMENTS": 4096, "PER_SM": 4}, num_warps=4)}
+
+# mlp: BLOCK numbers a program in the forward; in the backward [BLOCK_M, BLOCK_F] tiles down ROWS_EACH rows.
+MLP_FWD: Mapping[str, Launch] = {"default": Launch({"BLOCK": 4096}, num_warps=4)}
+MLP_BWD: Mapping[str, Launch] = {"default": Launch({"BLOCK_M": 4, "BLOCK_F": 1024, "ROWS_EACH": 256}, num_warps=4)}

@@ -130,16 +130,17 @@ def _mlp(
     keep_h: bool,
     impl: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns out and h; h is empty unless `keep_h`."""
+    """Returns out and h (M, F) for the M rows of x; h is empty unless `keep_h`."""
     chosen = dispatch.choose("mlp", impl, IMPLEMENTATIONS, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    h = F.linear(x, fc1_weight, fc1_bias)
+    h = F.linear(x.reshape(-1, x.shape[-1]), fc1_weight, fc1_bias)
     if chosen == "triton":
         from lbfast.kernels import mlp as kernel
 
         a = kernel.activation_fwd(h, activation, in_place=not keep_h)
     else:
         a = _activate(h, activation, out=None if keep_h else h)
-    return F.linear(a, fc2_weight, fc2_bias), h if keep_h else x.new_empty(0)
+    out = F.linear(a, fc2_weight, fc2_bias).view(*x.shape[:-1], len(fc2_weight))
+    return out, h if keep_h else x.new_empty(0)
 
 
 @torch.library.register_fake("lbfast::mlp")
@@ -154,7 +155,7 @@ def _mlp_fake(
     impl: str | None,
 ) -> Any:
     out = x.new_empty((*x.shape[:-1], fc2_weight.shape[0]))
-    return out, x.new_empty((*x.shape[:-1], fc1_weight.shape[0])) if keep_h else x.new_empty(0)
+    return out, x.new_empty((x.shape[:-1].numel(), fc1_weight.shape[0])) if keep_h else x.new_empty(0)
 
 
 @torch.library.impl("lbfast::mlp_bwd", "CompositeExplicitAutograd")
@@ -178,7 +179,7 @@ def _mlp_bwd(
         db2 = dout2.sum(0)
     if need_x or need_w1 or need_b1 or need_w2:
         x2 = x.reshape(-1, x.shape[-1])
-        h2 = F.linear(x2, fc1_weight, fc1_bias) if h is None else h.reshape(-1, h.shape[-1])
+        h2 = F.linear(x2, fc1_weight, fc1_bias) if h is None else h
         da = dout2 @ fc2_weight if need_x or need_w1 or need_b1 else None
         chosen = dispatch.choose("mlp", impl, IMPLEMENTATIONS, dout, x, fc1_weight, fc2_weight)
         if chosen == "triton" and da is not None:
@@ -239,4 +240,4 @@ def _why_not_torch(*_: object) -> list[str]:
     return []
 
 
-IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {"torch": _why_not_torch}
+IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {"triton": dispatch.why_not_triton, "torch": _why_not_torch}
