@@ -29,8 +29,8 @@ class Launch:
 # layer_norm: ELEMENTS numbers a tile (whole rows of D rounded up to a power of two); PER_SM programs a multiprocessor,
 # each with partial sums of its own in the backward.
 LAYER_NORM_FWD: Mapping[str, Launch] = {"default": Launch({"ELEMENTS": 4096}, num_warps=4)}
-LAYER_NORM_BWD: Mapping[str, Launch] = {"default": Launch({"ELEMENTS": 4096, "PER_SM": 4}, num_warps=4)}
+LAYER_NORM_BWD: Mapping[str, Launch] = {"default": Launch({"ELEMENTS": 2048, "PER_SM": 4}, num_warps=4)}
 
 # mlp: BLOCK numbers a program in the forward; in the backward [BLOCK_M, BLOCK_F] tiles down ROWS_EACH rows.
 MLP_FWD: Mapping[str, Launch] = {"default": Launch({"BLOCK": 4096}, num_warps=4)}
-MLP_BWD: Mapping[str, Launch] = {"default": Launch({"BLOCK_M": 4, "BLOCK_F": 1024, "ROWS_EACH": 256}, num_warps=4)}
+MLP_BWD: Mapping[str, Launch] = {"default": Launch({"BLOCK_M": 4, "BLOCK_F": 512, "ROWS_EACH": 256}, num_warps=4)}

@@ -175,6 +175,7 @@ def layer_norm_fwd(
                 BROADCAST=sizes != (1, 1),
                 ACC=acc,
                 num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
             )
     return y, total, mean, rstd
 
@@ -216,6 +217,7 @@ def layer_norm_bwd(
                 BLOCK_D=block_d,
                 ACC=accumulator(total.dtype),
                 num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
             )
     if sums is None:
         return dx, None, None

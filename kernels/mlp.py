@@ -105,6 +105,7 @@ def activation_fwd(h: torch.Tensor, activation: str, *, in_place: bool) -> torch
                 EXACT=h.element_size() > 2,
                 ACC=accumulator(h.dtype),
                 num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
                 **launch.tile,
             )
     return a
@@ -137,6 +138,7 @@ def activation_bwd(
                 EXACT=h.element_size() > 2,
                 ACC=accumulator(h.dtype),
                 num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
             )
     return da, a, None if sums is None else sums.sum(0).to(h.dtype)
 
