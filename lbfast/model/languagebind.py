@@ -312,7 +312,7 @@ class ModalityScales(nn.Module):
     def __init__(self, scales: Mapping[str, torch.Tensor]):
         super().__init__()
         for name, scale in scales.items():
-            self.register_buffer(name, scale.detach().clone())
+            self.register_buffer(name, scale.detach())
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._buffers[name]  # type: ignore[return-value]
