@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -41,7 +43,11 @@ def temporal_attention(
     """
     _check(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    dispatch.choose("temporal_attention", impl, IMPLEMENTATIONS, q, k, v)
+    chosen = dispatch.choose("temporal_attention", impl, IMPLEMENTATIONS, q, k, v)
+    if chosen == "triton":
+        return torch.ops.lbfast.temporal_attention_triton(q, k, v, scale)
+    if chosen == "native":
+        return torch.ops.lbfast.temporal_attention_native(q, k, v, scale)
     return _torch(q, k, v, scale)
 
 
@@ -71,8 +77,56 @@ def _torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
     return out.transpose(1, 2).unflatten(2, q.shape[2:4]).contiguous()
 
 
+# Two library ops of one signature: what torch.compile and torch.export see. The backward keeps q, k, v and nothing else.
+# The kernels of the native one are in csrc/cpu/temporal_attention.cpp, which dispatch loads.
+
+_library = torch.library.Library("lbfast", "FRAGMENT")
+
+
+def _define(name: str) -> None:
+    """Defines lbfast::name and lbfast::name_bwd, with their fakes and autograd."""
+    tags = (torch.Tag.pt2_compliant_tag,)
+    _library.define(f"{name}(Tensor q, Tensor k, Tensor v, float scale) -> Tensor", tags=tags)
+    _library.define(
+        f"{name}_bwd(Tensor do, Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor, Tensor)", tags=tags
+    )
+
+    @torch.library.register_fake(f"lbfast::{name}", lib=_library)
+    def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        return q.new_empty(q.shape)
+
+    @torch.library.register_fake(f"lbfast::{name}_bwd", lib=_library)
+    def _fake_bwd(
+        do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+
+    def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        bwd = getattr(torch.ops.lbfast, f"{name}_bwd")
+        return (*bwd(do, *ctx.saved_tensors, ctx.scale), None)
+
+    torch.library.register_autograd(f"lbfast::{name}", backward, setup_context=setup, lib=_library)
+
+
+_define("temporal_attention_triton")
+_define("temporal_attention_native")
+
+
+def _why_not_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[str]:
+    reasons = []
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        reasons.append(f"the native kernel takes float32 and bfloat16, not {q.dtype}")
+    if q.shape[1] > 32 or q.shape[4] > 128:
+        reasons.append(f"the native kernel takes T <= 32 and D <= 128, not T={q.shape[1]}, D={q.shape[4]}")
+    return reasons or dispatch.why_not_native(q, k, v)
+
+
 def _why_not_torch(*_: object) -> list[str]:
     return []
 
 
-IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {"torch": _why_not_torch}
+IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {"native": _why_not_native, "torch": _why_not_torch}
