@@ -1,0 +1,38 @@
+# Two commands on a fresh machine with Python 3.10+ and a C++ compiler: `make demo` and `make test`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint bench clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+venv: $(VENV)/.test ## the virtual environment, with lbfast and what the tests need
+
+demo: venv ## files of five modalities and captions -> embeddings, similarity tables, time against the reference
+	$(BIN)/python -m bench.demo
+
+test: venv ## every test; ARGS="-k embed" and the like go to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench ## every benchmark of bench/
+	set -e; for file in bench/bench_*.py; do $(BIN)/python -m bench.$$(basename $$file .py); done
+
+clean: ## removes what the commands above made, the virtual environment too
+	rm -rf $(VENV) demo-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each stamp is an extra of pyproject.toml; installing again happens only when the files that say what to install change.
+$(VENV)/.%: pyproject.toml setup.py constraints.txt
+	@echo "installing lbfast[$*] into $(VENV), once: this takes a few minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e '.[$*]'
+	@touch $@
