@@ -77,7 +77,7 @@ def _torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
     return out.transpose(1, 2).unflatten(2, q.shape[2:4]).contiguous()
 
 
-# Two library ops of one signature: what torch.compile and torch.export see. The backward keeps q, k, v and nothing else.
+# Two library ops of one signature: what torch.compile and torch.export see. The backward keeps q, k, v and no more.
 # The kernels of the native one are in csrc/cpu/temporal_attention.cpp, which dispatch loads.
 
 _library = torch.library.Library("lbfast", "FRAGMENT")

@@ -1,0 +1,287 @@
+"""ops.attention: every implementation against the float64 oracle, values and each gradient alone, masks."""
+
+import importlib
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lbfast import dispatch, ops, use_impl
+from lbfast.reference.attention import attention as reference
+from lbfast.testing import ROUNDING, assert_within_budget, randn, relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOKENS = (1, 2, 16, 17, 77, 129, 180, 256, 257, 258, 534, 593)
+HEAD_DIMS = (32, 64, 80, 128)
+DTYPES = {
+    "torch": (torch.float32, torch.float16, torch.bfloat16),
+}
+IMPLS = tuple(DTYPES)
+MASKED = torch.finfo(torch.float32).min
+
+
+def plain(q, k, v, causal=False, key_padding_mask=None, scale=None):
+    """The same in plain torch and the inputs' dtype, masks added in float32."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.transpose(-1, -2)).float()
+    if causal:
+        scores = scores + torch.full(scores.shape[-2:], MASKED, device=q.device).triu(1)
+    if key_padding_mask is not None:
+        padded = key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask < 0
+        scores = scores + padded[:, None, None, :] * MASKED
+    return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+
+
+def sdpa(q, k, v, causal=False, scale=None):
+    """The same by SDPA, whose backward takes the weights from log(sum(exp)) and delta from the rounded result."""
+    tensors = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*tensors, is_causal=causal, scale=scale).transpose(1, 2)
+
+
+def separate(b, n, m, h, d, dtype=torch.float32):
+    return [randn(b, size, h, d, dtype=dtype, device=DEVICE, seed=i) for i, size in enumerate((n, m, m))]
+
+
+def fused(b, n, h, d, dtype=torch.float32):
+    """Views of one projection (B, N, 3 H D)."""
+    return list(randn(b, n, 3, h, d, dtype=dtype, device=DEVICE).unbind(2))
+
+
+def padding(m, *masked):
+    """(B, M) bool, True at the slices given for each sample."""
+    mask = torch.zeros(len(masked), m, dtype=torch.bool, device=DEVICE)
+    for row, where in zip(mask, masked):
+        row[where] = True
+    return mask
+
+
+def grads(function, tensors, do, wanted=(True, True, True)):
+    """The result, and the gradients of those tensors that `wanted` names."""
+    tensors = [x.detach().requires_grad_(want) for x, want in zip(tensors, wanted)]
+    out = function(*tensors)
+    needed = [x for x in tensors if x.requires_grad]
+    return out.detach(), torch.autograd.grad(out, needed, do.to(out.dtype))
+
+
+def check(impl, tensors, **kwargs):
+    """Values and gradients of one call within the budget: that of the less exact of plain torch and SDPA."""
+    do = randn(*tensors[0].shape, dtype=tensors[0].dtype, device=DEVICE, seed=7)
+    out, got = grads(lambda *x: ops.attention(*x, impl=impl, **kwargs), tensors, do)
+    assert out.is_contiguous()
+    exact_out, exact = grads(lambda *x: reference(*x, **kwargs), tensors, do)
+    peers = [plain] if "key_padding_mask" in kwargs else [plain, sdpa]
+    rough = [(one, *many) for one, many in (grads(lambda *x, f=f: f(*x, **kwargs), tensors, do) for f in peers)]
+    for name, actual, true, *candidates in zip(("out", "dq", "dk", "dv"), (out, *got), (exact_out, *exact), *rough):
+        three = actual, true, max(candidates, key=lambda x, true=true: relative_error(x, true))
+        if tensors[1].shape[1] == 1 and name in ("dq", "dk"):  # one key: its weight is 1, and nothing flows through it
+            assert not three[1].any()
+            assert three[0].abs().max() <= 8 * ROUNDING[do.dtype] * do.abs().max()
+        else:
+            assert_within_budget(*three, name)
+
+
+@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("n", TOKENS)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_values_and_gradients(impl, n, d):
+    for dtype in DTYPES[impl] if n < 256 or DEVICE == "cuda" else DTYPES[impl][::2]:  # a CPU is slow at float16
+        check(impl, separate(1, n, n, 1, d, dtype))
+
+
+@pytest.mark.parametrize("n", TOKENS[:7])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_causal(impl, n):
+    for dtype in DTYPES[impl]:
+        check(impl, separate(1, n, n, 1, 64, dtype), causal=True)
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("n", (2, 17, 77))
+@pytest.mark.parametrize("impl", IMPLS)
+def test_padding(impl, n, causal):
+    """Padding at the end, at the start (causal: queries with no key left), and everywhere; hd 64 and 80."""
+    mask = padding(n, slice(n // 2, n), slice(0, n // 2), slice(0, n))
+    for dtype, d in itertools.product(DTYPES[impl], (32, 80)):
+        check(impl, separate(3, n, n, 1, d, dtype), causal=causal, key_padding_mask=mask)
+
+
+@pytest.mark.parametrize("lowest", (float("-inf"), torch.finfo(torch.float32).min, torch.finfo(torch.float16).min))
+@pytest.mark.parametrize("impl", IMPLS)
+def test_additive_padding(impl, lowest):
+    """A float mask, 0 or any lowest value, says what a bool mask says."""
+    tensors = separate(2, 9, 9, 1, 32)
+    mask = padding(9, slice(4, 9), slice(0, 9))
+    additive = torch.zeros(2, 9, device=DEVICE).masked_fill(mask, lowest)
+    for causal in (False, True):
+        expected = ops.attention(*tensors, causal=causal, key_padding_mask=mask, impl=impl)
+        out = ops.attention(*tensors, causal=causal, key_padding_mask=additive, impl=impl)
+        assert torch.equal(out, expected)
+        assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize(("n", "m"), ((1, 257), (1, 1), (3, 40), (40, 3), (18, 17)))
+@pytest.mark.parametrize("impl", IMPLS)
+def test_fewer_or_more_queries_than_keys(impl, n, m):
+    """As in the last vision layer, where only the class token asks."""
+    check(impl, separate(2, n, m, 1, 32))
+    check(impl, separate(2, n, m, 1, 32), key_padding_mask=padding(m, slice(m // 2, m), slice(0, 1)))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_fused_projection(impl):
+    for dtype in DTYPES[impl]:
+        check(impl, fused(2, 33, 2, 64, dtype), scale=0.3)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_any_strides(impl):
+    q, k, v = separate(2, 17, 17, 2, 32)
+    q = q.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0)  # D is not the innermost axis
+    check(impl, [q, k[:1].expand(2, 17, 2, 32), v[:, :, :1].expand(2, 17, 2, 32)])
+
+
+@pytest.mark.parametrize("d", (16, 24, 72, 112))
+@pytest.mark.parametrize("impl", IMPLS)
+def test_other_head_dims(impl, d):
+    check(impl, separate(1, 20, 20, 1, d))
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product((False, True), repeat=3))[1:])
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("impl", IMPLS)
+def test_each_gradient_alone(impl, masked, wanted):
+    tensors = separate(2, 18, 18, 1, 32)
+    do = randn(*tensors[0].shape, device=DEVICE, seed=7)
+    kwargs = {"causal": True, "key_padding_mask": padding(18, slice(9, 18), slice(0, 3))} if masked else {}
+    _, everything = grads(lambda *x: ops.attention(*x, impl=impl, **kwargs), tensors, do)
+    _, some = grads(lambda *x: ops.attention(*x, impl=impl, **kwargs), tensors, do, wanted)
+    for one, other in zip(some, (g for g, want in zip(everything, wanted) if want)):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize(("b", "n"), ((0, 17), (2, 0)))
+@pytest.mark.parametrize("impl", IMPLS)
+def test_empty(impl, b, n, masked):
+    tensors = [torch.empty(b, size, 2, 32, device=DEVICE) for size in (n, 17, 17)]
+    mask = torch.zeros(b, 17, dtype=torch.bool, device=DEVICE) if masked else None
+    do = torch.empty_like(tensors[0])
+    out, got = grads(lambda *x: ops.attention(*x, key_padding_mask=mask, impl=impl), tensors, do)
+    assert out.shape == (b, n, 2, 32)
+    assert [g.shape for g in got] == [x.shape for x in tensors]
+    assert all(not g.any() for g in got)
+
+
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradcheck(impl, causal, masked):
+    tensors = [x.requires_grad_() for x in separate(2, 19, 19, 1, 16, torch.float64)]
+    mask = padding(19, slice(12, 19), slice(15, 19)) if masked else None
+    assert torch.autograd.gradcheck(
+        lambda *x: ops.attention(*x, causal=causal, key_padding_mask=mask, impl=impl), tensors, fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_keys_permute_and_heads_do_not_mix(impl):
+    q, k, v = separate(2, 33, 33, 2, 32)
+    out = ops.attention(q, k, v, impl=impl)
+    order = torch.randperm(33, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    torch.testing.assert_close(ops.attention(q, k[:, order], v[:, order], impl=impl), out, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ops.attention(q[:, order], k, v, impl=impl), out[:, order], rtol=1e-5, atol=1e-6)
+    alone = ops.attention(*(x[1:, :, 1:] for x in (q, k, v)), impl=impl)
+    torch.testing.assert_close(alone, out[1:, :, 1:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_padding_equals_leaving_out(impl):
+    """Keys that are padding might as well not be there; later tokens never reach earlier ones when causal."""
+    q, k, v = separate(1, 30, 30, 1, 32)
+    mask = padding(30, slice(21, 30))
+    shorter = ops.attention(q, k[:, :21], v[:, :21], impl=impl)
+    torch.testing.assert_close(ops.attention(q, k, v, key_padding_mask=mask, impl=impl), shorter, rtol=1e-5, atol=1e-6)
+    causal = ops.attention(q, k, v, causal=True, impl=impl)
+    trimmed = ops.attention(q[:, :21], k[:, :21], v[:, :21], causal=True, impl=impl)
+    torch.testing.assert_close(causal[:, :21], trimmed, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_large_scores(impl):
+    """exp(500) would overflow: the maximum is taken out first."""
+    q, k, v = separate(1, 40, 40, 1, 32)
+    check(impl, [q * 30, k * 30, v])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_deterministic(impl):
+    tensors = separate(2, 40, 40, 2, 32)
+    do = randn(*tensors[0].shape, device=DEVICE, seed=7)
+    first, second = (grads(lambda *x: ops.attention(*x, impl=impl), tensors, do) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1]))
+
+
+class _Module(torch.nn.Module):
+    def __init__(self, causal):
+        super().__init__()
+        self.causal = causal
+
+    def forward(self, q, k, v, mask=None):
+        return ops.attention(q * 2, k, v, causal=self.causal, key_padding_mask=mask) + 1
+
+
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compiles_and_exports(impl, causal, masked):
+    """torch.compile(fullgraph=True) and torch.export go through without a break, the choice included."""
+    tensors = [x.requires_grad_() for x in separate(2, 17, 17, 2, 16)]
+    masks = [padding(17, slice(9, 17), slice(0, 0))] if masked else []
+    module = _Module(causal)
+    with use_impl(impl):
+        expected = module(*tensors, *masks)
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")(*tensors, *masks)
+        torch.testing.assert_close(compiled, expected)
+        for one, other in zip(
+            torch.autograd.grad(compiled.sum(), tensors), torch.autograd.grad(expected.sum(), tensors)
+        ):
+            torch.testing.assert_close(one, other)
+        batch = {0: torch.export.Dim("batch", max=64)}
+        shapes = {"q": batch, "k": batch, "v": batch} | ({"mask": batch} if masked else {})
+        program = torch.export.export(module, (*tensors, *masks), dynamic_shapes=shapes)
+        larger = separate(5, 17, 17, 2, 16) + [padding(17, *[slice(7, 17)] * 5)] * masked
+        torch.testing.assert_close(program.module()(*larger), module(*larger))
+
+
+def test_chooses():
+    """Torch on a CPU; the other libraries' kernels only when asked for."""
+    module = importlib.import_module("lbfast.ops.attention")
+    q = torch.zeros(1, 17, 2, 64)
+    assert dispatch.choose("attention", None, module.IMPLEMENTATIONS, q, q, q, False, None) == "torch"
+    assert list(module.IMPLEMENTATIONS)[-3:] == ["torch", "flash_attn", "xformers"]
+
+
+def test_errors():
+    q = torch.zeros(1, 9, 2, 32)
+    with pytest.raises(ValueError, match=r"q, k: expected \(B, N, H, D\)"):
+        ops.attention(q[0], q[0], q[0])
+    with pytest.raises(ValueError, match=r"k: expected \(B, M, H, D\)"):
+        ops.attention(q, q[:, :, :1], q[:, :, :1])
+    with pytest.raises(ValueError, match="v: expected k's shape"):
+        ops.attention(q, q, q[:, :3])
+    with pytest.raises(ValueError, match="at least one key"):
+        ops.attention(q, q[:, :0], q[:, :0])
+    with pytest.raises(ValueError, match="as many queries as keys, got 9 and 5"):
+        ops.attention(q, q[:, :5], q[:, :5], causal=True)
+    with pytest.raises(ValueError, match=r"key_padding_mask: expected \(B, M\) = \(1, 9\)"):
+        ops.attention(q, q, q, key_padding_mask=torch.zeros(1, 8, dtype=torch.bool))
+    with pytest.raises(TypeError, match="key_padding_mask: expected bool or float"):
+        ops.attention(q, q, q, key_padding_mask=torch.ones(1, 9, dtype=torch.int64))
+    with pytest.raises(TypeError, match="one floating dtype"):
+        ops.attention(q, q, q.half())
+    with pytest.raises(RuntimeError, match=r"impl='flash_attn' cannot take these inputs: .*"):
+        ops.attention(q, q, q, impl="flash_attn")
+    with pytest.raises(RuntimeError, match=r"impl='xformers' cannot take these inputs: .*float32"):
+        ops.attention(q, q, q, impl="xformers")
