@@ -34,6 +34,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file or the keys."""
 
 
+class NotCachedError(OSError):
+    """A file of the hub that is not in the cache, while the hub cannot be reached."""
+
+
 def find_files(
     name_or_path: str | os.PathLike[str],
     *,
@@ -74,12 +78,18 @@ def find_files(
 
     from huggingface_hub.errors import EntryNotFoundError
 
+    absent: NotCachedError | None = None
     for name in WEIGHTS:
         try:
             found = fetch(name)
         except EntryNotFoundError:
             continue
+        except NotCachedError as error:  # offline: the repository may be cached with another of the files
+            absent = absent or error
+            continue
         return [fetch(shard) for shard in _shard_names(found)] if found.suffix == ".json" else [found]
+    if absent is not None:
+        raise absent
     raise FileNotFoundError(f"{name_or_path}: expected one of {', '.join(WEIGHTS)} in this repository, found none")
 
 
@@ -97,7 +107,7 @@ def fetch_file(
 
     Raises:
         huggingface_hub.errors.EntryNotFoundError: the repository has no such file.
-        OSError: the name is no repository, or the hub cannot be reached and the file is not cached.
+        NotCachedError: the hub cannot be reached and the file is not cached. OSError: the name is no repository.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -115,7 +125,7 @@ def fetch_file(
             )
         )
     except LocalEntryNotFoundError as error:
-        raise OSError(
+        raise NotCachedError(
             f"{repo_id}: not a local directory, and {name} of the hub repository of that name is neither in the cache "
             f"({cache_dir or 'default'}) nor can it be fetched (offline?)"
         ) from error

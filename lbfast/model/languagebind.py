@@ -364,7 +364,7 @@ class LanguageBind(nn.Module):
                 f"clip_type: expected modalities of {', '.join(model_dict)}, got {', '.join(sorted(unknown))}"
             )
         models = {
-            name: model_dict[name].from_pretrained(_full_name(where), cache_dir=cache_dir, **loading)
+            name: model_dict[name].from_pretrained(full_name(where), cache_dir=cache_dir, **loading)
             for name, where in clip_type.items()
         }
         self._bind(models, use_temp)
@@ -459,7 +459,8 @@ def load_config(
     return config
 
 
-def _full_name(where: str | os.PathLike[str]) -> str:
+def full_name(where: str | os.PathLike[str]) -> str:
+    """A local path or full repository id as it is; a bare name becomes one of the hub's LanguageBind organisation."""
     name = os.fspath(where)
     return name if "/" in name or os.sep in name or Path(name).is_dir() else f"LanguageBind/{name}"
 
