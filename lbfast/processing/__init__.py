@@ -1,0 +1,30 @@
+"""Files and captions -> tensors. Public names are imported at first use: `import lbfast.processing` costs nothing."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_WHERE = {
+    "MediaError": "media",
+    "Processor": "processor",
+    "transform_dict": "processor",
+    **{f"LanguageBind{name}Processor": "processor" for name in ("Image", "Video", "Audio", "Depth", "Thermal")},
+    **{f"LanguageBind{name}Tokenizer": "text" for name in ("Image", "Video", "Audio", "Depth", "Thermal")},
+    "default_tokenizer": "text",
+    "Compose": "transforms",
+}
+
+__all__ = [*_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'lbfast.processing' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"lbfast.processing.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

@@ -1,0 +1,70 @@
+"""Depth maps in millimetres -> (3, size, size): 16-bit PNG files, or arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lbfast.processing.image import image_size, open_image
+from lbfast.processing.media import MediaError, describe, is_path, named
+from lbfast.processing.transforms import CenterCrop, Compose, Normalize, Resize, Step
+
+_MILLIMETRES = "a 16-bit single-channel depth map in millimetres"
+
+
+class DepthNorm(Step):
+    """Millimetres (H, W) -> metres, clipped to [min_depth, max_depth], over max_depth: float32 (3, H, W) in [0, 1].
+
+    max_depth 0 takes the map's own maximum. Raises MediaError for other shapes, no pixels, or values not finite.
+    """
+
+    def __init__(self, max_depth: float = 0, min_depth: float = 0.01):
+        self.max_depth, self.min_depth = max_depth, min_depth
+
+    def __call__(self, x: Any) -> torch.Tensor:
+        depth = _millimetres(x) / 1000.0
+        depth = depth.clamp(min=self.min_depth)
+        if self.max_depth:
+            depth = depth.clamp(max=self.max_depth) / self.max_depth
+        else:
+            depth = depth / depth.max()
+        return depth.expand(3, -1, -1)
+
+
+def _millimetres(x: Any) -> torch.Tensor:
+    if isinstance(x, Image.Image):
+        if x.mode != "F" and not x.mode.startswith("I"):
+            raise MediaError("PIL image", _MILLIMETRES, f"mode {x.mode}")
+        x = np.array(x)
+    if not isinstance(x, np.ndarray | torch.Tensor):
+        raise TypeError(f"images: expected a path, PIL image, array or tensor of depths, got {type(x).__name__}")
+    shape = tuple(x.shape)
+    x = torch.from_numpy(x.astype(np.float32)) if isinstance(x, np.ndarray) else x.detach().float()
+    if x.dim() == 3 and x.shape[0] == 1:
+        x = x[0]
+    if x.dim() != 2 or x.numel() == 0:
+        raise MediaError("depth in memory", "shape (H, W)", f"shape {shape}")
+    if not torch.isfinite(x).all():
+        raise MediaError("depth in memory", "finite depths in millimetres", "NaN or infinite values")
+    return x
+
+
+def depth_transform(vision_config: Any, antialias: bool = True) -> Compose:
+    """(H, W) millimetres in memory -> (3, size, size) float32, normalised."""
+    size = image_size(vision_config)
+    max_depth = getattr(vision_config, "max_depth", 10)
+    return Compose([DepthNorm(max_depth), Resize(size, antialias), CenterCrop(size), Normalize()])
+
+
+def load_and_transform_depth(depth: Any, transform: Any) -> torch.Tensor:
+    """A path, or millimetres in memory, through `transform`. MediaError for 8-bit or colour files: no depth maps."""
+    if not is_path(depth):
+        return transform(depth)
+    picture = open_image(depth, _MILLIMETRES)
+    if picture.mode != "F" and not picture.mode.startswith("I"):
+        raise MediaError(str(depth), _MILLIMETRES, f"{describe(depth)} of mode {picture.mode} (8 bits a channel)")
+    with named(depth):
+        return transform(np.array(picture))

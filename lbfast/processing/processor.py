@@ -1,0 +1,262 @@
+"""`Processor`: files, data in memory and captions -> what a model takes. A modality is a row of `ROWS`."""
+
+from __future__ import annotations
+
+import numbers
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lbfast.processing import audio, depth, image, video
+from lbfast.processing.transforms import Compose
+
+
+@dataclass(frozen=True)
+class Row:
+    """What tells one modality's processing from the others.
+
+    Attributes:
+        transform: (vision_config, antialias) -> transform of one item in memory.
+        load: (item, transform, **options) -> pixel values of one item, a path or in memory.
+        item_dims: dimensions of one item given as array or tensor; one more is a batch. 0: arrays alone are not items.
+        options: names of the vision config that `load` takes as keyword arguments.
+    """
+
+    transform: Callable[..., Any]
+    load: Callable[..., torch.Tensor]
+    item_dims: int
+    options: tuple[str, ...] = ()
+
+
+_PICTURE = Row(image.image_transform, image.load_and_transform_image, 3)
+ROWS: dict[str, Row] = {
+    "image": _PICTURE,
+    "thermal": _PICTURE,
+    "depth": Row(depth.depth_transform, depth.load_and_transform_depth, 2),
+    "audio": Row(audio.audio_transform, audio.load_and_transform_audio, 0),
+    "video": Row(video.video_transform, video.load_and_transform_video, 4, ("video_decode_backend", "num_frames")),
+}
+
+
+class Processor:
+    """Processor of one modality; use a subclass. Gives the same output for the same input, unless training.
+
+    Args:
+        config: anything with a `vision_config`.
+        tokenizer: for `text`; may be absent where only `images` are given.
+        antialias: smooth when shrinking images, thermal pictures and depth maps; False is what torchvision 0.14.1 did.
+        training: clips are mirrored with probability 1/2, segments of long sounds are drawn.
+        generator: seeds those draws; None takes torch's own.
+
+    Attributes:
+        transform: turns one item in memory into pixel values; for pictures `transform.transforms` is the list of steps.
+        image_processor: (item, transform, **options) -> pixel values of one item.
+    """
+
+    modality: ClassVar[str]
+
+    def __init__(
+        self,
+        config: Any,
+        tokenizer: Any = None,
+        *,
+        antialias: bool = True,
+        training: bool = False,
+        generator: torch.Generator | None = None,
+    ):
+        row = ROWS[self.modality]
+        self.config, self.tokenizer = config, tokenizer
+        self.transform = row.transform(config.vision_config, antialias)
+        self.image_processor = row.load
+        self.training = False
+        if training:
+            self.train(generator=generator)
+
+    def train(self, mode: bool = True, generator: torch.Generator | None = None) -> Processor:
+        """Turns random flips and audio segments on or off; `generator` seeds them."""
+        self.training = mode
+        if hasattr(self.transform, "train"):
+            self.transform.train(mode, generator)
+        return self
+
+    def eval(self) -> Processor:
+        """Deterministic from here on."""
+        return self.train(False)
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        context_length: int = 77,
+        return_tensors: str | None = None,
+        *,
+        truncation: bool = True,
+        raw: bool = False,
+        clip_start_sec: float | None = None,
+        clip_end_sec: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Prepares items, captions, or both.
+
+        Args:
+            images: one item or a list: paths, or data in memory as the modality's transform takes it; an array with one
+                dimension more than an item is a batch.
+            text: a caption or a list of them.
+            context_length: tokens a caption; shorter ones are padded.
+            return_tensors: for the text, as tokenizers take it ("pt"); pixel values are always tensors.
+            truncation: cut longer captions; False raises instead.
+            raw: pixel values as uint8 0..255, resized and cropped but not normalised, each rounded to the nearest level
+                (off by up to 0.5 / 255, 0.007 after normalisation; bicubic overshoot is clamped). Not for audio.
+            clip_start_sec, clip_end_sec: seconds of a video file.
+            kwargs: further arguments for the tokenizer.
+
+        Returns:
+            {"pixel_values"} without text; a BatchEncoding with input_ids and attention_mask (and pixel_values) with it.
+            pixel_values: float32 (or uint8) (B, 3, H, W), video (B, 3, T, H, W).
+
+        Raises:
+            FileNotFoundError, MediaError: see lbfast.processing.media.
+            ValueError: nothing to do, an empty list, no tokenizer, a caption too long with truncation=False.
+        """
+        if text is None and images is None:
+            raise ValueError("text, images: expected at least one of them, got neither")
+        encoding = None if text is None else self._tokenize(text, context_length, return_tensors, truncation, kwargs)
+        if images is None:
+            return encoding
+        given = {"clip_start_sec": clip_start_sec, "clip_end_sec": clip_end_sec}
+        clip = {name: value for name, value in given.items() if value is not None}
+        if clip and self.modality != "video":
+            raise ValueError(f"{', '.join(clip)}: expected for video only, got {self.modality}")
+        pixel_values = self._pixels(images, raw, clip)
+        if encoding is None:
+            return {"pixel_values": pixel_values}
+        encoding["pixel_values"] = pixel_values
+        return encoding
+
+    def _pixels(self, images: Any, raw: bool, clip: dict[str, float]) -> torch.Tensor:
+        items = self._items(images)
+        if not items:
+            raise ValueError("images: expected at least one item, got an empty list")
+        transform, vision = self.transform, self.config.vision_config
+        if raw:
+            if not isinstance(transform, Compose):
+                raise ValueError(f"raw: expected a modality with pixels, got {self.modality}")
+            transform = transform.raw()
+        options = {name: getattr(vision, name) for name in ROWS[self.modality].options if hasattr(vision, name)}
+        return torch.stack([self.image_processor(item, transform, **options, **clip) for item in items])
+
+    def _items(self, images: Any) -> list[Any]:
+        """The items in `images`: a list, a batched array, or one item."""
+        dims = ROWS[self.modality].item_dims
+        if isinstance(images, np.ndarray | torch.Tensor):
+            return list(images) if dims and images.ndim == dims + 1 else [images]
+        if not isinstance(images, list | tuple):
+            return [images]
+        if self.modality == "audio" and len(images) == 2 and isinstance(images[1], numbers.Real):
+            return [tuple(images)]
+        if self.modality == "video" and images and all(_is_frame(frame) for frame in images):
+            return [images]
+        return list(images)
+
+    def _tokenize(
+        self, text: Any, context_length: int, return_tensors: str | None, truncation: bool, kwargs: dict[str, Any]
+    ) -> Any:
+        if self.tokenizer is None:
+            raise ValueError(
+                "text: expected a tokenizer (lbfast.processing.text.default_tokenizer() is CLIP's), got None"
+            )
+        if not isinstance(text, str) and len(text) == 0:
+            raise ValueError("text: expected at least one caption, got an empty list")
+        options = {"max_length": context_length, "padding": "max_length", "truncation": truncation, **kwargs}
+        if not truncation:
+            ids = self.tokenizer(text, **{**options, "padding": False, "max_length": None})["input_ids"]
+            longest = len(ids) if isinstance(text, str) else max(map(len, ids))
+            if longest > context_length:
+                raise ValueError(f"text: expected at most {context_length} tokens with truncation=False, got {longest}")
+        return self.tokenizer(text, return_tensors=return_tensors, **options)
+
+    def batch_decode(self, *args: Any, skip_special_tokens: bool = True, **kwargs: Any) -> list[str]:
+        """The tokenizer's batch_decode."""
+        return self.tokenizer.batch_decode(*args, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def decode(self, *args: Any, skip_special_tokens: bool = True, **kwargs: Any) -> str:
+        """The tokenizer's decode."""
+        return self.tokenizer.decode(*args, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        **kwargs: Any,
+    ) -> Processor:
+        """The processor of a checkpoint: its config, and its tokenizer.
+
+        Args:
+            pretrained_model_name_or_path: directory, or name on the hub.
+            cache_dir, revision, token: of the download.
+            kwargs: antialias, training, generator.
+        """
+        from lbfast.model.config import config_dict
+        from lbfast.model.languagebind import load_config
+        from lbfast.processing.text import TOKENIZERS
+
+        hub: dict[str, Any] = {"cache_dir": cache_dir, "revision": revision or "main", "token": token}
+        config = load_config(config_dict[cls.modality], pretrained_model_name_or_path, **hub)
+        tokenizer = TOKENIZERS[cls.modality].from_pretrained(pretrained_model_name_or_path, **hub)
+        return cls(config, tokenizer, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(transform={self.transform!r}, training={self.training})"
+
+
+class LanguageBindImageProcessor(Processor):
+    """Images -> (B, 3, 224, 224)."""
+
+    modality = "image"
+
+
+class LanguageBindVideoProcessor(Processor):
+    """Videos -> (B, 3, T, 224, 224)."""
+
+    modality = "video"
+
+
+class LanguageBindAudioProcessor(Processor):
+    """Sounds -> (B, 3, num_mel_bins, target_length)."""
+
+    modality = "audio"
+
+
+class LanguageBindDepthProcessor(Processor):
+    """Depth maps in millimetres -> (B, 3, 224, 224)."""
+
+    modality = "depth"
+
+
+class LanguageBindThermalProcessor(Processor):
+    """Thermal pictures, 8 bits -> (B, 3, 224, 224)."""
+
+    modality = "thermal"
+
+
+transform_dict: dict[str, type[Processor]] = {
+    "image": LanguageBindImageProcessor,
+    "video": LanguageBindVideoProcessor,
+    "audio": LanguageBindAudioProcessor,
+    "depth": LanguageBindDepthProcessor,
+    "thermal": LanguageBindThermalProcessor,
+}
+
+
+def _is_frame(item: Any) -> bool:
+    """A picture of a clip given as a list, rather than a clip."""
+    return isinstance(item, Image.Image) or (isinstance(item, np.ndarray | torch.Tensor) and item.ndim == 3)

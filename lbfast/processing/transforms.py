@@ -1,0 +1,259 @@
+"""The steps that turn decoded pixels into a model's input, and `Compose`, which runs a list of them.
+
+Each step is a small callable on tensors (C, ..., H, W), so that `processor.transform.transforms` can be filtered and
+composed again. Means and deviations are CLIP's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lbfast.processing.media import MediaError
+from lbfast.processing.resize import resized_crop
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+_CHANNELS = (1, 3, 4)
+
+
+class Step:
+    """A callable whose repr shows the attributes it was made with."""
+
+    def __call__(self, x: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        shown = (f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+class Affine(Step):
+    """A step x -> a x + b for each channel. It commutes with resizing, whose weights sum to one."""
+
+    def pixels(self, x: Any) -> torch.Tensor:
+        """The input as a tensor, not yet scaled."""
+        return x
+
+    def affine(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """a x + b in float32; `dtype` is that of the pixels before anything was computed."""
+        raise NotImplementedError
+
+    def __call__(self, x: Any) -> torch.Tensor:
+        x = self.pixels(x)
+        return self.affine(x.float(), x.dtype)
+
+
+class ToTensor(Affine):
+    """A picture in memory -> float32 (3, H, W) in [0, 1].
+
+    Takes a PIL image of any mode with 8 bits or fewer a channel (converted to RGB, transparency dropped); uint8 arrays
+    or tensors 0..255; float ones already in [0, 1]. Shapes: (H, W) grey, (H, W, C) or (C, H, W) with C of 1, 3 or 4;
+    where both readings fit, an array is (H, W, C) and a tensor (C, H, W).
+
+    Raises:
+        MediaError: 16-bit or float pictures, other shapes or dtypes, floats that are clearly not in [0, 1].
+    """
+
+    def pixels(self, x: Any) -> torch.Tensor:
+        return to_rgb(x)
+
+    def affine(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return x / 255 if dtype == torch.uint8 else x
+
+
+class ToFloat(Affine):
+    """Pixels 0..255 of any dtype -> float32 in [0, 1]."""
+
+    def affine(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return x / 255
+
+
+class Normalize(Affine):
+    """(x - mean) / std for each channel of (C, ..., H, W)."""
+
+    def __init__(self, mean: Iterable[float] = MEAN, std: Iterable[float] = STD):
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def affine(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        shape = (-1, *(1,) * (x.dim() - 1))
+        return (x - torch.tensor(self.mean).view(shape)) / torch.tensor(self.std).view(shape)
+
+
+class NormalizeVideo(Normalize):
+    """Normalize, under the name it has in the video list."""
+
+
+class Resize(Step):
+    """Short side to `size`, bicubic; the long side is rounded down. torchvision 0.14.1 did not antialias tensors."""
+
+    kind = "bicubic"
+
+    def __init__(self, size: int, antialias: bool = True):
+        self.size, self.antialias = size, antialias
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after the resize."""
+        if width <= height:
+            return int(self.size * height / width), self.size
+        return self.size, int(self.size * width / height)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        size = self.output_size(*x.shape[-2:])
+        return resized_crop(x, size, (0, 0, *size), self.kind, self.antialias)
+
+
+class ShortSideScale(Resize):
+    """Short side to `size`, bilinear and not antialiased."""
+
+    kind = "bilinear"
+
+    def __init__(self, size: int, antialias: bool = False):
+        super().__init__(size, antialias)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        if width < height:
+            return math.floor(height / width * self.size), self.size
+        return self.size, math.floor(width / height * self.size)
+
+
+class CenterCrop(Step):
+    """The middle `size` x `size` pixels."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def window(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Top, left, height and width of the crop. Raises ValueError where the picture is smaller."""
+        if min(height, width) < self.size:
+            raise ValueError(f"CenterCrop: expected at least {self.size} x {self.size} pixels, got {height} x {width}")
+        return round((height - self.size) / 2), round((width - self.size) / 2), self.size, self.size
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        top, left, height, width = self.window(*x.shape[-2:])
+        return x[..., top : top + height, left : left + width]
+
+
+class CenterCropVideo(CenterCrop):
+    """CenterCrop, under the name it has in the video list."""
+
+
+class RandomHorizontalFlipVideo(Step):
+    """Mirrors the clip with probability p while training; otherwise leaves it (upstream flips at inference too)."""
+
+    def __init__(self, p: float = 0.5, training: bool = False, generator: torch.Generator | None = None):
+        self.p, self.training, self._generator = p, training, generator
+
+    def train(self, mode: bool = True, generator: torch.Generator | None = None) -> RandomHorizontalFlipVideo:
+        """Turns the draw on or off; `generator` seeds it (None: torch's own)."""
+        self.training, self._generator = mode, generator
+        return self
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and torch.rand((), generator=self._generator).item() < self.p:
+            return x.flip(-1)
+        return x
+
+
+class ToUint8(Step):
+    """[0, 1] -> uint8 0..255, rounded to nearest and clamped: off by half a level, 0.5 / 255 / std when normalised."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+class Compose:
+    """Runs `transforms` one after the other.
+
+    A resize followed by a crop is computed in one go, and affine steps before the pair run after it, on the pixels that
+    stay: the same result up to float32 rounding, in a fraction of the time.
+    """
+
+    def __init__(self, transforms: Iterable[Callable[[Any], Any]]):
+        self.transforms = list(transforms)
+
+    def __call__(self, x: Any) -> torch.Tensor:
+        steps: list[Any] = self.transforms
+        for i, (resize, crop) in enumerate(itertools.pairwise(steps)):
+            if isinstance(resize, Resize) and isinstance(crop, CenterCrop):
+                return self._crop_first(x, i)
+        for step in steps:
+            x = step(x)
+        return x
+
+    def _crop_first(self, x: Any, i: int) -> torch.Tensor:
+        steps: list[Any] = self.transforms
+        if not all(isinstance(step, Affine) for step in steps[:i]):
+            for step in steps[:i]:
+                x = step(x)
+            return Compose(steps[i:])(x)
+        for step in steps[:i]:
+            x = step.pixels(x)
+        dtype, size = x.dtype, steps[i].output_size(*x.shape[-2:])
+        x = resized_crop(x, size, steps[i + 1].window(*size), steps[i].kind, steps[i].antialias)
+        for step in steps[:i]:
+            x = step.affine(x, dtype)
+        for step in steps[i + 2 :]:
+            x = step(x)
+        return x
+
+    def train(self, mode: bool = True, generator: torch.Generator | None = None) -> Compose:
+        """Turns the random steps on or off; `generator` seeds them (None: torch's own)."""
+        for step in self.transforms:
+            if isinstance(step, RandomHorizontalFlipVideo):
+                step.train(mode, generator)
+        return self
+
+    def raw(self) -> Compose:
+        """The same list without normalisation, ending in uint8: for a patch embedding that folds it into its weight."""
+        return Compose([*(s for s in self.transforms if not isinstance(s, Normalize)), ToUint8()])
+
+    def __repr__(self) -> str:
+        return "Compose(" + "".join(f"\n    {step!r}" for step in self.transforms) + "\n)"
+
+
+def to_rgb(x: Any) -> torch.Tensor:
+    """A picture in memory as (3, H, W): uint8 0..255, or float32 in [0, 1]. See ToTensor."""
+    expected = "an 8-bit picture"
+    if isinstance(x, Image.Image):
+        if x.mode.startswith(("I", "F")):
+            raise MediaError(
+                "PIL image",
+                expected,
+                f"mode {x.mode} (more than 8 bits a channel; depth maps have their own processor)",
+            )
+        if 0 in x.size:
+            raise MediaError("PIL image", expected, f"no pixels ({x.size[0]} x {x.size[1]})")
+        array = np.array(x if x.mode == "RGB" else x.convert("RGB"))
+        return torch.from_numpy(array).permute(2, 0, 1)
+    kind = "tensor" if isinstance(x, torch.Tensor) else "array"
+    if not isinstance(x, np.ndarray | torch.Tensor):
+        raise TypeError(f"images: expected a path, PIL image, array or tensor, got {type(x).__name__}")
+    expected = "(H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4"
+    shape = tuple(x.shape)
+    t = torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x)
+    if t.dim() == 2:
+        t = t.unsqueeze(0)
+    elif t.dim() == 3 and (shape[-1] in _CHANNELS) and (kind == "array" or shape[0] not in _CHANNELS):
+        t = t.permute(2, 0, 1)
+    if t.dim() != 3 or t.shape[0] not in _CHANNELS or 0 in shape:
+        raise MediaError(kind, expected, f"shape {shape}")
+    if t.dtype != torch.uint8:
+        t = _unit_floats(t, kind)
+    return t.expand(3, -1, -1) if t.shape[0] == 1 else t[:3]
+
+
+def _unit_floats(t: torch.Tensor, kind: str) -> torch.Tensor:
+    if not t.is_floating_point():
+        raise MediaError(kind, "uint8 0..255 or floats in [0, 1]", f"dtype {t.dtype}")
+    t = t.detach().float()
+    low, high = t.min().item(), t.max().item()
+    if not -1 <= low <= high <= 2:  # a bicubic resize overshoots a little; 0..255, normalised pixels or NaN do not pass
+        raise MediaError(kind, "floats in [0, 1]", f"values from {low:g} to {high:g}")
+    return t
