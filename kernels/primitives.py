@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 
 
@@ -62,3 +63,48 @@ def programs(device: torch.device, per_sm: int) -> int:
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     """Sums are float32, float64 for float64."""
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of tl.dot: float32 as torch's own matmuls are set to do it; the other types know one way."""
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
+# Head dims in two parts, powers of two: 80 is 64 + 16 rather than a padded 128.
+
+
+def split_head(d: int) -> tuple[int, int]:
+    """(D_1, D_2): the largest power of two in d, and one that covers the rest (0: nothing is left). At least 16."""
+    d_1 = max(16, 1 << (d.bit_length() - 1))
+    rest = d - d_1
+    return d_1, max(16, 1 << (rest - 1).bit_length()) if rest > 0 else 0
+
+
+@triton.jit
+def load_rows(ptr, o_row, m_row, D: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr):
+    """Rows of D at offsets o_row, 0 where not m_row: [ROWS, D_1] and [ROWS, D_2] (the first again where D_2 is 0)."""
+    o_1 = tl.arange(0, D_1)
+    m_1 = m_row[:, None] if D_1 <= D else m_row[:, None] & (o_1 < D)[None, :]
+    part_1 = tl.load(ptr + o_row[:, None] + o_1[None, :], mask=m_1, other=0.0)
+    part_2 = part_1
+    if D_2:
+        o_2 = D_1 + tl.arange(0, D_2)
+        m_2 = m_row[:, None] if D_1 + D_2 <= D else m_row[:, None] & (o_2 < D)[None, :]
+        part_2 = tl.load(ptr + o_row[:, None] + o_2[None, :], mask=m_2, other=0.0)
+    return part_1, part_2
+
+
+@triton.jit
+def store_rows(ptr, o_row, m_row, part_1, part_2, D: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr):
+    """Writes what load_rows would read, rounded to the pointer's type."""
+    o_1 = tl.arange(0, D_1)
+    m_1 = m_row[:, None] if D_1 <= D else m_row[:, None] & (o_1 < D)[None, :]
+    tl.store(ptr + o_row[:, None] + o_1[None, :], part_1.to(ptr.dtype.element_ty), mask=m_1)
+    if D_2:
+        o_2 = D_1 + tl.arange(0, D_2)
+        m_2 = m_row[:, None] if D_1 + D_2 <= D else m_row[:, None] & (o_2 < D)[None, :]
+        tl.store(ptr + o_row[:, None] + o_2[None, :], part_2.to(ptr.dtype.element_ty), mask=m_2)

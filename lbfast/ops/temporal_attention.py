@@ -116,6 +116,34 @@ _define("temporal_attention_triton")
 _define("temporal_attention_native")
 
 
+def _triton_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    from lbfast.kernels import temporal_attention as kernel
+
+    return kernel.temporal_attention_fwd(q, k, v, scale)
+
+
+def _triton_bwd(
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from lbfast.kernels import temporal_attention as kernel
+
+    return kernel.temporal_attention_bwd(do, q, k, v, scale)
+
+
+for _device in ("CUDA", "CPU"):  # the latter for the interpreter
+    _library.impl("temporal_attention_triton", _triton_fwd, _device)
+    _library.impl("temporal_attention_triton_bwd", _triton_bwd, _device)
+
+
+def _why_not_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[str]:
+    reasons = dispatch.why_not_triton(q, k, v)
+    if reasons:
+        return reasons
+    from lbfast.kernels import temporal_attention as kernel
+
+    return kernel.why_not(q)
+
+
 def _why_not_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[str]:
     reasons = []
     if q.dtype not in (torch.float32, torch.bfloat16):
@@ -129,4 +157,8 @@ def _why_not_torch(*_: object) -> list[str]:
     return []
 
 
-IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {"native": _why_not_native, "torch": _why_not_torch}
+IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {
+    "triton": _why_not_triton,
+    "native": _why_not_native,
+    "torch": _why_not_torch,
+}
