@@ -35,6 +35,8 @@ def read_audio(path: Any) -> tuple[torch.Tensor, int]:
             if not container.streams.audio:
                 raise MediaError(name, _WAVEFORM, f"{describe(name)} without sound")
             stream = container.streams.audio[0]
+            if stream.codec_context is None:
+                raise MediaError(name, _WAVEFORM, f"{describe(name)} in a codec that FFmpeg cannot decode here")
             rate = stream.codec_context.sample_rate
             declared = float(stream.duration * stream.time_base) if stream.duration else 0.0
             exact = container.format.name == "flac"  # its header says how many samples there are

@@ -70,7 +70,10 @@ class _File:
             container.close()
             raise MediaError(self.name, _VIDEO, f"{describe(self.name)} without moving pictures")
         best = container.streams.best("video")
-        stream = best if best in streams else streams[0]
+        stream: Any = best if best in streams else streams[0]
+        if stream.codec_context is None:
+            container.close()
+            raise MediaError(self.name, _VIDEO, f"{describe(self.name)} in a codec that FFmpeg cannot decode here")
         stream.codec_context.thread_type = "AUTO"
         stream.codec_context.thread_count = torch.get_num_threads()
         return container, stream
@@ -122,7 +125,8 @@ class _File:
         position = {p: i for i, p in enumerate(self.pts) if p is not None}
         order = sorted(position)
         base: Fraction = self.stream.time_base
-        wanted = [order[i] for i in choose([float((p - order[0]) * base) for p in order])]
+        times = [(p - order[0]) * base.numerator / base.denominator for p in order]
+        wanted = [order[i] for i in choose(times)]
         runs: list[list[int]] = []  # first and last packet; leading pictures of a key frame may make neighbours overlap
         for pts in sorted(set(wanted)):
             begin = max((k for k in self.keys if k <= position[pts] and self._pts(k) <= pts), default=0)
