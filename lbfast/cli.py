@@ -1,0 +1,209 @@
+"""The command `lbfast`: embed, doctor, demo. torch is imported by the commands, not by `lbfast --help`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+import lbfast
+from lbfast.embedding.items import ORDER
+
+if TYPE_CHECKING:
+    from lbfast.embedding import Failure, Summary
+    from lbfast.embedding.pipeline import Progress
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="LanguageBind, faster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+_errors = Console(stderr=True, soft_wrap=True)
+
+Modality = Enum("Modality", {name: name for name in ORDER})  # type: ignore[misc]
+Precision = Enum("Precision", {name: name for name in ("auto", "float32", "bfloat16", "float16")})  # type: ignore[misc]
+
+
+def main() -> None:
+    """Entry point of the script `lbfast`."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        _errors.print("interrupted")
+        sys.exit(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What a user can mend is one line on stderr and exit status 1; the rest is a fault of ours, with its traceback."""
+    try:
+        yield
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the reader of a pipe left; nothing more can be said there)
+        raise typer.Exit(1) from None
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        _errors.print(f"[bold red]error:[/] {escape(_message(error))}")
+        raise typer.Exit(1) from error
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return str(error) or type(error).__name__
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lbfast {lbfast.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    help="Embeds files and captions into one Parquet file.\n\n"
+    "Its rows are [bold]id, modality, path, embedding, model[/]; embeddings are float32 of unit length. Captions come "
+    "from text files, one a line.\n\n"
+    "A run that was interrupted goes on where it stopped when the same command is given again. A bad file is reported "
+    "and skipped. Exit status: 0; 1 if nothing could be embedded or the run had to stop; 130 if interrupted."
+)
+def embed(
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILES_OR_FOLDERS...", help="Each may be MODALITY=PATH, as in [bold]depth=maps/[/]."),
+    ],
+    model: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[MODALITY=]DIR_OR_NAME",
+            help="A checkpoint: local directory, or name on the hub. Once for each modality.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE.parquet", help="Where the embeddings go.")],
+    modality: Annotated[
+        Modality | None, typer.Option(help="What every file is, whatever its type; language: one caption a line.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Files, clips or captions at a time.")] = 8,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that decode. Default: one less than the cores, at most 8.")
+    ] = None,
+    dtype: Annotated[
+        Precision, typer.Option(help="Of the weights. auto: float32 on a CPU, bfloat16 on a GPU.")
+    ] = Precision["auto"],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad file.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace FILE, and an unfinished run with other settings.")
+    ] = False,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the checkpoints on the hub.")] = None,
+) -> None:
+    from lbfast.embedding import embed_files
+
+    with _plain_errors(), _progress_bars() as (progress, on_failure):
+        try:
+            summary = embed_files(
+                files,
+                model,
+                out,
+                modality=modality.value if modality else None,
+                batch_size=batch_size,
+                workers=min(8, max(1, (os.cpu_count() or 1) - 1)) if workers is None else workers,
+                dtype=dtype.value,
+                device=device,
+                strict=strict,
+                overwrite=overwrite,
+                cache_dir=cache_dir,
+                revision=revision,
+                on_failure=on_failure,
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            _errors.print("interrupted; what is finished is kept: the same command goes on from here")
+            raise typer.Exit(INTERRUPTED) from None
+    _summarise(summary)
+
+
+def _summarise(summary: Summary) -> None:
+    """One line on stdout, and what was ignored on stderr. Exit status 1 where there is no output."""
+    for reason, count in sorted(summary.ignored.items()):
+        _errors.print(f"ignored {count} {'file' if count == 1 else 'files'}: {escape(reason)}", highlight=False)
+    by_modality = ", ".join(f"{count} {name}" for name, count in summary.embedded.items())
+    line = f"{sum(summary.embedded.values())} embedded" + (f" ({by_modality})" if by_modality else "")
+    if summary.resumed:
+        line += f", {summary.resumed} of them by an earlier run"
+    line += f", {len(summary.failures)} failed"
+    typer.echo(line + (f" -> {summary.out}" if summary.out else "; nothing was written"))
+    if summary.out is None:
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _progress_bars() -> Iterator[tuple[Progress, Callable[[Failure], None]]]:
+    """A bar for each modality on stderr, where that is a terminal; failures are printed above them either way."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=_errors,
+        disable=not _errors.is_terminal,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def progress(modality: str, done: int, total: int) -> None:
+        if modality not in tasks:
+            tasks[modality] = bars.add_task(f"{modality:>8}", total=total, completed=done, rate="")
+        speed = bars.tasks[tasks[modality]].speed
+        rate = f"{speed:.1f}/s" if speed else ""
+        bars.update(tasks[modality], completed=done, rate=rate)
+
+    def on_failure(failure: Failure) -> None:
+        reason = failure.reason if failure.path in failure.reason else f"{failure.path}: {failure.reason}"
+        _errors.print(f"[yellow]skipped[/] {escape(reason)}", highlight=False)
+
+    with bars:
+        yield progress, on_failure
+
+
+@app.command()
+def doctor() -> None:
+    """Shows versions, devices, and which implementation each op takes where, with the reasons against the others."""
+    from lbfast.doctor import examine
+
+    with _plain_errors():
+        examine(Console())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the samples and checkpoints it makes.")] = Path("demo-out"),
+) -> None:
+    """Makes files of five modalities, embeds them with captions, and prints the similarity tables."""
+    from lbfast.demo import run, show
+
+    with _plain_errors():
+        console = Console()
+        show(console, run(out, console))

@@ -1,0 +1,123 @@
+"""The checkpoints of an embedding run: which modality each is of, and what tells it from another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from lbfast.model.config import LanguageBindConfig
+    from lbfast.model.languagebind import LanguageBindModel
+
+MODALITY_NAMES = ("image", "video", "audio", "depth", "thermal")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose config has been read, not yet its weights.
+
+    Attributes:
+        name: as given.
+        where: local directory or full repository id.
+        hub: cache_dir, revision and token of downloads.
+    """
+
+    name: str
+    modality: str
+    where: str
+    config: LanguageBindConfig
+    hub: dict[str, Any]
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> LanguageBindModel:
+        """The model, in eval mode on `device`. Raises what `from_pretrained` raises."""
+        from lbfast.model.languagebind import model_dict
+
+        model = model_dict[self.modality].from_pretrained(self.where, torch_dtype=dtype, **self.hub)
+        return model.to(device)  # type: ignore[arg-type]
+
+    def tokenizer(self) -> Any:
+        """The tokenizer beside the weights, or CLIP's own, which every published checkpoint has."""
+        from lbfast.processing.text import TOKENIZERS, default_tokenizer
+
+        own = Path(self.where)
+        if own.is_dir() and not (own / "vocab.json").is_file() and not (own / "tokenizer.json").is_file():
+            return default_tokenizer(TOKENIZERS[self.modality])
+        return TOKENIZERS[self.modality].from_pretrained(self.where, **self.hub)
+
+    def fingerprint(self) -> str:
+        """Changes when the config changes, or a weight file's name, size or time."""
+        from lbfast.model import checkpoint
+
+        key = hashlib.sha256(self.config.to_json_string().encode())
+        for file in checkpoint.find_files(self.where, **self.hub):
+            status = file.stat()
+            key.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+        return key.hexdigest()[:16]
+
+
+def open_checkpoints(given: Sequence[str | os.PathLike[str]], **hub: Any) -> dict[str, Checkpoint]:
+    """Reads the configs of "DIR_OR_NAME" or "MODALITY=DIR_OR_NAME"; where no modality is named, the config says it.
+
+    Args:
+        given: local directories, full repository ids, or names of the hub's LanguageBind organisation.
+        hub: cache_dir, revision, token.
+
+    Raises:
+        ValueError: no checkpoint, two of one modality, embeddings of different sizes, or a config of another model.
+        FileNotFoundError: no config.json there. OSError: a hub name that is neither cached nor reachable.
+    """
+    found: dict[str, Checkpoint] = {}
+    for name in [os.fspath(item) for item in given]:
+        opened = _open(name, hub)
+        if opened.modality in found:
+            first = found[opened.modality].name
+            raise ValueError(f"model: expected one a modality, got two for {opened.modality}: {first} and {name}")
+        found[opened.modality] = opened
+    if not found:
+        raise ValueError("model: expected at least one checkpoint, got none")
+    sizes = {checkpoint.name: checkpoint.config.projection_dim for checkpoint in found.values()}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+        raise ValueError(f"model: expected checkpoints whose embeddings have one size, got {listed}")
+    return found
+
+
+def _open(name: str, hub: dict[str, Any]) -> Checkpoint:
+    from lbfast.model.config import config_dict
+    from lbfast.model.languagebind import full_name, load_config
+
+    head, equals, rest = name.partition("=")
+    modality = head if equals and head in MODALITY_NAMES else None
+    where = full_name(rest if modality else name)
+    if modality is None:
+        modality = _modality_of(where, hub)
+    return Checkpoint(name, modality, where, load_config(config_dict[modality], where, **hub), hub)
+
+
+def _modality_of(where: str, hub: dict[str, Any]) -> str:
+    """The modality that config.json's model_type names."""
+    from lbfast.model import checkpoint
+    from lbfast.model.config import config_dict
+
+    folder = Path(where)
+    file = folder / "config.json" if folder.is_dir() else checkpoint.fetch_file(where, "config.json", **hub)
+    if not file.is_file():
+        raise FileNotFoundError(f"{where}: expected a config.json in this directory, found none")
+    try:
+        written = json.loads(file.read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: expected a configuration with a model_type, cannot read it: {error!r}") from error
+    by_type = {config.model_type: modality for modality, config in config_dict.items()}
+    if written not in by_type:
+        raise ValueError(
+            f"{file}: expected a model_type of {', '.join(by_type)}, got {written!r}; "
+            "where the weights are LanguageBind's all the same, say which: MODALITY=DIRECTORY"
+        )
+    return by_type[written]

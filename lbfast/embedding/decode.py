@@ -1,0 +1,202 @@
+"""Decodes files ahead of the model: in worker processes, results in order, memory bounded, dead workers replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from lbfast.processing.processor import Processor, transform_dict
+
+_STARTS = 2  # how often a worker may fail to start before the run stops
+
+
+@dataclass(frozen=True)
+class Task:
+    """A file to decode as a modality."""
+
+    modality: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Undecodable:
+    """What came of a file that could not be decoded."""
+
+    reason: str
+
+
+Decoded = np.ndarray | Undecodable
+
+
+class _Processors:
+    """Processors by modality, made at first use from the fields of their vision configs."""
+
+    def __init__(self, vision: Mapping[str, Mapping[str, Any]]):
+        self._vision = vision
+        self._made: dict[str, Processor] = {}
+
+    def decode(self, task: Task) -> Decoded:
+        """Pixel values of a file, float32. Whatever goes wrong in reading it is its reason: the run goes on."""
+        try:
+            if task.modality not in self._made:
+                config = SimpleNamespace(vision_config=SimpleNamespace(**self._vision[task.modality]))
+                self._made[task.modality] = transform_dict[task.modality](config)
+            return self._made[task.modality]([task.path])["pixel_values"][0].numpy()
+        except (ValueError, OSError) as error:
+            return Undecodable(str(error))
+        except Exception as error:  # a codec's own, out of memory, or a fault of ours
+            return Undecodable(f"{task.path}: {type(error).__name__}: {error}")
+
+
+def _work(connection: Connection, vision: Mapping[str, Mapping[str, Any]]) -> None:
+    """A worker process: says that it is ready, then answers tasks until its parent hangs up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    torch.set_num_threads(1)
+    processors = _Processors(vision)
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        connection.send(None)
+        while True:
+            connection.send(processors.decode(connection.recv()))
+
+
+class Decoder:
+    """Iterates over the decoded tasks, in order. Use as a context manager.
+
+    Args:
+        vision: modality -> fields of its vision config.
+        tasks: what to decode.
+        workers: processes; 0 decodes in this one, when asked for the next.
+        ahead: how many files may be decoded, or being decoded, before they are asked for.
+
+    Raises, while iterating:
+        RuntimeError: workers cannot start.
+    """
+
+    def __init__(self, vision: Mapping[str, Mapping[str, Any]], tasks: Sequence[Task], workers: int, ahead: int):
+        self._vision, self._tasks = vision, tasks
+        self._workers = min(workers, len(tasks))
+        self._room = threading.Semaphore(max(ahead, self._workers))
+        self._numbers = itertools.count()
+        self._changed = threading.Condition()
+        self._results: dict[int, Decoded] = {}
+        self._fault: str | None = None
+        self._closing = False
+        self._running: set[multiprocessing.process.BaseProcess] = set()
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Decoder:
+        for _ in range(self._workers):
+            thread = threading.Thread(target=self._serve, name="lbfast-decode", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Ends the workers, in the middle of a file if need be."""
+        self._closing = True
+        for process in tuple(self._running):
+            process.kill()
+        for _ in self._threads:
+            self._room.release()
+        for thread in self._threads:
+            thread.join()
+
+    def __iter__(self) -> Iterator[Decoded]:
+        if not self._workers:
+            yield from map(_Processors(self._vision).decode, self._tasks)
+            return
+        for number in range(len(self._tasks)):
+            with self._changed:
+                self._changed.wait_for(lambda n=number: n in self._results or self._fault)  # type: ignore[misc]
+                if number not in self._results:
+                    raise RuntimeError(self._fault)
+                result = self._results.pop(number)
+            self._room.release()
+            yield result
+
+    def _serve(self) -> None:
+        """A thread for each worker: hands it one task at a time and takes the result, or starts another worker."""
+        connection: Connection | None = None
+        process: multiprocessing.process.BaseProcess | None = None
+        try:
+            while True:
+                self._room.acquire()
+                number = next(self._numbers)
+                if self._closing or number >= len(self._tasks):
+                    return
+                for _ in range(2):  # a dead worker may not be the file's fault; two are
+                    if connection is None or process is None:
+                        process, connection = self._start()
+                    try:
+                        connection.send(self._tasks[number])
+                        result = connection.recv()
+                        break
+                    except (EOFError, OSError):
+                        if self._closing:
+                            return
+                        result = Undecodable(f"{self._tasks[number].path}: {self._ended(process)} while decoding it")
+                        connection.close()
+                        process = connection = None
+                with self._changed:
+                    self._results[number] = result
+                    self._changed.notify_all()
+        except RuntimeError as error:
+            with self._changed:
+                self._fault = str(error)
+                self._changed.notify_all()
+        finally:
+            if connection is not None:
+                connection.close()  # the worker reads the end of its input, and ends
+            if process is not None:
+                self._ended(process)
+
+    def _start(self) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+        """A worker that has said it is ready."""
+        context = _context()
+        how = ""
+        for _ in range(_STARTS):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, self._vision), daemon=True)
+            process.start()
+            self._running.add(process)
+            theirs.close()
+            try:
+                ours.recv()
+                return process, ours
+            except (EOFError, OSError):
+                how = self._ended(process)
+                ours.close()
+                if self._closing:
+                    break
+        raise RuntimeError(f"decoding: {how} before it was ready; workers=0 decodes without worker processes")
+
+    def _ended(self, process: multiprocessing.process.BaseProcess) -> str:
+        process.join(5)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        self._running.discard(process)
+        code = process.exitcode
+        if code is not None and code < 0:
+            return f"the worker process was ended by {signal.Signals(-code).name}"
+        return f"the worker process ended with status {code}"
+
+
+def _context() -> Any:
+    """Workers are forked from a fresh process that has imported this module, never from one with threads or a GPU."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context

@@ -1,0 +1,196 @@
+"""What is to be embedded: files and captions, each with its modality, in a fixed order."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lbfast.embedding.checkpoints import MODALITY_NAMES
+
+LANGUAGE = "language"
+ORDER = (*MODALITY_NAMES, LANGUAGE)
+"""Rows are sorted by modality, in this order."""
+
+_PICTURE = ("image", "depth", "thermal")
+_BY_SUFFIX: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"), _PICTURE),
+    **dict.fromkeys((".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv"), ("video",)),
+    **dict.fromkeys((".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".wma"), ("audio",)),
+    ".txt": (LANGUAGE,),
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file, or a caption of a text file.
+
+    Attributes:
+        id: unique in a run, and the same in the next: "video:clips/a.mp4", "language:captions.txt#3".
+        modality: one of ORDER.
+        path: as given, or found below the folder given.
+        stamp: changes with the content: size and time of a file, or a hash of the caption.
+        text: the caption.
+    """
+
+    id: str
+    modality: str
+    path: str
+    stamp: str
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A file that is not embedded, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass
+class Listing:
+    """What `find_items` found.
+
+    Attributes:
+        items: sorted by modality; within one, in the order given, folders by name.
+        failures: inputs that cannot be embedded.
+        ignored: what folders held besides, counted by reason.
+    """
+
+    items: list[Item] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    ignored: dict[str, int] = field(default_factory=dict)
+
+
+def split_modality(given: str) -> tuple[str | None, str]:
+    """ "depth=maps/" -> ("depth", "maps/"); anything that does not begin with a modality and "=" is left whole."""
+    modality, equals, rest = given.partition("=")
+    return (modality, rest) if equals and modality in ORDER else (None, given)
+
+
+def find_items(inputs: Sequence[str | os.PathLike[str]], available: Collection[str], modality: str | None) -> Listing:
+    """Lists the files and captions to embed.
+
+    The modality of a file is the one that its input names ("depth=maps/"), else `modality`, else that of its suffix:
+    pictures are images, or depth maps or thermal pictures where only such a model is available. A file that one input
+    names a modality for is not guessed at in another. A folder's files of other types, of modalities that are not
+    available, and hidden ones are ignored; files given by name fail instead.
+
+    Args:
+        inputs: files and folders, each optionally as MODALITY=PATH.
+        available: modalities that there is a model for; language always is.
+        modality: of every file whose input names none.
+
+    Raises:
+        ValueError: `modality` is unknown or not available.
+    """
+    available = {*available, LANGUAGE}
+    if modality is not None and modality not in available:
+        raise ValueError(
+            f"modality: expected one that there is a model for ({', '.join(sorted(available))}), got {modality!r}"
+        )
+    finder = _Finder(available)
+    pairs = [split_modality(os.fspath(given)) for given in inputs]
+    for own, path in sorted(pairs, key=lambda pair: pair[0] is None):  # those with a modality of their own first
+        finder.add(path, own or modality, own is not None)
+    finder.listing.items.sort(key=lambda item: ORDER.index(item.modality))
+    return finder.listing
+
+
+class _Finder:
+    """A listing in the making, and the files that are in it already."""
+
+    def __init__(self, available: Collection[str]):
+        self.listing = Listing()
+        self._available = available
+        self._seen: set[tuple[str, str]] = set()
+        self._named: set[str] = set()
+
+    def add(self, path: str, wanted: str | None, named: bool) -> None:
+        """Adds a file, or the files of a folder. `named`: the input itself says that they are `wanted`."""
+        if wanted is not None and wanted not in self._available:
+            self._fail(path, f"no model for {wanted}")
+        elif os.path.isdir(path):
+            self._add_folder(path, wanted, named)
+        else:
+            found = wanted or _modality_of(path, self._available)
+            if found is not None and found in self._available:
+                self._add_file(path, found, named)
+            else:
+                self._fail(path, _why_not(path, found))
+
+    def _fail(self, path: str, reason: str) -> None:
+        self.listing.failures.append(Failure(path, reason))
+
+    def _add_folder(self, folder: str, wanted: str | None, named: bool) -> None:
+        def unreadable(error: OSError) -> None:
+            self._fail(str(error.filename or folder), error.strerror or str(error))
+
+        for path in _walk(folder, unreadable):
+            found = _modality_of(path, self._available)
+            if wanted is not None and found is not None:
+                found = wanted if (found == LANGUAGE) == (wanted == LANGUAGE) else None
+            if found is not None and found in self._available:
+                self._add_file(path, found, named)
+            else:
+                reason = _why_not(path, found)
+                self.listing.ignored[reason] = self.listing.ignored.get(reason, 0) + 1
+
+    def _add_file(self, path: str, modality: str, named: bool) -> None:
+        where = os.path.abspath(path)
+        if (modality, where) in self._seen or (not named and where in self._named):
+            return
+        self._seen.add((modality, where))
+        if named:
+            self._named.add(where)
+        try:
+            path.encode()
+            status = os.stat(path)
+            items = _captions(path) if modality == LANGUAGE else [_file(path, modality, status)]
+        except UnicodeError as error:
+            reason = "the text is not UTF-8" if isinstance(error, UnicodeDecodeError) else "the name is not UTF-8"
+            self._fail(path.encode(errors="surrogateescape").decode(errors="backslashreplace"), reason)
+            return
+        except OSError as error:
+            self._fail(path, error.strerror or str(error))
+            return
+        if not items:
+            self._fail(path, "no captions: expected one a line")
+        self.listing.items += items
+
+
+def _walk(folder: str, on_error: Callable[[OSError], None]) -> Iterator[str]:
+    for parent, folders, files in os.walk(folder, onerror=on_error):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(parent, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _modality_of(path: str, available: Collection[str]) -> str | None:
+    """The first modality of the suffix that is available, else the first; None for an unknown suffix."""
+    candidates = _BY_SUFFIX.get(Path(path).suffix.lower(), ())
+    return next((name for name in candidates if name in available), candidates[0] if candidates else None)
+
+
+def _why_not(path: str, found: str | None) -> str:
+    if found is None:
+        return f"unknown type {Path(path).suffix or '(no suffix)'}"
+    return f"no model for {found}"
+
+
+def _file(path: str, modality: str, status: os.stat_result) -> Item:
+    return Item(f"{modality}:{path}", modality, path, f"{status.st_size}:{status.st_mtime_ns}")
+
+
+def _captions(path: str) -> list[Item]:
+    """One caption a line; empty lines are passed over, line numbers count from 1."""
+    if not os.path.isfile(path):
+        raise OSError(f"not a regular file: {path}")
+    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    return [
+        Item(f"{LANGUAGE}:{path}#{i}", LANGUAGE, path, hashlib.sha256(text.encode()).hexdigest()[:16], text)
+        for i, text in enumerate(map(str.strip, lines), start=1)
+        if text
+    ]

@@ -1,0 +1,292 @@
+"""Files and captions -> a Parquet file of unit embeddings: micro-batches, decoding ahead, resumable."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import lbfast
+from lbfast.embedding.checkpoints import Checkpoint, open_checkpoints
+from lbfast.embedding.decode import Decoder, Task, Undecodable
+from lbfast.embedding.items import LANGUAGE, Failure, Item, find_items
+from lbfast.embedding.journal import Journal, partial_path
+from lbfast.model.languagebind import LanguageBindModel
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+Progress = Callable[[str, int, int], None]
+"""progress(modality, done, total) after each batch; rows done in an earlier run count as done."""
+
+
+class BadFileError(ValueError):
+    """A file that could not be embedded, in a strict run."""
+
+
+@dataclass
+class Summary:
+    """What a run did.
+
+    Attributes:
+        out: the Parquet file; None where nothing could be embedded.
+        embedded: rows by modality, those of earlier runs included.
+        resumed: rows that an earlier run had finished.
+        failures: files that are not in `out`.
+        ignored: what folders held besides, counted by reason.
+    """
+
+    out: Path | None = None
+    embedded: dict[str, int] = field(default_factory=dict)
+    resumed: int = 0
+    failures: list[Failure] = field(default_factory=list)
+    ignored: dict[str, int] = field(default_factory=dict)
+
+
+def embed_files(
+    inputs: Sequence[str | os.PathLike[str]],
+    models: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    modality: str | None = None,
+    batch_size: int = 8,
+    workers: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+    strict: bool = False,
+    overwrite: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    on_failure: Callable[[Failure], None] | None = None,
+    progress: Progress | None = None,
+) -> Summary:
+    """Embeds files of any modality and the captions of text files into one Parquet file.
+
+    Its rows are (id, modality, path, embedding, model): id unique, embedding a fixed-size list of float32 of unit
+    length, not multiplied by a temperature. They are sorted by modality, then as given, folders by name. Files are
+    embedded by the model of their modality, captions (text files, one a line) by the text tower of the last model.
+
+    A run that was interrupted, killed even, goes on where it stopped when it is called again with the same settings.
+
+    Args:
+        inputs: files and folders, each optionally as "MODALITY=PATH"; see `find_items` for how a modality is found.
+        models: checkpoints, each optionally as "MODALITY=DIR_OR_NAME"; else config.json says the modality.
+        out: Parquet file. Complete or absent; finished rows wait in OUT.partial.
+        modality: of every file whose input names none; "language" for captions.
+        batch_size: files or captions at a time. For videos, that many clips.
+        workers: processes that decode files while the model computes; 0: none. With workers, call this from a script
+            under `if __name__ == "__main__":`, as multiprocessing asks.
+        dtype: "float32", "bfloat16", "float16" or "auto": float32 on a CPU, bfloat16 on a GPU. Embeddings are
+            normalised and written in float32.
+        device: "auto" (a GPU where there is one), or of torch.
+        strict: stop at the first file that cannot be embedded.
+        overwrite: replace `out`, and throw away rows of an unfinished run with other settings.
+        cache_dir, revision, token: of downloads.
+        on_failure: called with each failure when it is met.
+        progress: called after each batch.
+
+    Raises:
+        BadFileError: with `strict`. FileExistsError: `out` is there, without `overwrite`.
+        FileNotFoundError: its folder is not. ValueError: an argument is wrong, or the settings differ from those of the
+        unfinished run. OSError, CheckpointError: a checkpoint cannot be had or used.
+    """
+    _check_count("batch_size", batch_size, 1)
+    _check_count("workers", workers, 0)
+    if not inputs:
+        raise ValueError("inputs: expected at least one file or folder, got none")
+    out = _check_out(Path(out), overwrite)
+    target = _device(device)
+    precision = _dtype(dtype, target)
+    checkpoints = open_checkpoints(models, cache_dir=cache_dir, revision=revision, token=token)
+    summary = Summary()
+
+    def failed(failure: Failure) -> None:
+        if strict:
+            raise BadFileError(_named(failure))
+        summary.failures.append(failure)
+        if on_failure is not None:
+            on_failure(failure)
+
+    listing = find_items(inputs, checkpoints.keys(), modality)
+    summary.ignored = listing.ignored
+    for failure in listing.failures:
+        failed(failure)
+    if not listing.items:
+        return summary
+    settings = {
+        "lbfast": lbfast.__version__,
+        "dtype": str(precision).removeprefix("torch."),
+        "models": {name: [c.name, c.fingerprint()] for name, c in checkpoints.items()},
+    }
+    size = next(iter(checkpoints.values())).config.projection_dim
+    journal = Journal(out, size, settings, restart=overwrite)
+    try:
+        run = _Run(checkpoints, journal, batch_size, workers, precision, target, failed, progress or (lambda *_: None))
+        summary.resumed = sum(item in journal for item in listing.items)
+        run.embed(listing.items)
+        finished = [item for item in listing.items if item in journal]
+        for item in finished:
+            summary.embedded[item.modality] = summary.embedded.get(item.modality, 0) + 1
+        if finished:
+            journal.finish(finished)
+            summary.out = out
+        else:
+            journal.discard()
+    finally:
+        journal.close()
+    return summary
+
+
+@dataclass
+class _Run:
+    """The part of a run that needs the models."""
+
+    checkpoints: Mapping[str, Checkpoint]
+    journal: Journal
+    batch_size: int
+    workers: int
+    dtype: torch.dtype
+    device: torch.device
+    failed: Callable[[Failure], None]
+    progress: Progress
+
+    def embed(self, items: Sequence[Item]) -> None:
+        """Embeds what the journal does not have yet. One model is loaded at a time, and only if it has work."""
+        left = [item for item in items if item not in self.journal]
+        tasks = [Task(item.modality, item.path) for item in left if item.modality != LANGUAGE]
+        vision = {name: vars(c.config.vision_config) for name, c in self.checkpoints.items()}
+        vision = {name: {k: v for k, v in fields.items() if _is_plain(v)} for name, fields in vision.items()}
+        loaded: Checkpoint | None = None
+        model: LanguageBindModel | None = None
+        with Decoder(vision, tasks, self.workers, ahead=2 * self.batch_size + self.workers) as decoder:
+            decoded = iter(decoder)
+            for name in dict.fromkeys(item.modality for item in items):
+                todo = [item for item in left if item.modality == name]
+                total = sum(item.modality == name for item in items)
+                done = total - len(todo)
+                self.progress(name, done, total)
+                if not todo:
+                    continue
+                checkpoint = list(self.checkpoints.values())[-1] if name == LANGUAGE else self.checkpoints[name]
+                if model is None or checkpoint is not loaded:
+                    model = None  # the memory of the one before, before there is another
+                    model, loaded = checkpoint.load(self.dtype, self.device), checkpoint
+                tokenizer = checkpoint.tokenizer() if name == LANGUAGE else None
+                for batch in _batches(todo, self.batch_size):
+                    try:
+                        if tokenizer is not None:
+                            good, embeds = batch, self._captions(model, tokenizer, batch)
+                        else:
+                            good, embeds = self._files(model, decoded, batch)
+                    except torch.OutOfMemoryError as error:
+                        raise RuntimeError(
+                            f"batch_size: {self.batch_size} {name} items do not fit into the memory of {self.device}; "
+                            "call again with fewer: what is finished is kept"
+                        ) from error
+                    self._keep(good, embeds, checkpoint)
+                    done += len(batch)
+                    self.progress(name, done, total)
+
+    def _files(
+        self, model: LanguageBindModel, decoded: Iterator[np.ndarray | Undecodable], batch: list[Item]
+    ) -> tuple[list[Item], torch.Tensor]:
+        """The items that could be decoded, and their embeddings (n, E) before normalisation."""
+        good: list[Item] = []
+        pixels: list[np.ndarray] = []
+        for item in batch:
+            result = next(decoded)
+            if isinstance(result, Undecodable):
+                self.failed(Failure(item.path, result.reason))
+            else:
+                good.append(item)
+                pixels.append(result)
+        if not good:
+            return [], torch.empty(0, model.config.projection_dim)
+        with torch.inference_mode():
+            pixel_values = torch.from_numpy(np.stack(pixels)).to(self.device, self.dtype)
+            return good, model.get_image_features(pixel_values=pixel_values)
+
+    def _captions(self, model: LanguageBindModel, tokenizer: Any, batch: list[Item]) -> torch.Tensor:
+        """(n, E) before normalisation. Padded to the longest caption only: what follows the end changes nothing."""
+        longest = model.config.text_config.max_position_embeddings
+        tokens = tokenizer(
+            [item.text for item in batch], max_length=longest, padding=True, truncation=True, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            return model.get_text_features(
+                input_ids=tokens["input_ids"].to(self.device), attention_mask=tokens["attention_mask"].to(self.device)
+            )
+
+    def _keep(self, items: list[Item], embeds: torch.Tensor, checkpoint: Checkpoint) -> None:
+        """Normalises, and writes the rows that are finite."""
+        rows = torch.nn.functional.normalize(embeds.float(), dim=-1).cpu()
+        finite = (torch.isfinite(rows).all(-1) & (rows.norm(dim=-1) > 0.5)).tolist()
+        for item, good in zip(items, finite):
+            if not good:
+                self.failed(Failure(item.path, f"its embedding is not finite in {self.dtype}"))
+        kept = [item for item, good in zip(items, finite) if good]
+        if kept:
+            self.journal.append(kept, rows[torch.tensor(finite)].numpy(), checkpoint.name)
+
+
+def _batches(items: list[Item], size: int) -> Iterator[list[Item]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, bool | int | float | str | list | tuple)
+
+
+def _named(failure: Failure) -> str:
+    """The reason, beginning with the path where it does not name it already."""
+    return failure.reason if failure.path in failure.reason else f"{failure.path}: {failure.reason}"
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+
+
+def _check_out(out: Path, overwrite: bool) -> Path:
+    if not out.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "out: no such folder", str(out.parent))
+    if out.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "out: expected a file to write, got a folder", str(out))
+    if out.exists() and not overwrite:
+        raise FileExistsError(errno.EEXIST, "out: it is there already, and complete; overwrite replaces it", str(out))
+    if not os.access(out.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, "out: cannot write in this folder", str(out.parent))
+    return out
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: expected one that is here, got {name!r}; torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} GPUs"
+        )
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+__all__ = ["DTYPES", "BadFileError", "Failure", "Summary", "embed_files", "partial_path"]
