@@ -157,9 +157,9 @@ def _nvidia(compiled: Any) -> tuple[int, int]:
 
 
 def _amd(compiled: Any) -> tuple[int, int]:
-    """(registers, bytes spilt) from the assembly's notes."""
-    notes = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s*(\d+)", compiled.asm["amdgcn"]))
-    return int(notes["vgpr_count"]), 4 * (int(notes["vgpr_spill_count"]) + int(notes["sgpr_spill_count"]))
+    """(registers, bytes of scratch memory) from the assembly's notes. Scalars spilt to vector lanes need no memory."""
+    notes = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", compiled.asm["amdgcn"]))
+    return int(notes["vgpr_count"]), int(notes["private_segment_fixed_size"])
 
 
 def measure(jobs: list[tuple[str, int, str]], workers: int) -> list[Row]:

@@ -38,16 +38,17 @@ MLP_BWD: Mapping[str, Launch] = {"default": Launch({"BLOCK_M": 4, "BLOCK_F": 512
 # patch_embed: tiles of tokens (BLOCK_M), channels (BLOCK_N) and padded patch pixels (BLOCK_K, at most 64 where they are
 # summed over); SPLITS parts of the tokens in the weight's gradient. "wide": float32, whose tiles take twice the space.
 PATCH_EMBED_FWD: Mapping[str, Launch] = {
-    "default": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, num_warps=4, num_stages=3),
+    "default": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, num_warps=8, num_stages=3),
     "wide": Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=2),
-    "sm_90": Launch({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}, num_warps=8, num_stages=3),
+    "sm_90": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3),
+    "sm_100": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3),
 }
 PATCH_EMBED_BWD_WEIGHT: Mapping[str, Launch] = {
     "default": Launch({"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 128, "SPLITS": 8}, num_warps=8, num_stages=3),
     "wide": Launch({"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "SPLITS": 8}, num_warps=4, num_stages=2),
 }
 PATCH_EMBED_BWD_PIXELS: Mapping[str, Launch] = {
-    "default": Launch({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 128}, num_warps=8, num_stages=3),
+    "default": Launch({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 128}, num_warps=8, num_stages=3),
     "wide": Launch({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}, num_warps=4, num_stages=2),
 }
 PATCH_EMBED_BWD_POSITION: Mapping[str, Launch] = {"default": Launch({"BLOCK_B": 8, "BLOCK_D": 256}, num_warps=4)}
@@ -61,4 +62,19 @@ TEMPORAL_ATTENTION_FWD: Mapping[str, Launch] = {
 TEMPORAL_ATTENTION_BWD: Mapping[str, Launch] = {
     "default": Launch({"ROWS": 64}, num_warps=4),
     "wide": Launch({"ROWS": 32}, num_warps=4),
+}
+
+# attention: ROWS queries (in the backward: queries, or keys) a program, COLS keys (queries) a step of its loop. "wide":
+# float32. "short": up to TOKENS tokens, as captions have.
+ATTENTION_FWD: Mapping[str, Launch] = {
+    "default": Launch({"ROWS": 128, "COLS": 64}, num_warps=4, num_stages=2),
+    "sm_90": Launch({"ROWS": 128, "COLS": 64}, num_warps=8, num_stages=2),
+    "wide": Launch({"ROWS": 32, "COLS": 32}, num_warps=4, num_stages=1),
+    "short": Launch({"ROWS": 32, "COLS": 32, "TOKENS": 128}, num_warps=4, num_stages=2),
+}
+ATTENTION_BWD: Mapping[str, Launch] = {
+    "default": Launch({"ROWS": 64, "COLS": 64}, num_warps=4, num_stages=1),
+    "sm_90": Launch({"ROWS": 128, "COLS": 64}, num_warps=8, num_stages=1),
+    "wide": Launch({"ROWS": 32, "COLS": 32}, num_warps=4, num_stages=1),
+    "short": Launch({"ROWS": 32, "COLS": 32, "TOKENS": 128}, num_warps=4, num_stages=1),
 }

@@ -41,8 +41,8 @@ def patch_embed(
             autocast, cast to its dtype.
         class_embedding: (D,), or (T', D), one for each of the T' = T / tube frames. Cast to weight's dtype.
         position_embedding: (1 + Gh*Gw, D), Gh = H // P, Gw = W // P; row 0 is the class token's. Cast likewise.
-        kept: (B, K), int64: patches in 0..Gh*Gw - 1, row by row, the same for every frame of a clip; None: all. On a
-            GPU their range is not checked.
+        kept: (B, K), int64: distinct patches in 0..Gh*Gw - 1, counted row by row, the same for every frame of a clip;
+            None: all. On a GPU their range is not checked.
         mean, std: (C,), for uint8 pixels, of values in 0..1.
         pre_norm: (weight, bias, eps) of a layer norm over the tokens.
         impl: "triton" or "torch"; None chooses.
@@ -150,12 +150,12 @@ def fold(
 def unfold_fold(
     dfolded: torch.Tensor, dbias: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
 ) -> torch.Tensor:
-    """Backward of `fold`: gradients of its matrix (D, C*...) and bias (D,) -> that of weight."""
+    """Backward of `fold`: gradients of its matrix (D, C*...) and bias (D,) -> that of weight, in float32."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     scale = 1 / (255 * std.to(wide))
     offset = (CENTRE / 255 - mean.to(wide)) / std.to(wide)
     grad = dfolded.to(wide).view(weight.shape[0], weight.shape[1], -1) * scale[:, None]
-    return (grad + (dbias.to(wide)[:, None] * offset)[:, :, None]).to(weight.dtype).view(weight.shape)
+    return grad + (dbias.to(wide)[:, None] * offset)[:, :, None]
 
 
 def _patches(pixels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -208,56 +208,37 @@ def _torch_fwd(
     return tokens
 
 
-def _torch_bwd(
-    dtokens: torch.Tensor,
-    pixels: torch.Tensor,
-    weight: torch.Tensor,
-    kept: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    std: torch.Tensor | None,
-    class_shape: Sequence[int],
-    mask: Sequence[bool],
-) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of pixels, weight, class_embedding and position_embedding, None where `mask` leaves them out."""
-    need_pixels, need_weight, need_class, need_position = mask
-    dpixels = dweight = dclass = dposition = None
-    rows = dtokens.reshape(-1, dtokens.shape[-1])  # (B*T'*(1 + K), D)
-    clips = dtokens.unflatten(0, (pixels.shape[0], -1))  # (B, T', 1 + K, D)
-    if need_weight:
-        dfolded = rows.T @ _rows(pixels, weight, kept).flatten(0, 1)
-        if mean is not None and std is not None:
-            dbias = dtokens[:, 1:].sum((0, 1), dtype=torch.promote_types(dtokens.dtype, torch.float32))
-            dweight = unfold_fold(dfolded, dbias, weight, mean, std)
-        else:
-            dweight = dfolded.view(weight.shape)
-    if need_class:
-        dclass = clips[:, :, 0].sum(0)
-        dclass = dclass.sum(0) if len(class_shape) == 1 else dclass
-    if need_position:
-        dposition = _position_grad(clips, kept, _patches(pixels, weight).shape[1:3].numel())
-    if need_pixels:
-        folded, _ = fold(weight, mean, std)
-        drows = (rows @ folded).unflatten(0, clips.shape[:3])[:, :, 1:]  # (B, T', K, C*tube*P*P)
-        dpixels = torch.zeros(pixels.shape, dtype=pixels.dtype, device=pixels.device)
-        patches = _patches(dpixels, weight)
-        drows = drows.unflatten(3, patches.shape[4:]).transpose(1, 2).to(pixels.dtype)
-        if kept is None:
-            patches.copy_(drows.unflatten(1, patches.shape[1:3]))
-        else:
-            patches.index_put_(_index(patches, kept), drows, accumulate=True)
-    return dpixels, dweight, dclass, dposition
+def _torch_bwd_weight(
+    dtokens: torch.Tensor, pixels: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor | None
+) -> torch.Tensor:
+    """The gradient of the folded weight, (D, C*tube*P*P)."""
+    return dtokens.flatten(0, 1).T @ _rows(pixels, weight, kept).flatten(0, 1)
 
 
-def _position_grad(clips: torch.Tensor, kept: torch.Tensor | None, patches: int) -> torch.Tensor:
-    """(B, T', 1 + K, D) -> (1 + patches, D), summed in float32 in an order that does not change."""
-    wide = torch.promote_types(clips.dtype, torch.float32)
+def _torch_bwd_pixels(
+    dtokens: torch.Tensor, pixels: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor | None
+) -> torch.Tensor:
+    """The gradient of float pixels; zero where no kept patch lies."""
+    dpixels = torch.zeros(pixels.shape, dtype=pixels.dtype, device=pixels.device)
+    patches = _patches(dpixels, weight)
+    drows = (dtokens @ weight.flatten(1)).unflatten(0, (pixels.shape[0], -1))[:, :, 1:]  # (B, T', K, C*tube*P*P)
+    drows = drows.unflatten(3, patches.shape[4:]).transpose(1, 2).to(pixels.dtype)
     if kept is None:
-        return clips.sum((0, 1), dtype=wide).to(clips.dtype)
-    summed = clips.sum(1, dtype=wide)  # (B, 1 + K, D)
-    grad = torch.zeros((1 + patches, clips.shape[-1]), dtype=wide, device=clips.device)
-    grad[0] = summed[:, 0].sum(0)
-    grad.index_put_((1 + kept,), summed[:, 1:], accumulate=True)
-    return grad.to(clips.dtype)
+        patches.copy_(drows.unflatten(1, patches.shape[1:3]))
+    else:
+        patches.index_put_(_index(patches, kept), drows)
+    return dpixels
+
+
+def _torch_bwd_position(dtokens: torch.Tensor, clips: int, kept: torch.Tensor | None, patches: int) -> torch.Tensor:
+    """dtokens (B*T', 1 + K, D) -> (1 + patches, D), summed in float32 in an order that does not change."""
+    wide = torch.promote_types(dtokens.dtype, torch.float32)
+    if kept is None:
+        return dtokens.sum(0, dtype=wide)
+    summed = dtokens.unflatten(0, (clips, -1)).sum(1, dtype=wide)  # (B, 1 + K, D)
+    dposition = torch.zeros((1 + patches, dtokens.shape[-1]), dtype=wide, device=dtokens.device)
+    dposition[0] = summed[:, 0].sum(0)
+    return dposition.index_put_((1 + kept,), summed[:, 1:], accumulate=True)
 
 
 # The library ops: what torch.compile and torch.export see.
@@ -323,14 +304,31 @@ def _patch_embed_bwd(
     mask: Sequence[bool],
     impl: str | None,
 ) -> tuple[torch.Tensor, ...]:
-    inputs = (dtokens, pixels, weight, kept, mean, std, class_shape, mask)
+    """Gradients of pixels, weight, class_embedding and position_embedding; those that `mask` leaves out are empty."""
+    need_pixels, need_weight, need_class, need_position = mask
+    bwd_weight, bwd_pixels, bwd_position = _torch_bwd_weight, _torch_bwd_pixels, _torch_bwd_position
     if dispatch.choose("patch_embed", impl, IMPLEMENTATIONS, pixels, weight, kept) == "triton":
         from lbfast.kernels import patch_embed as kernel
 
-        grads = kernel.patch_embed_bwd(*inputs)
-    else:
-        grads = _torch_bwd(*inputs)
-    return tuple(weight.new_empty(0) if grad is None else grad for grad in grads)
+        bwd_weight, bwd_pixels = kernel.patch_embed_bwd_weight, kernel.patch_embed_bwd_pixels
+        bwd_position = kernel.patch_embed_bwd_position
+    dpixels, dweight, dclass, dposition = (weight.new_empty(0) for _ in mask)
+    clips, patches = pixels.shape[0], _patches(pixels, weight).shape[1:3].numel()
+    folded = mean is not None and std is not None
+    if need_position or (need_weight and folded):
+        positions = bwd_position(dtokens, clips, kept, patches)
+        if need_position:
+            dposition = positions.to(weight.dtype)
+    if need_weight:
+        dweight = bwd_weight(dtokens, pixels, weight, kept)
+        dweight = unfold_fold(dweight, positions[1:].sum(0), weight, mean, std) if folded else dweight
+        dweight = dweight.to(weight.dtype).view(weight.shape)
+    if need_class:
+        dclass = dtokens[:, 0].unflatten(0, (clips, -1)).sum(0)
+        dclass = dclass.sum(0) if len(class_shape) == 1 else dclass
+    if need_pixels:
+        dpixels = bwd_pixels(dtokens, pixels, weight, kept)
+    return dpixels, dweight, dclass, dposition
 
 
 @torch.library.register_fake("lbfast::patch_embed_bwd")
@@ -369,8 +367,17 @@ def _backward(ctx: Any, dtokens: torch.Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd("lbfast::patch_embed", _backward, setup_context=_setup)
 
 
+def _why_not_triton(pixels: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor | None) -> list[str]:
+    reasons = dispatch.why_not_triton(*(t for t in (pixels, weight, kept) if t is not None))
+    if not reasons:
+        from lbfast.kernels import patch_embed as kernel
+
+        reasons = kernel.why_not(pixels, weight)
+    return reasons
+
+
 def _why_not_torch(*_: object) -> list[str]:
     return []
 
 
-IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {"torch": _why_not_torch}
+IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {"triton": _why_not_triton, "torch": _why_not_torch}
