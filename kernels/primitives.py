@@ -108,3 +108,46 @@ def store_rows(ptr, o_row, m_row, part_1, part_2, D: tl.constexpr, D_1: tl.const
         o_2 = D_1 + tl.arange(0, D_2)
         m_2 = m_row[:, None] if D_1 + D_2 <= D else m_row[:, None] & (o_2 < D)[None, :]
         tl.store(ptr + o_row[:, None] + o_2[None, :], part_2.to(ptr.dtype.element_ty), mask=m_2)
+
+
+# Products of tiles in two parts of D. A side of one row, such as a class token's, is multiplied out rather than padded.
+
+
+@triton.jit
+def dot_nt(a_1, a_2, b_1, b_2, D_2: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """a b^T: a [ROWS, D_1] and [ROWS, D_2], b [COLS, D_1] and [COLS, D_2] -> [ROWS, COLS] in ACC."""
+    if b_1.shape[0] == 1:
+        out = tl.sum(a_1.to(ACC) * b_1.to(ACC), 1)
+        if D_2:
+            out += tl.sum(a_2.to(ACC) * b_2.to(ACC), 1)
+        out = out[:, None]
+    elif a_1.shape[0] == 1:
+        out = tl.sum(a_1.to(ACC) * b_1.to(ACC), 1)
+        if D_2:
+            out += tl.sum(a_2.to(ACC) * b_2.to(ACC), 1)
+        out = out[None, :]
+    else:
+        out = tl.dot(a_1, tl.trans(b_1), input_precision=PRECISION, out_dtype=ACC)
+        if D_2:
+            out = tl.dot(a_2, tl.trans(b_2), out, input_precision=PRECISION, out_dtype=ACC)
+    return out
+
+
+@triton.jit
+def dot_nn(p, v_1, v_2, acc_1, acc_2, D_2: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """acc + p v: p [ROWS, COLS], v [COLS, D_1] and [COLS, D_2] -> acc [ROWS, D_1] and [ROWS, D_2] in ACC."""
+    if v_1.shape[0] == 1:
+        acc_1 += p * v_1.to(ACC)
+        if D_2:
+            acc_2 += p * v_2.to(ACC)
+    elif p.shape[0] == 1:
+        p_t = tl.trans(p)  # [COLS, 1]
+        acc_1 += tl.sum(p_t * v_1.to(ACC), 0)[None, :]
+        if D_2:
+            acc_2 += tl.sum(p_t * v_2.to(ACC), 0)[None, :]
+    else:
+        p = p.to(v_1.dtype)
+        acc_1 = tl.dot(p, v_1, acc_1, input_precision=PRECISION, out_dtype=ACC)
+        if D_2:
+            acc_2 = tl.dot(p, v_2, acc_2, input_precision=PRECISION, out_dtype=ACC)
+    return acc_1, acc_2

@@ -13,13 +13,17 @@ Source: divided space-time attention, Bertasius et al., arXiv 2102.05095; the ti
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from lbfast.kernels.primitives import (
     AotCase,
+    accumulator,
     arch,
+    dot_nn,
+    dot_nt,
     dot_precision,
     load_rows,
     on_device,
@@ -47,15 +51,6 @@ def _tile(N, H, T: tl.constexpr, FRAMES: tl.constexpr, POSITIONS: tl.constexpr):
     m_row = (o_n < N) & (o_t < T)
     m_pair = (row[:, None] // FRAMES == row[None, :] // FRAMES) & (row[None, :] % FRAMES < T)  # [ROWS, ROWS]
     return b, h.to(tl.int64), o_n, o_t, m_row, m_pair
-
-
-@triton.jit
-def _dot_nt(a_1, a_2, b_1, b_2, D_2: tl.constexpr, PRECISION: tl.constexpr):
-    """a b^T, both in two parts of D: [ROWS, ROWS]"""
-    out = tl.dot(a_1, tl.trans(b_1), input_precision=PRECISION)
-    if D_2:
-        out = tl.dot(a_2, tl.trans(b_2), out, input_precision=PRECISION)
-    return out
 
 
 @triton.jit
@@ -94,7 +89,9 @@ def _temporal_attention_fwd_kernel(
     FRAMES: tl.constexpr,
     POSITIONS: tl.constexpr,
     PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
 ):
+    ROWS: tl.constexpr = POSITIONS * FRAMES
     b, h, o_n, o_t, m_row, m_pair = _tile(N, H, T, FRAMES, POSITIONS)
     o_q = b * stride_qb + o_t * stride_qt + o_n * stride_qn + h * stride_qh
     o_k = b * stride_kb + o_t * stride_kt + o_n * stride_kn + h * stride_kh
@@ -103,11 +100,10 @@ def _temporal_attention_fwd_kernel(
     q_1, q_2 = load_rows(q_ptr, o_q, m_row, D, D_1, D_2)  # [ROWS, D_1], [ROWS, D_2]
     k_1, k_2 = load_rows(k_ptr, o_k, m_row, D, D_1, D_2)
     v_1, v_2 = load_rows(v_ptr, o_v, m_row, D, D_1, D_2)
-    p = _softmax(_dot_nt(q_1, q_2, k_1, k_2, D_2, PRECISION), m_pair, scale).to(v_1.dtype)
-    o_1 = tl.dot(p, v_1, input_precision=PRECISION)
-    o_2 = o_1
-    if D_2:
-        o_2 = tl.dot(p, v_2, input_precision=PRECISION)
+    zero_1 = tl.zeros([ROWS, D_1], ACC)
+    zero_2 = tl.zeros([ROWS, D_2 if D_2 else 1], ACC)
+    p = _softmax(dot_nt(q_1, q_2, k_1, k_2, D_2, PRECISION, ACC), m_pair, scale).to(v_1.dtype)
+    o_1, o_2 = dot_nn(p, v_1, v_2, zero_1, zero_2, D_2, PRECISION, ACC)
     store_rows(o_ptr, o_o, m_row, o_1, o_2, D, D_1, D_2)
 
 
@@ -146,7 +142,9 @@ def _temporal_attention_bwd_kernel(
     FRAMES: tl.constexpr,
     POSITIONS: tl.constexpr,
     PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
 ):
+    ROWS: tl.constexpr = POSITIONS * FRAMES
     b, h, o_n, o_t, m_row, m_pair = _tile(N, H, T, FRAMES, POSITIONS)
     o_do = b * stride_ob + o_t * stride_ot + o_n * stride_on + h * stride_oh
     o_q = b * stride_qb + o_t * stride_qt + o_n * stride_qn + h * stride_qh
@@ -157,29 +155,22 @@ def _temporal_attention_bwd_kernel(
     k_1, k_2 = load_rows(k_ptr, o_k, m_row, D, D_1, D_2)
     v_1, v_2 = load_rows(v_ptr, o_v, m_row, D, D_1, D_2)
     do_1, do_2 = load_rows(do_ptr, o_do, m_row, D, D_1, D_2)
-    p = _softmax(_dot_nt(q_1, q_2, k_1, k_2, D_2, PRECISION), m_pair, scale)  # [ROWS, ROWS]
+    zero_1 = tl.zeros([ROWS, D_1], ACC)
+    zero_2 = tl.zeros([ROWS, D_2 if D_2 else 1], ACC)
+    p = _softmax(dot_nt(q_1, q_2, k_1, k_2, D_2, PRECISION, ACC), m_pair, scale)  # [ROWS, ROWS]
     p_t = tl.trans(p.to(v_1.dtype))
-    dv_1 = tl.dot(p_t, do_1, input_precision=PRECISION)
-    dv_2 = dv_1
-    if D_2:
-        dv_2 = tl.dot(p_t, do_2, input_precision=PRECISION)
+    dv_1, dv_2 = dot_nn(p_t, do_1, do_2, zero_1, zero_2, D_2, PRECISION, ACC)
     store_rows(dv_ptr, o_grad, m_row, dv_1, dv_2, D, D_1, D_2)
-    dp = _dot_nt(do_1, do_2, v_1, v_2, D_2, PRECISION)
+    dp = dot_nt(do_1, do_2, v_1, v_2, D_2, PRECISION, ACC)
     ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q_1.dtype)  # rows past T have do = 0, and so ds = 0
-    dq_1 = tl.dot(ds, k_1, input_precision=PRECISION)
-    dq_2 = dq_1
-    if D_2:
-        dq_2 = tl.dot(ds, k_2, input_precision=PRECISION)
+    dq_1, dq_2 = dot_nn(ds, k_1, k_2, zero_1, zero_2, D_2, PRECISION, ACC)
     store_rows(dq_ptr, o_grad, m_row, dq_1 * scale, dq_2 * scale, D, D_1, D_2)
     ds_t = tl.trans(ds)
-    dk_1 = tl.dot(ds_t, q_1, input_precision=PRECISION)
-    dk_2 = dk_1
-    if D_2:
-        dk_2 = tl.dot(ds_t, q_2, input_precision=PRECISION)
+    dk_1, dk_2 = dot_nn(ds_t, q_1, q_2, zero_1, zero_2, D_2, PRECISION, ACC)
     store_rows(dk_ptr, o_grad, m_row, dk_1 * scale, dk_2 * scale, D, D_1, D_2)
 
 
-def _constants(t: int, d: int, rows: int, precision: str) -> dict[str, int | str]:
+def _constants(t: int, d: int, rows: int, dtype: torch.dtype) -> dict[str, Any]:
     """The kernels' constexpr arguments for T frames, head dim D and about `rows` rows a tile."""
     d_1, d_2 = split_head(d)
     frames = triton.next_power_of_2(t)
@@ -190,7 +181,8 @@ def _constants(t: int, d: int, rows: int, precision: str) -> dict[str, int | str
         "D_2": d_2,
         "FRAMES": frames,
         "POSITIONS": max(1, rows // frames),
-        "PRECISION": precision,
+        "PRECISION": dot_precision(dtype),
+        "ACC": accumulator(dtype),
     }
 
 
@@ -210,7 +202,7 @@ def temporal_attention_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sc
     if o.numel() == 0:
         return o
     launch = _launch(configs.TEMPORAL_ATTENTION_FWD, arch(q.device), q.element_size())
-    constants = _constants(t, d, launch.tile["ROWS"], dot_precision(q.dtype))
+    constants = _constants(t, d, launch.tile["ROWS"], q.dtype)
     with on_device(q):
         _temporal_attention_fwd_kernel[(b * triton.cdiv(n, constants["POSITIONS"]) * h,)](
             q,
@@ -240,7 +232,7 @@ def temporal_attention_bwd(
     if q.numel() == 0:
         return dq, dk, dv
     launch = _launch(configs.TEMPORAL_ATTENTION_BWD, arch(q.device), q.element_size())
-    constants = _constants(t, d, launch.tile["ROWS"], dot_precision(q.dtype))
+    constants = _constants(t, d, launch.tile["ROWS"], q.dtype)
     with on_device(q):
         _temporal_attention_bwd_kernel[(b * triton.cdiv(n, constants["POSITIONS"]) * h,)](
             do,
@@ -293,7 +285,7 @@ def aot_cases(arch: str) -> list[AotCase]:
                     f"temporal_attention {what} {b}x{t}x{n}x{h}x{d}",
                     kernel,
                     signature,
-                    _constants(t, d, launch.tile["ROWS"], "ieee"),
+                    _constants(t, d, launch.tile["ROWS"], torch.bfloat16),
                     launch.num_warps,
                     launch.num_stages,
                     flops=(4 if what == "fwd" else 10) * b * n * h * t * t * d,
