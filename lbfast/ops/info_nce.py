@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from lbfast import dispatch, distributed
 
@@ -418,12 +419,53 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
 
 
-def _implementation(name: str) -> Implementation:
-    return _Torch()
+class _Native:
+    """csrc/cpu/info_nce.cpp: float32, and bfloat16 where the machine multiplies it; other 16-bit inputs in float32."""
+
+    def stats(self, x, y, scale, block, keep):
+        x, y = self._operand(x), self._operand(y)
+        labels = (block.row_labels, block.col_labels)
+        diag = -1 if block.diag is None else block.diag
+        rows, cols, positives = torch.ops.lbfast.info_nce_stats(x, y, float(scale), diag, *labels)
+        return rows, cols, None if block.diag is None else positives, None
+
+    def grads(self, x, y, scale, rows, cols, block, kept, dx, dy, need_scale):
+        x, y, s = self._operand(x), self._operand(y), float(scale)
+        derived = need_scale and s == 0.0  # the kernel sums dS times the logits: no use here
+        own = torch.zeros(x.shape) if derived else dx
+        diag = -1 if block.diag is None else block.diag
+        labels = (block.row_labels, block.col_labels)
+        total = torch.ops.lbfast.info_nce_grads(
+            x, y, s, rows, cols.contiguous(), diag, *labels, block.workspace, own, dy
+        )
+        if not need_scale:
+            return None
+        if not derived:
+            return torch.tensor(total / s, dtype=torch.float64)
+        if dx is not None:
+            dx += own
+        return (own.double() * x).sum()
+
+    @staticmethod
+    def _operand(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.bfloat16 and torch.ops.lbfast.has_bf16_gemm():
+            return F.pad(x, (0, x.shape[1] % 2)).contiguous()
+        return x.float().contiguous()
+
+
+def _why_not_native(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> list[str]:
+    reasons = dispatch.why_not_native(image_embeds, text_embeds)
+    if image_embeds.dtype == torch.float64:
+        reasons = [*reasons, "float64 is computed by the torch implementation"]
+    return reasons
 
 
 def _why_not_torch(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> list[str]:
     return []
 
 
-IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {"torch": _why_not_torch}
+def _implementation(name: str) -> Implementation:
+    return {"native": _Native, "torch": _Torch}[name]()
+
+
+IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {"native": _why_not_native, "torch": _why_not_torch}
