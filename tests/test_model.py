@@ -336,3 +336,48 @@ def test_published_sizes_build_and_run(modality, size):
     assert out.image_embeds.shape == out.text_embeds.shape == (1, config.projection_dim)
     assert torch.isfinite(out.image_embeds).all() and torch.isfinite(out.text_embeds).all()
     assert out.vision_model_output.last_hidden_state.shape[-1] == vision.hidden_size == width
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pooled_alone_equals_the_whole_towers(case):
+    """Values and every gradient: the last layer computes the pooled tokens only, text no token after its end."""
+    whole, alone = load(case, merge_lora=False).requires_grad_(True), load(case, merge_lora=False).requires_grad_(True)
+    tensors = inputs(case)
+    tensors["attention_mask"] = (torch.arange(77) <= tensors["input_ids"].argmax(-1)[:, None]).long()
+    text = {key: tensors[key] for key in ("input_ids", "attention_mask")}
+    want = (whole.vision_model(tensors["pixel_values"])[1], whole.text_model(**text)[1])
+    got = (alone.vision_model.pooled(tensors["pixel_values"]), alone.text_model.pooled(**text))
+    for a, b in zip(got, want):
+        assert testing.relative_error(a, b) <= 2e-6
+    sum((x * testing.randn(*x.shape)).sum() for x in want).backward()
+    sum((x * testing.randn(*x.shape)).sum() for x in got).backward()
+    for (name, a), (_, b) in zip(alone.named_parameters(), whole.named_parameters()):
+        if b.grad is None:
+            assert a.grad is None or not a.grad.any(), name
+        elif not name.endswith("k_proj.bias"):
+            assert testing.relative_error(a.grad, b.grad) <= 1e-4, name
+
+
+def test_captions_are_packed():
+    """As many rows as there are tokens reach the layers; the same for any order of captions, and one by one."""
+    model = load("image")
+    tensors = inputs("image")
+    ids = tensors["input_ids"]
+    rows = []
+    hook = model.text_model.encoder.layers[0].mlp.fc1.register_forward_pre_hook(
+        lambda _, x: rows.append(x[0].numel() // 32)
+    )
+    positions = torch.arange(77)[None]
+    with torch.no_grad():
+        want = model.text_model(ids)[1]
+        for order in ([0, 1, 2], [2, 0, 1]):
+            torch.testing.assert_close(model.text_model.pooled(ids[order]), want[order], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.text_model.pooled(ids, position_ids=positions), want, rtol=1e-4, atol=1e-5)
+        for index in range(3):
+            got = model.text_model.pooled(ids[index : index + 1])
+            torch.testing.assert_close(got, want[index : index + 1], rtol=1e-4, atol=1e-5)
+        hook.remove()
+        assert rows[:2] == [3 * 77, int((ids.argmax(-1) + 1).sum())]
+        hidden = tensors["attention_mask"].clone()
+        hidden[:, 1] = 0  # a mask that hides a token takes the full path
+        torch.testing.assert_close(model.text_model.pooled(ids, hidden), model.text_model(ids, hidden)[1])

@@ -216,19 +216,27 @@ class LanguageBindModel(PreTrainedModel):
         self.config.architectures = [type(self).__name__]
         self.config.save_pretrained(folder)
 
-    def get_image_features(self, pixel_values: torch.Tensor | None = None, **outputs: bool | None) -> torch.Tensor:
-        """pixel_values, as of the vision tower -> (B, E), not normalised."""
-        return self.visual_projection(self.vision_model(pixel_values=pixel_values, **outputs)[1])
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> torch.Tensor:
+        """pixel_values, as of the vision tower -> (B, E), not normalised. The flags, upstream's, change nothing."""
+        return self.visual_projection(self.vision_model.pooled(pixel_values))
 
     def get_text_features(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        **outputs: bool | None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> torch.Tensor:
-        """input_ids and masks, as of the text tower -> (B, E), not normalised."""
-        return self.text_projection(self.text_model(input_ids, attention_mask, position_ids, **outputs)[1])
+        """input_ids and masks, as of the text tower -> (B, E), not normalised. The flags change nothing."""
+        return self.text_projection(self.text_model.pooled(input_ids, attention_mask, position_ids))
 
     def forward(
         self,
@@ -410,7 +418,7 @@ class LanguageBind(nn.Module):
             )
         outputs = {}
         for name, value in inputs.items():
-            embeds = normalised(self.modality_proj[name](self.modality_encoder[name](**value)[1]))
+            embeds = normalised(self.modality_proj[name](self.modality_encoder[name].pooled(**value)))
             if self.use_temp and name != "language":
                 embeds = embeds * self.modality_scale[name].exp()
             outputs[name] = embeds

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -62,6 +64,21 @@ class Attention(nn.Module):
         weights = attention_weights(q, k, causal, key_padding_mask) if output_attentions else None
         return self.out_proj(y.flatten(-2)), weights
 
+    def packed(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """Causal attention within each caption: x (tokens, D) -> (tokens, D)."""
+        q, k, v = (packing.pad(item) for item in self.project(x))
+        return self.out_proj(packing.pack(ops.attention(q, k, v, causal=True).flatten(-2)))
+
+    def pooled(self, x: torch.Tensor, packing: Packing | None = None) -> torch.Tensor:
+        """What `forward` or `packed` gives for the pooled tokens alone: x (B, N, D) or (tokens, D) -> (B, 1, D)."""
+        heads = (self.heads, -1)
+        q = self.q_proj(pooled_tokens(x, packing)).unflatten(-1, heads)
+        k, v = self.k_proj(x).unflatten(-1, heads), self.v_proj(x).unflatten(-1, heads)
+        padding = None
+        if packing is not None:
+            k, v, padding = packing.pad(k), packing.pad(v), packing.padding
+        return self.out_proj(ops.attention(q, k, v, key_padding_mask=padding).flatten(-2))
+
 
 class TemporalAttention(Attention):
     """The same over the T frames of each token position."""
@@ -69,6 +86,45 @@ class TemporalAttention(Attention):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """x (B, T, N, D) -> (B, T, N, D)."""
         return self.out_proj(ops.temporal_attention(*self.project(x)).flatten(-2))
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Captions laid end to end, so that no layer computes padding or what comes after the end of a text.
+
+    Attributes:
+        slots: (B, N) int64, the row of each token among the packed; 0 where there is none.
+        tokens: (tokens,) int64, b * N + n of each packed row.
+        ends: (B,) int64, the row of each caption's pooled token, its last.
+        padding: (B, N) bool, True where there is no token.
+    """
+
+    slots: torch.Tensor
+    tokens: torch.Tensor
+    ends: torch.Tensor
+    padding: torch.Tensor
+
+    @classmethod
+    def of(cls, lengths: torch.Tensor) -> Packing:
+        """For captions of these lengths, (B,) int64, each >= 1. Waits for the device: the sizes depend on the data."""
+        longest = int(lengths.max())
+        valid = torch.arange(longest, device=lengths.device) < lengths[:, None]
+        ends = lengths.cumsum(0) - 1
+        slots = (valid.flatten().cumsum(0) - 1).view_as(valid) * valid
+        return cls(slots, valid.flatten().nonzero()[:, 0], ends, ~valid)
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """(tokens, ...) -> (B, N, ...), with some token's values in the padding."""
+        return x[self.slots]
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, ...) -> (tokens, ...)."""
+        return x.flatten(0, 1)[self.tokens]
+
+
+def pooled_tokens(x: torch.Tensor, packing: Packing | None) -> torch.Tensor:
+    """The tokens that are pooled: the first of each row of x (B, N, D), or the ends of packed captions -> (B, 1, D)."""
+    return x[:, :1] if packing is None else x[packing.ends, None]
 
 
 def attention_weights(
@@ -144,14 +200,30 @@ class EncoderLayer(nn.Module):
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x (B * T, N, D), the T frames of a clip adjacent -> the same shape, and the tokens' attention if asked."""
-        if self.add_time_attn:
-            a, x = self._across_frames(x.unflatten(0, (-1, frames)))
-            h, x = self.layer_norm1.add(a.flatten(0, 1), x.flatten(0, 1))
-        else:
-            h = self.layer_norm1(x)
+        h, x = self._before_attention(x, frames)
         a, weights = self.self_attn(h, causal, key_padding_mask, output_attentions)
+        return self._after_attention(a, x), weights
+
+    def packed(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """The same, causal, for captions laid end to end: x (tokens, D) -> (tokens, D)."""
+        h, x = self._before_attention(x, frames=1)
+        return self._after_attention(self.self_attn.packed(h, packing), x)
+
+    def pooled(self, x: torch.Tensor, frames: int = 1, packing: Packing | None = None) -> torch.Tensor:
+        """The same for the pooled tokens alone: x (B * T, N, D) or (tokens, D) -> (B * T, 1, D) or (B, 1, D)."""
+        h, x = self._before_attention(x, frames)
+        return self._after_attention(self.self_attn.pooled(h, packing), pooled_tokens(x, packing))
+
+    def _before_attention(self, x: torch.Tensor, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The normalised input of self_attn, and what its output is added to."""
+        if not self.add_time_attn:
+            return self.layer_norm1(x), x
+        a, x = self._across_frames(x.unflatten(0, (-1, frames)))
+        return self.layer_norm1.add(a.flatten(0, 1), x.flatten(0, 1))
+
+    def _after_attention(self, a: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         h, x = self.layer_norm2.add(a, x)
-        return x + self.mlp(h), weights
+        return x + self.mlp(h)
 
     def _across_frames(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (B, T, N, D) -> what attention over frames adds, and what it is to be added to."""
@@ -190,14 +262,29 @@ class Encoder(nn.Module):
         attentions: list[torch.Tensor] = []
         for layer in self.layers:
             states.append(x)
-            arguments = (x, frames, causal, key_padding_mask, output_attentions)
-            if self.gradient_checkpointing and self.training:
-                run = getattr(self, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
-                x, weights = run(layer.__call__, *arguments)
-            else:
-                x, weights = layer(*arguments)
+            x, weights = self._run(layer, x, frames, causal, key_padding_mask, output_attentions)
             attentions.append(weights)
             if not output_hidden_states:
                 states.clear()
         states.append(x)
         return x, tuple(states) if output_hidden_states else None, tuple(attentions) if output_attentions else None
+
+    def pooled(self, x: torch.Tensor, frames: int = 1, packing: Packing | None = None) -> torch.Tensor:
+        """The last state of the pooled tokens alone: the last layer computes no other.
+
+        x (B * T, N, D) -> (B * T, D), of the first tokens; or packed captions (tokens, D) -> (B, D), of their ends.
+        """
+        *layers, last = self.layers
+        for layer in layers:
+            if packing is None:
+                x, _ = self._run(layer, x, frames)
+            else:
+                x = self._run(layer.packed, x, packing)
+        return self._run(last.pooled, x, frames, packing)[:, 0]
+
+    def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a layer, checkpointed in training where that is on."""
+        if not (self.gradient_checkpointing and self.training):
+            return function(*arguments)
+        run = getattr(self, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
+        return run(function, *arguments)

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lbfast import ops
 from lbfast.model.config import Modality
-from lbfast.model.layers import Encoder, LayerNorm
+from lbfast.model.layers import Encoder, LayerNorm, Packing
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -137,20 +137,33 @@ class VisionTransformer(nn.Module):
             self.config, output_attentions, output_hidden_states, return_dict
         )
         pixels = self._as_clips(pixel_values)
-        kept = self.patch_dropout(pixels.shape[0], self.embeddings.num_patches, pixels.device)
-        hidden = self.pre_layrnorm(self.embeddings(pixels, kept))
-        frames = self.config.num_frames // self.embeddings.tube_size if self.config.add_time_attn else 1
+        hidden, frames = self._tokens(pixels)
         last, states, attentions = self.encoder(
             hidden, frames=frames, output_attentions=output_attentions, output_hidden_states=output_hidden_states
         )
-        pooled = self.post_layernorm(last[:, 0])
-        if pixel_values.ndim > 4:
-            pooled = pooled.unflatten(0, (pixels.shape[0], -1)).mean(1)
+        pooled = self._pool(last[:, 0], pixels, pixel_values)
         if not return_dict:
             return tuple(item for item in (last, pooled, states, attentions) if item is not None)
         return BaseModelOutputWithPooling(
             last_hidden_state=last, pooler_output=pooled, hidden_states=states, attentions=attentions
         )
+
+    def pooled(self, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
+        """pooler_output alone, (B, D): the same, for less work in the last layer."""
+        pixels = self._as_clips(pixel_values)
+        hidden, frames = self._tokens(pixels)
+        return self._pool(self.encoder.pooled(hidden, frames), pixels, pixel_values)
+
+    def _tokens(self, pixels: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Clips -> (B * T', 1 + kept, D), and T' where the layers attend over frames, else 1."""
+        kept = self.patch_dropout(pixels.shape[0], self.embeddings.num_patches, pixels.device)
+        frames = self.config.num_frames // self.embeddings.tube_size if self.config.add_time_attn else 1
+        return self.pre_layrnorm(self.embeddings(pixels, kept)), frames
+
+    def _pool(self, first: torch.Tensor, pixels: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Class tokens (B * T', D) -> their mean over the frames of a clip, where pixels came as clips."""
+        pooled = self.post_layernorm(first)
+        return pooled.unflatten(0, (pixels.shape[0], -1)).mean(1) if pixel_values.ndim > 4 else pooled
 
     def _as_clips(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Checks pixel_values and returns a view (B, C, H, W) or (B, C, T, H, W)."""
@@ -257,6 +270,41 @@ class TextTransformer(nn.Module):
         return BaseModelOutputWithPooling(
             last_hidden_state=last, pooler_output=pooled, hidden_states=states, attentions=attentions
         )
+
+    def pooled(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """pooler_output alone, (B, D): the same, for the tokens up to each end of text only.
+
+        Attention is causal, so what comes after the pooled token never reaches it. Captions whose mask hides one of
+        these tokens, and graphs that are being compiled or captured, take the full path.
+        """
+        ids = self._check(input_ids, position_ids)
+        packing = self._packing(ids, attention_mask)
+        if packing is None:
+            return self(ids, attention_mask, position_ids, return_dict=False)[1]
+        longest = packing.slots.shape[1]
+        if position_ids is None:
+            position_ids = torch.arange(ids.shape[1], device=ids.device)
+        columns = packing.pack(position_ids.expand_as(ids)[:, :longest])
+        x = self.embeddings.token_embedding(packing.pack(ids[:, :longest])) + self.embeddings.position_embedding(
+            columns
+        )
+        return self.final_layer_norm(self.encoder.pooled(x, packing=packing))
+
+    def _packing(self, ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Packing | None:
+        """The tokens that reach the pooled ones, or None where every token must be computed."""
+        if torch.compiler.is_compiling() or (ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return None
+        lengths = ids.argmax(dim=-1) + 1
+        padding = None if attention_mask is None else padding_from(attention_mask, ids.shape)
+        packing = Packing.of(lengths)
+        if padding is not None and bool((padding[:, : packing.padding.shape[1]] & ~packing.padding).any()):
+            return None
+        return packing
 
     def _check(self, input_ids: torch.Tensor | None, position_ids: torch.Tensor | None) -> torch.Tensor:
         """Returns input_ids as (B, N)."""
