@@ -364,7 +364,7 @@ def test_captions_are_packed():
     tensors = inputs("image")
     ids = tensors["input_ids"]
     rows = []
-    hook = model.text_model.encoder.layers[0].mlp.fc1.register_forward_pre_hook(
+    hook = model.text_model.encoder.layers[0].mlp.register_forward_pre_hook(
         lambda _, x: rows.append(x[0].numel() // 32)
     )
     positions = torch.arange(77)[None]
