@@ -1,0 +1,128 @@
+"""`make demo`: the demo, then its encoders timed against the eager baseline: same checkpoints, same inputs, one run.
+
+The two take turns, so that a machine that slows down slows both; medians are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lbfast import demo
+from lbfast.doctor import cpu_name
+from lbfast.model.languagebind import model_dict, normalised
+from lbfast.reference import languagebind as reference
+
+LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 3, 15, 2.5
+LIMITS = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+"""How far two unit embeddings may be apart in any number: some thirty times what rounding was seen to do."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One encoder, timed: seconds of each call, and how far the unit embeddings are apart at most."""
+
+    name: str
+    shape: tuple[int, ...]
+    ours: list[float]
+    theirs: list[float]
+    difference: float
+
+
+def take_turns(first: Callable[[], object], second: Callable[[], object]) -> tuple[list[float], list[float]]:
+    """Seconds of each call of two functions that take turns, after one call of each that does not count."""
+    first(), second()
+    times: tuple[list[float], list[float]] = ([], [])
+    begin = time.perf_counter()
+    while len(times[0]) < LEAST_ROUNDS or (len(times[0]) < MOST_ROUNDS and time.perf_counter() - begin < SECONDS):
+        for function, spent in zip((first, second), times):
+            start = time.perf_counter()
+            function()
+            spent.append(time.perf_counter() - start)
+    return times
+
+
+@torch.inference_mode()
+def compare(made: demo.Demo, dtype: torch.dtype) -> list[Comparison]:
+    """Every modality's encoder, and the text tower that they share, on the demo's files and captions."""
+    results = []
+    for name, where in made.checkpoints.items():
+        model = model_dict[name].from_pretrained(where, torch_dtype=dtype)
+        baseline = reference.like(model)
+        calls = [(name, "get_image_features", made.inputs[name])]
+        if name == "image":
+            calls.append(("language", "get_text_features", made.inputs["language"]))
+        for label, method, inputs in calls:
+            inputs = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
+            ours, theirs = getattr(model, method), getattr(baseline, method)
+            apart = normalised(ours(**inputs).float()) - normalised(theirs(**inputs).float())
+            times = take_turns(lambda: ours(**inputs), lambda: theirs(**inputs))  # noqa: B023  (called at once)
+            shape = tuple(next(iter(inputs.values())).shape)
+            results.append(Comparison(label, shape, *times, difference=apart.abs().max().item()))
+    return results
+
+
+def table(results: list[Comparison], dtype: torch.dtype) -> Table:
+    """Medians in milliseconds, with the fastest and slowest call."""
+    made = Table(
+        "encoder",
+        "input",
+        "lbfast ms",
+        "reference ms",
+        "speed-up",
+        "difference",
+        title=f"Time against the eager reference, {str(dtype).removeprefix('torch.')}",
+        title_justify="left",
+    )
+    for result in results:
+        made.add_row(
+            result.name,
+            "x".join(map(str, result.shape)),
+            _spread(result.ours),
+            _spread(result.theirs),
+            f"{statistics.median(result.theirs) / statistics.median(result.ours):.2f} x",
+            f"{result.difference:.1e}",
+        )
+    return made
+
+
+def _spread(seconds: list[float]) -> str:
+    return "{:.0f} ({:.0f}-{:.0f})".format(*(1000 * f(seconds) for f in (statistics.median, min, max)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for samples and checkpoints")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the timed encoders")
+    arguments = parser.parse_args()
+    console = Console()
+    made = demo.run(arguments.out, console)
+    demo.show(console, made)
+    dtype = getattr(torch, arguments.dtype)
+    with console.status("timing"):
+        results = compare(made, dtype)
+    console.print(table(results, dtype))
+    console.print(
+        f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
+        f"{platform.python_version()}; encoders of L/14's width with {demo.LAYERS} of its 24 layers, "
+        "2 files of each modality, 10 captions; median (fastest-slowest), the two taking turns; difference: the largest "
+        "between the unit embeddings. GPU: not measured.",
+        highlight=False,
+    )
+    wrong = [result.name for result in results if not result.difference <= LIMITS[dtype]]
+    if wrong:
+        sys.exit(f"error: the embeddings are not those of the reference: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    main()
