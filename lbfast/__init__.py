@@ -34,6 +34,47 @@ _WHERE = {
     **{f"LanguageBind{name}Tokenizer": "lbfast.processing.text" for name in _MODALITIES},
 }
 
+if TYPE_CHECKING:
+    from lbfast.dispatch import use_impl as use_impl
+    from lbfast.losses import InfoNCELoss as InfoNCELoss, LanguageBindLoss as LanguageBindLoss
+    from lbfast.model.accelerate import accelerate as accelerate
+    from lbfast.model.checkpoint import CheckpointError as CheckpointError
+    from lbfast.model.config import (
+        LanguageBindAudioConfig as LanguageBindAudioConfig,
+        LanguageBindDepthConfig as LanguageBindDepthConfig,
+        LanguageBindImageConfig as LanguageBindImageConfig,
+        LanguageBindThermalConfig as LanguageBindThermalConfig,
+        LanguageBindVideoConfig as LanguageBindVideoConfig,
+        config_dict as config_dict,
+        published_config as published_config,
+    )
+    from lbfast.model.languagebind import (
+        LanguageBind as LanguageBind,
+        LanguageBindAudio as LanguageBindAudio,
+        LanguageBindDepth as LanguageBindDepth,
+        LanguageBindImage as LanguageBindImage,
+        LanguageBindThermal as LanguageBindThermal,
+        LanguageBindVideo as LanguageBindVideo,
+        model_dict as model_dict,
+        to_device as to_device,
+    )
+    from lbfast.processing import MediaError as MediaError
+    from lbfast.processing.processor import (
+        LanguageBindAudioProcessor as LanguageBindAudioProcessor,
+        LanguageBindDepthProcessor as LanguageBindDepthProcessor,
+        LanguageBindImageProcessor as LanguageBindImageProcessor,
+        LanguageBindThermalProcessor as LanguageBindThermalProcessor,
+        LanguageBindVideoProcessor as LanguageBindVideoProcessor,
+        transform_dict as transform_dict,
+    )
+    from lbfast.processing.text import (
+        LanguageBindAudioTokenizer as LanguageBindAudioTokenizer,
+        LanguageBindDepthTokenizer as LanguageBindDepthTokenizer,
+        LanguageBindImageTokenizer as LanguageBindImageTokenizer,
+        LanguageBindThermalTokenizer as LanguageBindThermalTokenizer,
+        LanguageBindVideoTokenizer as LanguageBindVideoTokenizer,
+    )
+
 __all__ = [*_WHERE, "__version__"]
 
 

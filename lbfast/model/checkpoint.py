@@ -117,7 +117,7 @@ def fetch_file(
             hf_hub_download(
                 repo_id,
                 name,
-                cache_dir=cache_dir,
+                cache_dir=None if cache_dir is None else Path(cache_dir),
                 revision=revision,
                 token=token,
                 local_files_only=local_files_only,

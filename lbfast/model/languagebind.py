@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from lbfast import ops
-from lbfast.model import checkpoint
-from lbfast.model import config as configs
+from lbfast.model import checkpoint, config as configs
 from lbfast.model.config import LanguageBindConfig
 from lbfast.model.layers import MLP, Attention, EncoderLayer
 from lbfast.model.lora import add_lora, merge_lora
@@ -65,7 +64,7 @@ class LanguageBindModel(PreTrainedModel):
         config: with `vision_config.lora_r > 0` the encoder gets trainable adapters and is frozen otherwise.
     """
 
-    config_class = LanguageBindConfig
+    config_class: type[LanguageBindConfig] = LanguageBindConfig  # type: ignore[assignment]
     base_model_prefix = "languagebind"
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
@@ -418,7 +417,7 @@ class LanguageBind(nn.Module):
             )
         outputs = {}
         for name, value in inputs.items():
-            embeds = normalised(self.modality_proj[name](self.modality_encoder[name].pooled(**value)))
+            embeds = normalised(self.modality_proj[name](cast(Any, self.modality_encoder[name]).pooled(**value)))
             if self.use_temp and name != "language":
                 embeds = embeds * self.modality_scale[name].exp()
             outputs[name] = embeds

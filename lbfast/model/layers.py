@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -163,7 +163,10 @@ def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-_ACTIVATIONS = {"gelu": nn.functional.gelu, "quick_gelu": _quick_gelu}
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": nn.functional.gelu,
+    "quick_gelu": _quick_gelu,
+}
 
 
 class EncoderLayer(nn.Module):
@@ -274,7 +277,7 @@ class Encoder(nn.Module):
 
         x (B * T, N, D) -> (B * T, D), of the first tokens; or packed captions (tokens, D) -> (B, D), of their ends.
         """
-        *layers, last = self.layers
+        *layers, last = cast(list[EncoderLayer], list(self.layers))
         for layer in layers:
             if packing is None:
                 x, _ = self._run(layer, x, frames)

@@ -136,12 +136,12 @@ class VisionTransformer(nn.Module):
         output_attentions, output_hidden_states, return_dict = output_flags(
             self.config, output_attentions, output_hidden_states, return_dict
         )
-        pixels = self._as_clips(pixel_values)
+        pixels, clips = self._as_clips(pixel_values)
         hidden, frames = self._tokens(pixels)
         last, states, attentions = self.encoder(
             hidden, frames=frames, output_attentions=output_attentions, output_hidden_states=output_hidden_states
         )
-        pooled = self._pool(last[:, 0], pixels, pixel_values)
+        pooled = self._pool(last[:, 0], clips)
         if not return_dict:
             return tuple(item for item in (last, pooled, states, attentions) if item is not None)
         return BaseModelOutputWithPooling(
@@ -150,9 +150,9 @@ class VisionTransformer(nn.Module):
 
     def pooled(self, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
         """pooler_output alone, (B, D): the same, for less work in the last layer."""
-        pixels = self._as_clips(pixel_values)
+        pixels, clips = self._as_clips(pixel_values)
         hidden, frames = self._tokens(pixels)
-        return self._pool(self.encoder.pooled(hidden, frames), pixels, pixel_values)
+        return self._pool(self.encoder.pooled(hidden, frames), clips)
 
     def _tokens(self, pixels: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Clips -> (B * T', 1 + kept, D), and T' where the layers attend over frames, else 1."""
@@ -160,13 +160,13 @@ class VisionTransformer(nn.Module):
         frames = self.config.num_frames // self.embeddings.tube_size if self.config.add_time_attn else 1
         return self.pre_layrnorm(self.embeddings(pixels, kept)), frames
 
-    def _pool(self, first: torch.Tensor, pixels: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Class tokens (B * T', D) -> their mean over the frames of a clip, where pixels came as clips."""
+    def _pool(self, first: torch.Tensor, clips: int) -> torch.Tensor:
+        """Class tokens (B * T', D) -> their mean over the frames of each of so many clips; of none, each alone."""
         pooled = self.post_layernorm(first)
-        return pooled.unflatten(0, (pixels.shape[0], -1)).mean(1) if pixel_values.ndim > 4 else pooled
+        return pooled.unflatten(0, (clips, -1)).mean(1) if clips else pooled
 
-    def _as_clips(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Checks pixel_values and returns a view (B, C, H, W) or (B, C, T, H, W)."""
+    def _as_clips(self, pixel_values: torch.Tensor | None) -> tuple[torch.Tensor, int]:
+        """Checks pixel_values; returns a view (B, C, H, W) or (B, C, T, H, W), and B where it came as clips, else 0."""
         channels, height, width = self.embeddings.pixel_shape
         expected = f"a tensor (B, {channels}, {height}, {width}) or (B, {channels}, T, {height}, {width})"
         if not isinstance(pixel_values, torch.Tensor):
@@ -184,21 +184,21 @@ class VisionTransformer(nn.Module):
         needed = self.config.num_frames
         if pixel_values.ndim == 4:
             if not self.config.add_time_attn:
-                return pixel_values
+                return pixel_values, 0
             if shape[0] % needed:
                 raise ValueError(
                     f"pixel_values: this checkpoint takes clips of {needed} frames: expected (B, {channels}, {needed}, "
                     f"{height}, {width}) or a multiple of {needed} frames in (B * {needed}, ...), got shape {shape}"
                 )
-            return pixel_values.unflatten(0, (-1, needed)).transpose(1, 2)
+            return pixel_values.unflatten(0, (-1, needed)).transpose(1, 2), 0
         frames = shape[2]
         if self.config.add_time_attn and frames != needed:
             raise ValueError(
                 f"pixel_values: this checkpoint takes clips of {needed} frames, got {frames} in shape {shape}"
             )
         if pixel_values.ndim == 7:
-            return pixel_values.reshape(-1, frames, channels, height, width).transpose(1, 2)
-        return pixel_values
+            pixel_values = pixel_values.reshape(-1, frames, channels, height, width).transpose(1, 2)
+        return pixel_values, pixel_values.shape[0]
 
 
 class TextEmbeddings(nn.Module):
