@@ -1,0 +1,171 @@
+"""Contrastive losses as modules: open_clip's call, and one for every modality against language."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lbfast.ops import info_nce
+
+
+class InfoNCELoss(nn.Module):
+    """open_clip's ClipLoss, constructor and call, in linear memory; see ops.info_nce for what is computed.
+
+        loss = InfoNCELoss(rank=rank, world_size=world_size)
+        losses = loss(image_features, text_features, logit_scale, output_dict=True)   # {"contrastive_loss": ...}
+
+    Over several ranks the loss is that of the whole batch, and the features' gradients are multiplied by the number
+    of ranks: DistributedDataParallel, which averages, then gives every parameter the gradient of one process with the
+    whole batch. logit_scale's gradient is whole on every rank, and so is its average.
+
+    Args:
+        local_loss, gather_with_grad, cache_labels: open_clip's choices between ways to the same loss; they change
+            nothing here.
+        rank, world_size: world_size > 1 without `group` takes the default process group. `rank` is not needed.
+        use_horovod: must be False.
+        label_smoothing, group, gather, impl, workspace_mib: as in ops.info_nce.
+        averaged: gradients are averaged over the ranks afterwards, as DistributedDataParallel does. False: features
+            get the plain gradient of the loss.
+
+    Raises:
+        ValueError: `use_horovod`.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        label_smoothing: float = 0.0,
+        group: Any = None,
+        gather: Literal["all", "ring"] = "all",
+        averaged: bool = True,
+        impl: str | None = None,
+        workspace_mib: int | None = None,
+    ) -> None:
+        super().__init__()
+        if use_horovod:
+            raise ValueError("InfoNCELoss: use_horovod: expected False (torch.distributed only), got True")
+        self.world_size = world_size
+        self.label_smoothing = label_smoothing
+        self.group = group
+        self.gather: Literal["all", "ring"] = gather
+        self.averaged = averaged
+        self.impl = impl
+        self.workspace_mib = workspace_mib
+
+    def forward(
+        self,
+        image_features: torch.Tensor,
+        text_features: torch.Tensor,
+        logit_scale: torch.Tensor,
+        logit_bias: torch.Tensor | None = None,
+        output_dict: bool = False,
+        *,
+        ids: torch.Tensor | None = None,
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """(B, D), (B, D) and the factor (not its logarithm) -> scalar, or {"contrastive_loss": scalar}.
+
+        logit_bias, one number added to every logit, changes no softmax: it is accepted and gets a gradient of zero.
+        ids: (B,) integers; rows that share one are not negatives of each other.
+        """
+        group = self.group
+        if group is None and self.world_size > 1:
+            group = dist.group.WORLD
+        if self.averaged and group is not None:
+            ranks = dist.get_world_size(group)
+            image_features = _scale_gradient(image_features, ranks)
+            text_features = _scale_gradient(text_features, ranks)
+        loss = info_nce(
+            image_features,
+            text_features,
+            logit_scale,
+            ids=ids,
+            label_smoothing=self.label_smoothing,
+            group=group,
+            gather=self.gather,
+            impl=self.impl,
+            workspace_mib=self.workspace_mib,
+        )
+        if logit_bias is not None:
+            loss = loss + 0 * logit_bias.sum()
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class LanguageBindLoss(nn.Module):
+    """Every modality against language: sum over modalities m of weight_m * InfoNCE(embeds[m], embeds["language"]).
+
+        loss = LanguageBindLoss()
+        loss({"video": v, "audio": a, "language": t}, logit_scale)
+
+    Args:
+        weights: {modality: factor}; 1 for those not named.
+        language: the key of the language embeddings.
+        options: keyword arguments of InfoNCELoss.
+    """
+
+    def __init__(self, weights: Mapping[str, float] | None = None, language: str = "language", **options: Any) -> None:
+        super().__init__()
+        self.weights = dict(weights or {})
+        self.language = language
+        self.info_nce = InfoNCELoss(**options)
+
+    def forward(
+        self,
+        embeds: Mapping[str, torch.Tensor | Mapping[str, torch.Tensor]],
+        logit_scale: torch.Tensor | Mapping[str, torch.Tensor],
+        output_dict: bool = False,
+        *,
+        ids: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """{modality: (B, D), language: (B, D)} -> scalar, or {"<modality>_loss": weighted scalar}, whose sum it is.
+
+        embeds[language], logit_scale and ids may each be a mapping {modality: ...} where modalities come with
+        captions, factors or ids of their own.
+
+        Raises:
+            ValueError: language, or every other modality, is missing.
+        """
+        if self.language not in embeds:
+            raise ValueError(f"LanguageBindLoss: embeds: expected the key {self.language!r}, got {sorted(embeds)}")
+        modalities = [name for name in embeds if name != self.language]
+        if not modalities:
+            raise ValueError(f"LanguageBindLoss: embeds: expected a modality beside {self.language!r}, got none")
+        losses = {}
+        for name in modalities:
+            texts, scale, rows = (_of(x, name) for x in (embeds[self.language], logit_scale, ids))
+            losses[f"{name}_loss"] = self.weights.get(name, 1.0) * self.info_nce(embeds[name], texts, scale, ids=rows)
+        return losses if output_dict else torch.stack(list(losses.values())).sum()
+
+
+def _of(value: Any, modality: str) -> Any:
+    """The modality's own, where `value` is a mapping."""
+    if not isinstance(value, Mapping):
+        return value
+    if modality not in value:
+        raise ValueError(f"LanguageBindLoss: expected an entry for {modality!r}, got {sorted(value)}")
+    return value[modality]
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+def _scale_gradient(x: torch.Tensor, factor: int) -> torch.Tensor:
+    """x, whose gradient is multiplied by `factor`."""
+    return x if factor == 1 or not x.requires_grad else _ScaleGradient.apply(x, factor)

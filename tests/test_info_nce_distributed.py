@@ -1,0 +1,141 @@
+"""info_nce over process groups of 1 to 4 ranks (gloo): equal to one process with the whole batch."""
+
+import datetime
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from lbfast.losses import InfoNCELoss
+from lbfast.ops.info_nce import IMPLEMENTATIONS, info_nce
+from lbfast.testing import ROUNDING, randn, relative_error
+
+WORLDS = (1, 2, 3, 4)
+SIZES = ((6, 6, 6, 6), (5, 70, 1, 0), (0, 3, 2, 9))
+PATIENCE = datetime.timedelta(seconds=20)
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+
+def batch(total, dtype):
+    x, y = (F.normalize(randn(total, 24, seed=seed), dim=-1).to(dtype) for seed in (0, 1))
+    return x, y, torch.tensor(14.3), torch.arange(total) % max(2, total // 3)
+
+
+def grads_of(x, y, s, needs=(True, True, True), **options):
+    x, y, s = (t.detach().clone().requires_grad_(need) for t, need in zip((x, y, s), needs))
+    loss = info_nce(x, y, s, **options)
+    loss.backward()
+    return loss.detach(), x.grad, y.grad, s.grad
+
+
+def equals_one_process(group, rank, sizes, gather, impl, dtype, needs=(True, True, True), smoothing=0.0, groups=False):
+    x, y, s, ids = batch(sum(sizes), dtype)
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    options = {"impl": impl, "label_smoothing": smoothing}
+    one = grads_of(x, y, s, needs, ids=ids if groups else None, **options)
+    ours = grads_of(x[own], y[own], s, needs, ids=ids[own] if groups else None, group=group, gather=gather, **options)
+    for what, a, b in zip(("loss", "image", "text", "scale"), ours, one):
+        if what in ("image", "text") and b is not None:
+            b = b[own]
+        where = f"{what}: rank {rank} of {len(sizes)}, {sizes}, {gather}, {impl}, {needs}"
+        assert (a is None) == (b is None), where
+        if a is not None:
+            error = relative_error(a, b)
+            assert error <= 8 * ROUNDING[dtype], f"{where}: {error:.1e}"
+
+
+def trains_as_one_process(group, rank, world, gather):
+    """DistributedDataParallel with InfoNCELoss: every parameter's gradient is that of one process."""
+
+    class Towers(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.image, self.text = torch.nn.Linear(8, 16), torch.nn.Linear(8, 16)
+            self.log_scale = torch.nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x, y):
+            return F.normalize(self.image(x), dim=-1), F.normalize(self.text(y), dim=-1), self.log_scale.exp()
+
+    x, y = randn(4 * world, 8, seed=2), randn(4 * world, 8, seed=3)
+    single, own = Towers(), slice(4 * rank, 4 * rank + 4)
+    InfoNCELoss()(*single(x, y)).backward()
+    parallel = torch.nn.parallel.DistributedDataParallel(Towers(), process_group=group)
+    InfoNCELoss(world_size=world, rank=rank, group=group, gather=gather)(*parallel(x[own], y[own])).backward()
+    for (name, a), b in zip(single.named_parameters(), parallel.module.parameters()):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-7, msg=lambda text, n=name: f"{n}\n{text}")
+
+
+def disagreement_raises(group, rank, world):
+    with pytest.raises(ValueError, match="on every rank"):
+        info_nce(torch.zeros(2, 3 + rank), torch.zeros(2, 3 + rank), 1.0, group=group)
+    with pytest.raises(ValueError, match="at least one row"):
+        info_nce(torch.zeros(0, 3), torch.zeros(0, 3), 1.0, group=group)
+
+
+def every_check(rank, folder):
+    start(rank, 4, folder)
+    for world in WORLDS:
+        group = dist.new_group(list(range(world)), timeout=PATIENCE)
+        if rank >= world:
+            continue
+        for sizes in SIZES:
+            sizes = sizes[:world]
+            if sum(sizes) == 0:
+                continue
+            for gather in ("all", "ring"):
+                for impl in ("torch", "native"):
+                    if not IMPLEMENTATIONS[impl](torch.zeros(1, 1), torch.zeros(1, 1)):
+                        equals_one_process(group, rank, sizes, gather, impl, torch.float32)
+                one_side = ((True, False, True), (False, True, False), (False, False, True))
+                for needs in one_side:
+                    equals_one_process(group, rank, sizes, gather, "torch", torch.float32, needs)
+                equals_one_process(group, rank, sizes, gather, None, torch.bfloat16)
+                equals_one_process(group, rank, sizes, gather, None, torch.float32, groups=True)
+                equals_one_process(group, rank, sizes, gather, None, torch.float32, smoothing=0.1)
+                equals_one_process(group, rank, sizes, gather, None, torch.float32, groups=True, smoothing=0.1)
+        for gather in ("all", "ring"):
+            trains_as_one_process(group, rank, world, gather)
+        if world > 1:
+            disagreement_raises(group, rank, world)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def one_dies(rank, folder, gather, when):
+    """Rank 1 ends without a word before its forward or its backward; the others must raise."""
+    start(rank, 3, folder)
+    x, y = randn(4, 8, seed=rank).requires_grad_(), randn(4, 8, seed=rank + 9).requires_grad_()
+    if rank == 1 and when == "forward":
+        os._exit(0)
+    begun = time.monotonic()
+    try:
+        loss = info_nce(x, y, 5.0, group=dist.group.WORLD, gather=gather, impl="torch")
+        if rank == 1:
+            os._exit(0)
+        loss.backward()
+    except RuntimeError:
+        with open(os.path.join(folder, f"raised_{rank}"), "w") as file:
+            file.write(f"{time.monotonic() - begun}")
+    os._exit(0)
+
+
+def start(rank, world, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world, timeout=PATIENCE)
+
+
+def test_equals_one_process(tmp_path):
+    mp.spawn(every_check, (str(tmp_path),), nprocs=4)
+
+
+@pytest.mark.parametrize(("gather", "when"), [("all", "forward"), ("ring", "backward")])
+def test_dead_rank_raises_on_the_others(tmp_path, gather, when):
+    mp.spawn(one_dies, (str(tmp_path), gather, when), nprocs=3)
+    waited = [float((tmp_path / f"raised_{rank}").read_text()) for rank in (0, 2)]
+    assert max(waited) < PATIENCE.total_seconds() + 10

@@ -1,0 +1,95 @@
+"""InfoNCELoss and LanguageBindLoss: the calls that training loops make."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lbfast
+from lbfast.ops import info_nce
+from lbfast.testing import randn
+
+
+def unit(seed, b=12, d=16):
+    return F.normalize(randn(b, d, seed=seed), dim=-1)
+
+
+def clip_loss(image_features, text_features, logit_scale):
+    """What open_clip's ClipLoss computes on one process."""
+    labels = torch.arange(len(image_features))
+    per_image = logit_scale * image_features @ text_features.T
+    per_text = logit_scale * text_features @ image_features.T
+    return (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
+
+
+def test_open_clip_call():
+    """Constructor and call as in open_clip's and Inf-CLIP's training loops."""
+    loss = lbfast.InfoNCELoss(
+        local_loss=True, gather_with_grad=True, cache_labels=True, rank=0, world_size=1, use_horovod=False
+    )
+    out = {"image_features": unit(0), "text_features": unit(1), "logit_scale": torch.tensor(14.3)}
+    losses = loss(**out, output_dict=True)
+    assert list(losses) == ["contrastive_loss"]
+    torch.testing.assert_close(sum(losses.values()), clip_loss(**out))
+    torch.testing.assert_close(loss(out["image_features"], out["text_features"], out["logit_scale"]), clip_loss(**out))
+
+
+def test_logit_bias_changes_nothing():
+    bias = torch.tensor(-10.0, requires_grad=True)
+    loss = lbfast.InfoNCELoss()(unit(0), unit(1), torch.tensor(5.0), bias)
+    torch.testing.assert_close(loss, clip_loss(unit(0), unit(1), torch.tensor(5.0)))
+    loss.backward()
+    assert bias.grad == 0
+
+
+def test_options_reach_the_op():
+    ids = torch.arange(12) // 3
+    loss = lbfast.InfoNCELoss(label_smoothing=0.1)(unit(0), unit(1), torch.tensor(5.0), ids=ids)
+    assert torch.equal(loss, info_nce(unit(0), unit(1), torch.tensor(5.0), ids=ids, label_smoothing=0.1))
+    with pytest.raises(ValueError, match="use_horovod"):
+        lbfast.InfoNCELoss(use_horovod=True)
+
+
+def test_training_lowers_the_loss():
+    towers = torch.nn.ModuleList([torch.nn.Linear(8, 16), torch.nn.Linear(8, 16)])
+    scale = torch.nn.Parameter(torch.tensor(14.3).log())
+    optimizer = torch.optim.AdamW([*towers.parameters(), scale], lr=1e-2)
+    data, loss, history = randn(32, 8), lbfast.InfoNCELoss(), []
+    for _ in range(60):
+        x, y = (F.normalize(tower(data), dim=-1) for tower in towers)
+        value = loss(x, y, scale.exp())
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        history.append(float(value.detach()))
+    assert history[-1] < 0.2 * history[0]
+
+
+def test_languagebind_loss():
+    embeds = {"video": unit(0), "audio": unit(1), "language": unit(2)}
+    scale = torch.tensor(8.0)
+    loss = lbfast.LanguageBindLoss(weights={"audio": 0.5})
+    parts = loss(embeds, scale, output_dict=True)
+    video, audio = (clip_loss(embeds[m], embeds["language"], scale) for m in ("video", "audio"))
+    torch.testing.assert_close(parts, {"video_loss": video, "audio_loss": 0.5 * audio})
+    torch.testing.assert_close(loss(embeds, scale), video + 0.5 * audio)
+
+
+def test_languagebind_loss_with_captions_and_factors_of_each_modality():
+    embeds = {
+        "video": unit(0),
+        "depth": unit(1, b=5),
+        "language": {"video": unit(2), "depth": unit(3, b=5)},
+    }
+    scales = {"video": torch.tensor(8.0), "depth": torch.tensor(20.0)}
+    parts = lbfast.LanguageBindLoss()(embeds, scales, True, ids={"video": torch.arange(12), "depth": torch.arange(5)})
+    for m in ("video", "depth"):
+        torch.testing.assert_close(parts[f"{m}_loss"], clip_loss(embeds[m], embeds["language"][m], scales[m]))
+    with pytest.raises(ValueError, match="'depth'"):
+        lbfast.LanguageBindLoss()(embeds, {"video": torch.tensor(8.0)})
+
+
+def test_languagebind_loss_errors():
+    with pytest.raises(ValueError, match="expected the key 'language'"):
+        lbfast.LanguageBindLoss()({"video": unit(0)}, torch.tensor(1.0))
+    with pytest.raises(ValueError, match="expected a modality beside"):
+        lbfast.LanguageBindLoss()({"language": unit(0)}, torch.tensor(1.0))
