@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -61,3 +62,42 @@ def randn(
     """Standard normal times `scale`, drawn in float64 on the CPU: every dtype and device sees the same numbers."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(device=device, dtype=dtype)
+
+
+def assert_matches(
+    op: Callable[..., Any],
+    reference: Callable[..., Any],
+    tensors: Sequence[torch.Tensor],
+    wanted: Sequence[bool] = (),
+    plain: Callable[..., Any] | None = None,
+) -> None:
+    """Fails unless op(*tensors) and its gradients are within the budget that plain torch's errors give.
+
+    Args:
+        op: what is tested; gives a tensor or a tuple of tensors.
+        reference: the same function, slow and clear, run in float64.
+        tensors: inputs; those that are not floating point get no gradient.
+        wanted: whose gradients to take; default all of them.
+        plain: the same function in plain torch, run in the inputs' dtype; default the reference.
+    """
+    mask = [t.is_floating_point() and (not wanted or wanted[i]) for i, t in enumerate(tensors)]
+
+    def run(function: Callable[..., Any], dtype: torch.dtype | None = None) -> tuple[list[Any], list[torch.Tensor]]:
+        given = [t.detach().to(dtype) if dtype and t.is_floating_point() else t.detach() for t in tensors]
+        given = [t.requires_grad_(need) for t, need in zip(given, mask)]
+        outs = function(*given)
+        outs = [outs] if isinstance(outs, torch.Tensor) else list(outs)
+        if not any(mask):
+            return outs, []
+        live, along = zip(*((o, randn(*o.shape, seed=7 + i).to(o)) for i, o in enumerate(outs) if o.requires_grad))
+        return outs, list(torch.autograd.grad(live, [t for t, need in zip(given, mask) if need], along))
+
+    (actual, grads), (exact, exact_grads), (near, near_grads) = (
+        run(op),
+        run(reference, torch.float64),
+        run(plain or reference),
+    )
+    for i, results in enumerate(zip(actual, exact, near)):
+        assert_within_budget(*results, f"output {i}")
+    for i, results in zip([i for i, need in enumerate(mask) if need], zip(grads, exact_grads, near_grads)):
+        assert_within_budget(*results, f"gradient of input {i}")
