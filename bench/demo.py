@@ -115,8 +115,8 @@ def main() -> None:
     console.print(
         f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
         f"{platform.python_version()}; encoders of L/14's width with {demo.LAYERS} of its 24 layers, "
-        "2 files of each modality, 10 captions; median (fastest-slowest), the two taking turns; difference: the largest "
-        "between the unit embeddings. GPU: not measured.",
+        "2 files of each modality, 10 captions; median (fastest-slowest), the two taking turns; difference: the "
+        "largest between the unit embeddings. GPU: not measured.",
         highlight=False,
     )
     wrong = [result.name for result in results if not result.difference <= LIMITS[dtype]]
