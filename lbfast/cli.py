@@ -50,6 +50,8 @@ def _plain_errors() -> Iterator[None]:
     """What a user can mend is one line on stderr and exit status 1; the rest is a fault of ours, with its traceback."""
     try:
         yield
+    except typer.Exit:  # a RuntimeError to Python
+        raise
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the reader of a pipe left; nothing more can be said there)
         raise typer.Exit(1) from None
