@@ -106,7 +106,7 @@ def _check_tokens(
     kept: torch.Tensor | None,
 ) -> None:
     width, patch = weight.shape[0], weight.shape[-1]
-    frames = (1 if pixels.dim() == 4 else pixels.shape[2]) // _tube(weight)
+    frames = _frames(pixels, weight)
     rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
     if tuple(class_embedding.shape) not in ((width,), (frames, width)):
         raise ValueError(
@@ -130,6 +130,11 @@ def _check_tokens(
 
 def _tube(weight: torch.Tensor) -> int:
     return weight.shape[2] if weight.dim() == 5 else 1
+
+
+def _frames(pixels: torch.Tensor, weight: torch.Tensor) -> int:
+    """T'."""
+    return 1 if pixels.dim() == 4 else pixels.shape[2] // _tube(weight)
 
 
 def fold(
@@ -184,7 +189,7 @@ def _rows(pixels: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor | None)
     rows[:, :, 1:] = picked
     if pixels.dtype == torch.uint8:
         rows[:, :, 1:] -= CENTRE
-    return rows.view(b * t, 1 + k, -1)
+    return rows.view(b * t, 1 + k, rows.shape[3:].numel())
 
 
 def _torch_fwd(
@@ -201,7 +206,7 @@ def _torch_fwd(
     folded, bias = fold(weight, mean, std)
     position = position_embedding[1:] if bias is None else (position_embedding[1:] + bias).to(weight.dtype)
     tokens = torch.empty((*rows.shape[:2], len(weight)), dtype=weight.dtype, device=weight.device)
-    clips = tokens.unflatten(0, (pixels.shape[0], -1))  # (B, T', 1 + K, D)
+    clips = tokens.unflatten(0, (pixels.shape[0], _frames(pixels, weight)))  # (B, T', 1 + K, D)
     clips[:, :, 0] = class_embedding + position_embedding[0]
     clips[:, :, 1:] = position if kept is None else position[kept][:, None]
     tokens.view(-1, len(weight)).addmm_(rows.flatten(0, 1), folded.T)
@@ -221,7 +226,8 @@ def _torch_bwd_pixels(
     """The gradient of float pixels; zero where no kept patch lies."""
     dpixels = torch.zeros(pixels.shape, dtype=pixels.dtype, device=pixels.device)
     patches = _patches(dpixels, weight)
-    drows = (dtokens @ weight.flatten(1)).unflatten(0, (pixels.shape[0], -1))[:, :, 1:]  # (B, T', K, C*tube*P*P)
+    drows = (dtokens @ weight.flatten(1)).unflatten(0, (pixels.shape[0], _frames(pixels, weight)))
+    drows = drows[:, :, 1:]  # (B, T', K, C*tube*P*P)
     drows = drows.unflatten(3, patches.shape[4:]).transpose(1, 2).to(pixels.dtype)
     if kept is None:
         patches.copy_(drows.unflatten(1, patches.shape[1:3]))
@@ -235,7 +241,7 @@ def _torch_bwd_position(dtokens: torch.Tensor, clips: int, kept: torch.Tensor | 
     wide = torch.promote_types(dtokens.dtype, torch.float32)
     if kept is None:
         return dtokens.sum(0, dtype=wide)
-    summed = dtokens.unflatten(0, (clips, -1)).sum(1, dtype=wide)  # (B, 1 + K, D)
+    summed = dtokens.unflatten(0, (clips, len(dtokens) // max(1, clips))).sum(1, dtype=wide)  # (B, 1 + K, D)
     dposition = torch.zeros((1 + patches, dtokens.shape[-1]), dtype=wide, device=dtokens.device)
     dposition[0] = summed[:, 0].sum(0)
     return dposition.index_put_((1 + kept,), summed[:, 1:], accumulate=True)
@@ -287,7 +293,7 @@ def _patch_embed_fake(
     std: torch.Tensor | None,
     impl: str | None,
 ) -> torch.Tensor:
-    frames = 1 if pixels.dim() == 4 else pixels.shape[2] // _tube(weight)
+    frames = _frames(pixels, weight)
     patches = position_embedding.shape[0] - 1 if kept is None else kept.shape[1]
     return weight.new_empty((pixels.shape[0] * frames, 1 + patches, weight.shape[0]))
 
@@ -324,7 +330,7 @@ def _patch_embed_bwd(
         dweight = unfold_fold(dweight, positions[1:].sum(0), weight, mean, std) if folded else dweight
         dweight = dweight.to(weight.dtype).view(weight.shape)
     if need_class:
-        dclass = dtokens[:, 0].unflatten(0, (clips, -1)).sum(0)
+        dclass = dtokens[:, 0].unflatten(0, (clips, _frames(pixels, weight))).sum(0)
         dclass = dclass.sum(0) if len(class_shape) == 1 else dclass
     if need_pixels:
         dpixels = bwd_pixels(dtokens, pixels, weight, kept)

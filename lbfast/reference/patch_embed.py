@@ -35,4 +35,7 @@ def patch_embed(
         rows = torch.cat([torch.zeros_like(kept[:, :1]), 1 + kept], dim=1)  # (B, 1 + K)
         tokens = torch.stack([clip[:, row] for clip, row in zip(tokens, rows)])
     tokens = tokens.flatten(0, 1)
-    return tokens if pre_norm is None else F.layer_norm(tokens, (d,), pre_norm[0], pre_norm[1], pre_norm[2])
+    if pre_norm is None:
+        return tokens
+    norm_weight, norm_bias, eps = pre_norm
+    return F.layer_norm(tokens, (d,), norm_weight.to(tokens.dtype), norm_bias.to(tokens.dtype), eps)
