@@ -1,0 +1,177 @@
+"""The commands: what they print, how they end, and the doctor on a broken installation."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import io
+import pkgutil
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+import lbfast
+import lbfast.ops
+from bench import demo as bench_demo
+from lbfast import demo, dispatch, doctor, native
+from lbfast.cli import app
+from tests import tiny
+
+
+def invoke(*arguments: object):
+    return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def image_model(tmp_path_factory):
+    return tiny.checkpoint(tmp_path_factory.mktemp("models"), "image")
+
+
+def test_version_and_help():
+    assert invoke("--version").output == f"lbfast {lbfast.__version__}\n"
+    shown = invoke("--help").output
+    assert all(command in shown for command in ("embed", "doctor", "demo"))
+    assert "[MODALITY=]DIR_OR_NAME" in invoke("embed", "--help").output
+    assert invoke("embed").exit_code == 2
+
+
+def test_embed_reports_and_goes_on(image_model, tmp_path):
+    tiny.picture(tmp_path / "in" / "good.jpg")
+    (tmp_path / "in" / "[bold]bad.jpg").write_text("no picture")
+    (tmp_path / "in" / "notes.pdf").write_bytes(b"")
+    (tmp_path / "in" / "words.txt").write_text("one\ntwo\n")
+    out = tmp_path / "out.parquet"
+    result = invoke("embed", tmp_path / "in", "--model", image_model, "--out", out, "--workers", 0)
+    assert result.exit_code == 0
+    assert result.stdout == f"3 embedded (1 image, 2 language), 1 failed -> {out}\n"
+    assert "skipped" in result.stderr and "[bold]bad.jpg: expected an image, got text" in result.stderr
+    assert "ignored 1 file: unknown type .pdf" in result.stderr
+
+    again = invoke("embed", tmp_path / "in", "--model", image_model, "--out", out)
+    assert again.exit_code == 1 and f"overwrite replaces it: {out}" in again.stderr
+    assert again.stderr.count("\n") == 1
+
+
+def test_embed_strict_stops(image_model, tmp_path):
+    (tmp_path / "bad.jpg").write_text("no picture")
+    tiny.picture(tmp_path / "good.jpg")
+    out = tmp_path / "out.parquet"
+    result = invoke("embed", tmp_path, "--model", image_model, "--out", out, "--workers", 0, "--strict")
+    assert result.exit_code == 1 and result.stdout == ""
+    assert re.fullmatch(r"error: .*bad\.jpg: expected an image, got text\n", result.stderr)
+    assert not out.exists()
+
+
+def test_embed_nothing(image_model, tmp_path):
+    result = invoke("embed", tmp_path / "none.jpg", "--model", image_model, "--out", tmp_path / "out.parquet")
+    assert result.exit_code == 1
+    assert result.stdout == "0 embedded, 1 failed; nothing was written\n"
+    assert "none.jpg: No such file or directory" in result.stderr
+
+
+def test_embed_a_name_offline(tmp_path):
+    tiny.picture(tmp_path / "a.jpg")
+    out = tmp_path / "out.parquet"
+    result = invoke("embed", tmp_path, "--model", "LanguageBind_Image", "--out", out, "--cache-dir", tmp_path / "cache")
+    assert result.exit_code == 1 and result.stderr.startswith("error: LanguageBind/LanguageBind_Image: not a local")
+
+
+def test_the_script_and_the_module_run_it():
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="lbfast") or [None]
+    assert script is None or script.value == "lbfast.cli:main"  # None: run from a plain checkout
+    shown = subprocess.run([sys.executable, "-m", "lbfast", "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout == f"lbfast {lbfast.__version__}\n"
+
+
+def op_names() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(lbfast.ops.__path__)]
+
+
+def test_doctor_asks_every_op():
+    implementations = {name: importlib.import_module(f"lbfast.ops.{name}").IMPLEMENTATIONS for name in op_names()}
+    assert {op for op, _ in doctor.SAMPLES.values()} == set(implementations)
+    for choice in doctor.choices("cpu"):
+        names = implementations[doctor.SAMPLES[choice.label][0]]
+        for dtype in doctor.DTYPES:
+            assert choice.chosen[dtype] in names, choice
+            others = {name for name, why in choice.against.items() if any(dtype in d for d in why.values())}
+            assert others == names.keys() - {choice.chosen[dtype]}, choice
+
+
+def test_doctor_says_why():
+    with dispatch.use_impl("torch"):
+        chosen = {choice.label: choice for choice in doctor.choices("cpu")}
+    assert set(chosen["temporal_attention"].chosen.values()) == {"torch"}
+    assert not any("could, and comes after" in why for why in chosen["temporal_attention"].against["native"])
+
+
+def printed() -> str:
+    console = Console(width=200, file=io.StringIO())
+    doctor.examine(console)
+    return console.file.getvalue()
+
+
+def test_doctor_on_this_machine():
+    shown = printed()
+    assert torch.__version__ in shown and doctor.cpu_name() in shown
+    assert all(name in shown for name in op_names())
+    assert "cannot" not in shown
+
+
+def test_doctor_on_a_broken_machine(monkeypatch):
+    def broken(*_):
+        raise OSError("libhurt.so: file too short")
+
+    monkeypatch.setattr(native, "why_not", broken)
+    monkeypatch.setattr(native, "library_name", broken)
+    monkeypatch.setattr(dispatch, "why_not_native", broken)
+    monkeypatch.setattr(doctor, "_PACKAGES", {"numpy": ("no_such_module", "x"), "nonesuch": ("nonesuch", "sound")})
+    shown = printed()
+    assert "but cannot be imported: ModuleNotFoundError" in shown and "not installed: no sound" in shown
+    assert "not available: OSError: libhurt.so: file too short" in shown
+    assert "cannot tell: libhurt.so: file too short" in shown
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A demo of tiny models, run twice: the second finds the checkpoints of the first."""
+    folder, console = tmp_path_factory.mktemp("demo"), Console(quiet=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(demo, "published_config", lambda name, **vision: tiny.config(name))
+        first = demo.run(folder, console)
+    again = demo.run(folder, console)
+    for name, embeds in first.embeddings.items():
+        torch.testing.assert_close(again.embeddings[name], embeds)
+    return again
+
+
+def test_demo_prints_upstreams_tables(made):
+    console = Console(width=160, file=io.StringIO())
+    demo.show(console, made)
+    shown = console.file.getvalue()
+    titles = ["Video x Text", "Image x Text", "Depth x Text", "Audio x Text", "Thermal x Text"]
+    titles += ["Video x Audio", "Image x Depth", "Image x Thermal"]
+    assert [line.strip() for line in shown.splitlines() if " x " in line] == titles
+    assert shown.count("random") == 1 and demo.RANDOM in shown
+    assert {name: tuple(x.shape) for name, x in made.embeddings.items()} == {
+        **dict.fromkeys(("image", "video", "audio", "depth", "thermal"), (2, tiny.SIZE)),
+        "language": (10, tiny.SIZE),
+    }
+    numbers = [float(n) for n in re.findall(r"\b[01]\.\d{4}\b", shown)]
+    assert len(numbers) == 4 * len(titles)
+    assert all(abs(a + b - 1) < 2e-4 for a, b in zip(numbers[::2], numbers[1::2]))  # softmax over a row
+
+
+def test_demo_compares_with_the_reference(made, monkeypatch):
+    monkeypatch.setattr(bench_demo, "SECONDS", 0.0)
+    results = bench_demo.compare(made, torch.float32)
+    assert [result.name for result in results] == ["image", "language", "video", "audio", "depth", "thermal"]
+    for result in results:
+        assert result.difference <= bench_demo.LIMITS[torch.float32], result
+        assert len(result.ours) == len(result.theirs) == bench_demo.LEAST_ROUNDS
+    assert len(bench_demo.table(results, torch.float32).rows) == 6

@@ -1,0 +1,97 @@
+"""What is installed: the wheel's files, the Triton kernels as lbfast.kernels, and no importable package `kernels`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("lbfast", "kernels", "csrc", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
+
+
+def python(*arguments: str, cwd: Path, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel built from a copy of the sources, without network and without compiling csrc."""
+    source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for part in map(ROOT.joinpath, PARTS):
+        if part.is_dir():
+            shutil.copytree(part, source / part.name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        else:
+            shutil.copy(part, source)
+    python(
+        *("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"),
+        *("--wheel-dir", str(dist), str(source)),
+        cwd=dist,
+        LBFAST_BUILD_NATIVE="0",
+    )
+    (built,) = dist.glob("*.whl")
+    return built
+
+
+def sources(folder: str, pattern: str) -> set[str]:
+    return {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob(pattern)}
+
+
+def test_the_wheel_has_every_file(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    wanted = sources("lbfast", "*.py") - {"lbfast/kernels/__init__.py"}  # a signpost for checkouts only
+    wanted |= {f"lbfast/{name}" for name in sources("kernels", "*.py")}
+    wanted |= {f"lbfast/{name}" for name in sources("csrc", "*.*")}
+    wanted |= {"lbfast/py.typed", "lbfast/processing/clip_vocabulary/merges.txt.gz"}
+    assert wanted <= names
+    assert {name.split("/")[0] for name in names} == {"lbfast"}
+
+
+def test_an_installed_wheel_runs(wheel, tmp_path):
+    """The kernels are lbfast.kernels, csrc and the vocabulary are found, and `kernels` is nobody's name."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    program = """
+import importlib.util
+import lbfast.kernels.primitives
+from lbfast import native
+from lbfast.processing.text import clip_vocabulary
+print(lbfast.kernels.primitives.__file__, len(native._sources()), len(clip_vocabulary()[0]))
+print(importlib.util.find_spec("kernels") is None or importlib.util.find_spec("kernels").origin)
+"""
+    place, kernels = python("-c", program, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).splitlines()
+    file, found, tokens = place.split()
+    assert file == str(tmp_path / "site" / "lbfast" / "kernels" / "primitives.py")
+    assert int(found) == len(list((ROOT / "csrc" / "cpu").glob("*.cpp"))) and tokens == "49408"
+    assert kernels == "True" or "site-packages" in kernels  # Hugging Face's own, where it is installed
+
+
+def test_a_checkout_has_the_kernels_too():
+    """From the repository's root the folder is a namespace at most, which transformers does not take for its own."""
+    program = """
+import lbfast.kernels.primitives
+from transformers.utils import import_utils
+print(lbfast.kernels.primitives.__file__)
+print(getattr(import_utils, "is_kernels_available", lambda: False)())
+"""
+    file, available = python("-c", program, cwd=ROOT).splitlines()
+    assert Path(file) == ROOT / "kernels" / "primitives.py" and not (ROOT / "kernels" / "__init__.py").exists()
+    try:
+        import importlib.metadata
+
+        importlib.metadata.version("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        assert available == "False"
