@@ -381,3 +381,33 @@ def test_captions_are_packed():
         hidden = tensors["attention_mask"].clone()
         hidden[:, 1] = 0  # a mask that hides a token takes the full path
         torch.testing.assert_close(model.text_model.pooled(ids, hidden), model.text_model(ids, hidden)[1])
+
+
+@pytest.mark.parametrize("case", ["video_ft", "image"])
+def test_large_batches_are_embedded_piece_by_piece(case):
+    name = case.split("_")[0]
+    model = load(case)
+    tensors = inputs(case)
+    pixels = torch.cat([tensors["pixel_values"]] * 3)
+    text = {key: torch.cat([tensors[key]] * 3) for key in ("input_ids", "attention_mask")}
+    seen = []
+    model.vision_model.encoder.layers[0].mlp.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
+    frames = pixels.shape[2] if pixels.ndim == 5 else 1
+    budget = 2.5 * model.vision_model.activation_bytes(pixels[:1]) / 2**20
+    small = lbfast.LanguageBind.from_models({name: model}, memory_budget_mib=budget)
+    given = {name: {"pixel_values": pixels}, "language": text}
+    with torch.no_grad():
+        got = small(given)
+        assert seen == [2 * frames] * (len(pixels) // 2) + [frames] * (len(pixels) % 2)
+        whole = lbfast.LanguageBind.from_models({name: model}, memory_budget_mib=None)
+        want = whole(given)
+        assert seen[-1] == len(pixels) * frames
+        flat = pixels.transpose(1, 2).flatten(0, 1) if pixels.ndim == 5 else pixels
+        assert small({name: {"pixel_values": flat}})[name].shape[0] == len(flat)
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], rtol=1e-4, atol=1e-5)
+    seen.clear()
+    small(given)
+    assert seen == [len(pixels) * frames]  # with gradients all at once
+    with pytest.raises(ValueError, match="memory_budget_mib: expected a positive number"):
+        lbfast.LanguageBind.from_models({name: model}, memory_budget_mib=0)

@@ -90,8 +90,8 @@ def open_checkpoints(given: Sequence[str | os.PathLike[str]], **hub: Any) -> dic
 
 
 def _open(name: str, hub: dict[str, Any]) -> Checkpoint:
+    from lbfast.model.checkpoint import full_name, load_config
     from lbfast.model.config import config_dict
-    from lbfast.model.languagebind import full_name, load_config
 
     head, equals, rest = name.partition("=")
     modality = head if equals and head in MODALITY_NAMES else None

@@ -17,10 +17,12 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from lbfast.model.config import LanguageBindConfig
 from lbfast.model.lora import lora_modules
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -133,6 +135,56 @@ def fetch_file(
         raise
     except (HfHubHTTPError, HFValidationError) as error:
         raise OSError(f"{repo_id}: not a local directory, and the hub answered: {error}") from error
+
+
+def load_config(
+    config_class: type[LanguageBindConfig], name_or_path: str | os.PathLike[str], **hub: Any
+) -> LanguageBindConfig:
+    """Reads config.json of a directory or hub repository, for the modality of `config_class`.
+
+    Raises FileNotFoundError, OSError, or ValueError for JSON that is broken or of another modality.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        file = path / "config.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{path}: expected a config.json in this directory, found none")
+    else:
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            file = fetch_file(str(name_or_path), "config.json", **hub)
+        except EntryNotFoundError as error:
+            raise FileNotFoundError(f"{name_or_path}: expected a config.json in this repository, found none") from error
+    try:
+        fields = json.loads(file.read_text())
+        written = fields.get("model_type", config_class.model_type)
+        config = config_class.from_dict(fields)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: expected a {config_class.model_type} configuration, cannot read it: {error}"
+        ) from error
+    if written not in (config_class.model_type, "clip"):
+        raise ValueError(f"{file}: expected model_type {config_class.model_type}, got {written}")
+    return config
+
+
+def full_name(where: str | os.PathLike[str]) -> str:
+    """A local path or full repository id as it is; a bare name becomes one of the hub's LanguageBind organisation."""
+    name = os.fspath(where)
+    return name if "/" in name or os.sep in name or Path(name).is_dir() else f"LanguageBind/{name}"
+
+
+def parse_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
+    """None for "auto"."""
+    if name is None:
+        return torch.float32
+    if name == "auto":
+        return None
+    found = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else name
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"torch_dtype: expected a floating torch.dtype, its name or 'auto', got {name!r}")
+    return found
 
 
 def _shard_names(index: Path) -> list[str]:

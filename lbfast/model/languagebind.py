@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -156,7 +155,7 @@ class LanguageBindModel(PreTrainedModel):
         """
         if device_map is not None:
             raise ValueError(f"device_map: expected None, got {device_map!r}; move the model with .to(device)")
-        wanted = _dtype(torch_dtype if torch_dtype is not None else dtype)
+        wanted = checkpoint.parse_dtype(torch_dtype if torch_dtype is not None else dtype)
         where = str(pretrained_model_name_or_path)
         hub: dict[str, Any] = {
             "cache_dir": cache_dir,
@@ -165,7 +164,7 @@ class LanguageBindModel(PreTrainedModel):
             "local_files_only": local_files_only,
             "force_download": force_download,
         }
-        config = load_config(cls.config_class, where, **hub) if config is None else copy.deepcopy(config)
+        config = checkpoint.load_config(cls.config_class, where, **hub) if config is None else copy.deepcopy(config)
         if return_dict is not None:
             config.return_dict = return_dict
         state = checkpoint.canonical_keys(checkpoint.read_state_dict(checkpoint.find_files(where, **hub)))
@@ -351,16 +350,21 @@ class LanguageBind(nn.Module):
             full repository id, or a local directory.
         use_temp: multiply embeddings of every modality but language by its exp(logit_scale).
         cache_dir: of downloads.
+        memory_budget_mib: without gradients, what the layers' activations may take, in MiB: larger batches are embedded
+            piece by piece. None: always at once.
         token, revision, torch_dtype, merge_lora, local_files_only: as of `from_pretrained`.
 
     Raises ValueError for an unknown modality and where the modalities' embeddings have different sizes.
     """
+
+    memory_budget_mib: float | None = 2048
 
     def __init__(
         self,
         clip_type: Mapping[str, str | os.PathLike[str]],
         use_temp: bool = True,
         cache_dir: str | os.PathLike[str] | None = "./cache_dir",
+        memory_budget_mib: float | None = 2048,
         **loading: Any,
     ):
         if not isinstance(clip_type, Mapping) or not clip_type:
@@ -371,20 +375,27 @@ class LanguageBind(nn.Module):
                 f"clip_type: expected modalities of {', '.join(model_dict)}, got {', '.join(sorted(unknown))}"
             )
         models = {
-            name: model_dict[name].from_pretrained(full_name(where), cache_dir=cache_dir, **loading)
+            name: model_dict[name].from_pretrained(checkpoint.full_name(where), cache_dir=cache_dir, **loading)
             for name, where in clip_type.items()
         }
-        self._bind(models, use_temp)
+        self._bind(models, use_temp, memory_budget_mib)
 
     @classmethod
-    def from_models(cls, models: Mapping[str, LanguageBindModel], use_temp: bool = True) -> LanguageBind:
+    def from_models(
+        cls,
+        models: Mapping[str, LanguageBindModel],
+        use_temp: bool = True,
+        memory_budget_mib: float | None = 2048,
+    ) -> LanguageBind:
         """Binds models that are already there: {modality: model}. They share their parameters with the result."""
         self = cls.__new__(cls)
-        self._bind(models, use_temp)
+        self._bind(models, use_temp, memory_budget_mib)
         return self
 
-    def _bind(self, models: Mapping[str, LanguageBindModel], use_temp: bool) -> None:
+    def _bind(self, models: Mapping[str, LanguageBindModel], use_temp: bool, memory_budget_mib: float | None) -> None:
         nn.Module.__init__(self)
+        if memory_budget_mib is not None and not memory_budget_mib > 0:
+            raise ValueError(f"memory_budget_mib: expected a positive number of MiB or None, got {memory_budget_mib}")
         sizes = {name: model.config.projection_dim for name, model in models.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(
@@ -393,6 +404,7 @@ class LanguageBind(nn.Module):
             )
         last = list(models.values())[-1]
         self.use_temp = use_temp
+        self.memory_budget_mib = memory_budget_mib
         self.modality_encoder = nn.ModuleDict({name: model.vision_model for name, model in models.items()})
         self.modality_encoder["language"] = last.text_model
         self.modality_proj = nn.ModuleDict({name: model.visual_projection for name, model in models.items()})
@@ -417,11 +429,29 @@ class LanguageBind(nn.Module):
             )
         outputs = {}
         for name, value in inputs.items():
-            embeds = normalised(self.modality_proj[name](cast(Any, self.modality_encoder[name]).pooled(**value)))
+            encoder = cast(Any, self.modality_encoder[name])
+            pooled = torch.cat([encoder.pooled(**part) for part in self._micro_batches(encoder, value)])
+            embeds = normalised(self.modality_proj[name](pooled))
             if self.use_temp and name != "language":
                 embeds = embeds * self.modality_scale[name].exp()
             outputs[name] = embeds
         return outputs
+
+    def _micro_batches(self, encoder: Any, value: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Pieces of a modality's inputs whose activations fit the budget; all of it where gradients are recorded."""
+        first: Any = next(iter(value.values()), None)
+        batched = isinstance(first, torch.Tensor) and first.ndim in (2, 4, 5) and len(first) > 1
+        if self.memory_budget_mib is None or torch.is_grad_enabled() or not batched:
+            yield dict(value)
+            return
+        step = max(1, int(self.memory_budget_mib * 2**20 // encoder.activation_bytes(first[:1])))
+        if first.ndim == 4 and encoder.config.add_time_attn:  # frames of clips, not clips
+            step = max(step // encoder.config.num_frames, 1) * encoder.config.num_frames
+        for start in range(0, len(first), step):
+            yield {
+                key: item[start : start + step] if isinstance(item, torch.Tensor) and len(item) > 1 else item
+                for key, item in value.items()
+            }
 
 
 def normalised(x: torch.Tensor) -> torch.Tensor:
@@ -432,53 +462,3 @@ def normalised(x: torch.Tensor) -> torch.Tensor:
 def to_device(x: Mapping[str, torch.Tensor], device: torch.device | str) -> dict[str, torch.Tensor]:
     """Moves every tensor of a processor's output to a device."""
     return {key: value.to(device) for key, value in x.items()}
-
-
-def load_config(
-    config_class: type[LanguageBindConfig], name_or_path: str | os.PathLike[str], **hub: Any
-) -> LanguageBindConfig:
-    """Reads config.json of a directory or hub repository, for the modality of `config_class`.
-
-    Raises FileNotFoundError, OSError, or ValueError for JSON that is broken or of another modality.
-    """
-    path = Path(name_or_path)
-    if path.is_dir():
-        file = path / "config.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{path}: expected a config.json in this directory, found none")
-    else:
-        from huggingface_hub.errors import EntryNotFoundError
-
-        try:
-            file = checkpoint.fetch_file(str(name_or_path), "config.json", **hub)
-        except EntryNotFoundError as error:
-            raise FileNotFoundError(f"{name_or_path}: expected a config.json in this repository, found none") from error
-    try:
-        fields = json.loads(file.read_text())
-        written = fields.get("model_type", config_class.model_type)
-        config = config_class.from_dict(fields)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file}: expected a {config_class.model_type} configuration, cannot read it: {error}"
-        ) from error
-    if written not in (config_class.model_type, "clip"):
-        raise ValueError(f"{file}: expected model_type {config_class.model_type}, got {written}")
-    return config
-
-
-def full_name(where: str | os.PathLike[str]) -> str:
-    """A local path or full repository id as it is; a bare name becomes one of the hub's LanguageBind organisation."""
-    name = os.fspath(where)
-    return name if "/" in name or os.sep in name or Path(name).is_dir() else f"LanguageBind/{name}"
-
-
-def _dtype(name: torch.dtype | str | None) -> torch.dtype | None:
-    """None for "auto"."""
-    if name is None:
-        return torch.float32
-    if name == "auto":
-        return None
-    found = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else name
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"torch_dtype: expected a floating torch.dtype, its name or 'auto', got {name!r}")
-    return found

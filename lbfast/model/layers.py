@@ -285,6 +285,11 @@ class Encoder(nn.Module):
                 x = self._run(layer.packed, x, packing)
         return self._run(last.pooled, x, frames, packing)[:, 0]
 
+    def activation_bytes(self, tokens: int) -> int:
+        """About what inference holds at once for so many tokens: the widest point of a layer, the MLP."""
+        width = 6 * self.config.hidden_size + 2 * self.config.intermediate_size
+        return tokens * width * next(self.parameters()).element_size()
+
     def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a layer, checkpointed in training where that is on."""
         if not (self.gradient_checkpointing and self.training):

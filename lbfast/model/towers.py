@@ -154,6 +154,11 @@ class VisionTransformer(nn.Module):
         hidden, frames = self._tokens(pixels)
         return self._pool(self.encoder.pooled(hidden, frames), clips)
 
+    def activation_bytes(self, pixel_values: torch.Tensor) -> int:
+        """About what inference on these pixels, (B, C, H, W) or (B, C, T, H, W), holds at once."""
+        frames = pixel_values.shape[0] * (pixel_values.shape[2] if pixel_values.ndim > 4 else 1)
+        return self.encoder.activation_bytes(frames * self.embeddings.num_positions)
+
     def _tokens(self, pixels: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Clips -> (B * T', 1 + kept, D), and T' where the layers attend over frames, else 1."""
         kept = self.patch_dropout(pixels.shape[0], self.embeddings.num_patches, pixels.device)
@@ -294,6 +299,10 @@ class TextTransformer(nn.Module):
             columns
         )
         return self.final_layer_norm(self.encoder.pooled(x, packing=packing))
+
+    def activation_bytes(self, input_ids: torch.Tensor) -> int:
+        """About what inference on these captions, (B, N), holds at once."""
+        return self.encoder.activation_bytes(input_ids.numel())
 
     def _packing(self, ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Packing | None:
         """The tokens that reach the pooled ones, or None where every token must be computed."""

@@ -168,7 +168,7 @@ class Processor:
     ) -> Any:
         if self.tokenizer is None:
             raise ValueError(
-                "text: expected a tokenizer (lbfast.processing.text.default_tokenizer() is CLIP's), got None"
+                "tokenizer: expected one for text (lbfast.processing.default_tokenizer() is CLIP's), got None"
             )
         if not isinstance(text, str) and len(text) == 0:
             raise ValueError("text: expected at least one caption, got an empty list")
@@ -205,8 +205,8 @@ class Processor:
             cache_dir, revision, token: of the download.
             kwargs: antialias, training, generator.
         """
+        from lbfast.model.checkpoint import load_config
         from lbfast.model.config import config_dict
-        from lbfast.model.languagebind import load_config
         from lbfast.processing.text import TOKENIZERS
 
         hub: dict[str, Any] = {"cache_dir": cache_dir, "revision": revision or "main", "token": token}
