@@ -1,0 +1,140 @@
+"""The layout: an op's five files, who imports whom, no package of the name `kernels`."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MEMBERS = ("lbfast/ops/{}.py", "lbfast/reference/{}.py", "kernels/{}.py", "tests/test_{}.py", "bench/bench_{}.py")
+PENDING = {f"bench/bench_{op}.py" for op in ("attention", "info_nce", "temporal_attention")}
+SHARED_KERNELS = ("lbfast.kernels.primitives", "lbfast.kernels.configs")
+
+# Imports run downwards: from a module to modules of its own height or below. What is not named is an application.
+HEIGHTS = {
+    "lbfast.native": 0,
+    "lbfast.dispatch": 1,
+    "lbfast.distributed": 1,
+    "lbfast.ops": 2,
+    "lbfast.losses": 3,
+    "lbfast.samples": 3,
+    "lbfast.model": 3,
+    "lbfast.processing": 3,
+}
+APPLICATION = 4
+APART = ("lbfast.reference", "lbfast.testing")  # for tests and benches
+
+
+def within(name, *prefixes):
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def height(name):
+    return next((h for prefix, h in HEIGHTS.items() if within(name, prefix)), APPLICATION)
+
+
+def sources():
+    """(module, file) of all that is shipped; the kernels lie in a folder of their own."""
+    for path in sorted((ROOT / "lbfast").rglob("*.py")):
+        if not path.is_relative_to(ROOT / "lbfast" / "kernels"):
+            yield ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), path
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
+        yield f"lbfast.kernels.{path.stem}", path
+
+
+def is_module(name):
+    path = ROOT / Path(*name.replace("lbfast.kernels", "kernels").split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def imports(path):
+    """(module, line, whether inside a function) of every import in a file, those for type checkers left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    lazy = {id(n) for function in ast.walk(tree) if isinstance(function, kinds) for n in ast.walk(function)}
+    checking = [n for n in ast.walk(tree) if isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING"]
+    typing_only = {id(n) for block in checking for n in ast.walk(block)}
+    for node in ast.walk(tree):
+        if id(node) in typing_only or not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            joined = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if is_module(name) else node.module for name in joined]
+        for name in names:
+            yield name, node.lineno, id(node) in lazy
+
+
+def breach(module, name, in_function):
+    """Why `module` may not import `name`, or an empty string."""
+    if within(name, "triton") and not within(module, "lbfast.kernels") and not in_function:
+        return "Triton is for functions only"
+    if within(name, "tests", "bench"):
+        return "the product knows neither tests nor benches"
+    if not within(name, "lbfast"):
+        return ""
+    if within(module, "lbfast.kernels"):
+        return "" if name in SHARED_KERNELS or name == "lbfast.kernels" else "a kernel stands alone"
+    if within(module, "lbfast.reference"):
+        return "" if within(name, "lbfast.reference") else "the reference stands apart"
+    if within(module, "lbfast.testing"):
+        return "" if height(name) < APPLICATION else "testing is below what it tests"
+    if within(name, *APART):
+        return "the product never imports it"
+    if within(name, "lbfast.kernels"):
+        return "" if within(module, "lbfast.ops") and in_function else "kernels are for functions of ops"
+    return "" if height(name) <= height(module) else "imports run downwards"
+
+
+def test_imports_run_downwards():
+    breaches = [
+        f"{path.relative_to(ROOT)}:{line}: {module} imports {name}: {why}"
+        for module, path in sources()
+        for name, line, in_function in imports(path)
+        if (why := breach(module, name, in_function))
+    ]
+    assert not breaches, "\n".join(breaches)
+
+
+@pytest.mark.parametrize(
+    "module, name, in_function",
+    [
+        ("lbfast.ops.mlp", "lbfast.kernels.mlp", False),
+        ("lbfast.ops.mlp", "lbfast.model.layers", True),
+        ("lbfast.ops.mlp", "lbfast.reference.mlp", True),
+        ("lbfast.model.layers", "lbfast.kernels.mlp", True),
+        ("lbfast.model.layers", "lbfast.cli", True),
+        ("lbfast.kernels.mlp", "lbfast.kernels.layer_norm", False),
+        ("lbfast.kernels.mlp", "lbfast.ops.mlp", True),
+        ("lbfast.dispatch", "lbfast.ops", True),
+        ("lbfast.dispatch", "triton", False),
+        ("lbfast.cli", "bench.resources", True),
+        ("lbfast.reference.mlp", "lbfast.ops.mlp", False),
+    ],
+)
+def test_breaches_are_seen(module, name, in_function):
+    assert breach(module, name, in_function)
+
+
+def test_every_op_has_its_five_files():
+    ops = {path.stem for path in (ROOT / "lbfast" / "ops").glob("*.py")} - {"__init__"}
+    ops |= {path.stem for path in (ROOT / "kernels").glob("*.py")} - {name.split(".")[-1] for name in SHARED_KERNELS}
+    missing = [member.format(op) for op in sorted(ops) for member in MEMBERS if not (ROOT / member.format(op)).exists()]
+    assert set(missing) <= PENDING, missing
+
+
+def test_every_op_is_public():
+    import lbfast.ops
+
+    assert sorted(lbfast.ops.__all__) == sorted(p.stem for p in (ROOT / "lbfast" / "ops").glob("[a-z]*.py"))
+
+
+def test_kernels_are_no_package_of_that_name():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    code = "import lbfast.kernels.mlp as m, pathlib; print(pathlib.Path(m.__file__).parent)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert Path(done.stdout.strip()) == ROOT / "kernels", done.stderr
