@@ -1,0 +1,44 @@
+"""Every Triton kernel, compiled without a GPU for every architecture, neither spills nor asks for too much memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHS = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"}
+
+
+def resources(*arguments):
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "bench.resources", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.stdout.startswith("["), done.stderr[-2000:]
+    return json.loads(done.stdout), done.returncode
+
+
+@pytest.mark.slow
+def test_every_kernel_fits():
+    rows, code = resources("--json", "--reduced", "--workers", "2")
+    bad = [
+        f"{r['case']} {r['arch']}: {r['error'] or ''} {r['spills']} B spilt, {r['shared']} of {r['shared_limit']} B"
+        for r in rows
+        if not r["fits"]
+    ]
+    assert not bad, "\n".join(bad)
+    assert code == 0
+    kernels = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"primitives", "configs"}
+    assert {(r["kernel"], r["arch"]) for r in rows} == {(kernel, arch) for kernel in kernels for arch in ARCHS}
+    cores = {r["arch"]: r["tensor_cores"] for r in rows if r["case"].startswith("patch_embed fwd")}
+    assert cores == {
+        **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), "mma"),
+        "sm_90": "wgmma",
+        "sm_100": "tcgen05",
+        "gfx942": "mfma",
+    }
+    assert all(r["floor_us"] > 0 and r["registers"] > 0 for r in rows)
