@@ -31,7 +31,12 @@ def read_audio(path: Any) -> tuple[torch.Tensor, int]:
     name = check_file(path, _WAVEFORM)
     check_complete(name, _WAVEFORM)
     try:
-        with av.open(f"file:{name}", options={"protocol_whitelist": "file"}) as container:
+        options = {"protocol_whitelist": "file"}
+        if describe(name) == "a WAV file":
+            options["probesize"] = (
+                "4096"  # the header says it all; by default 5 s of sound are searched for other codecs
+            )
+        with av.open(f"file:{name}", options=options) as container:
             if not container.streams.audio:
                 raise MediaError(name, _WAVEFORM, f"{describe(name)} without sound")
             stream = container.streams.audio[0]
@@ -40,23 +45,33 @@ def read_audio(path: Any) -> tuple[torch.Tensor, int]:
             rate = stream.codec_context.sample_rate
             declared = float(stream.duration * stream.time_base) if stream.duration else 0.0
             exact = container.format.name == "flac"  # its header says how many samples there are
-            planar = av.AudioResampler(format="fltp")
             chunks = []
             for frame in container.decode(stream):
                 if frame.is_corrupt:
                     raise MediaError(name, _WAVEFORM, f"{describe(name)} with broken data")
-                chunks += [part.to_ndarray() for part in planar.resample(frame)]
-            if chunks:
-                chunks += [part.to_ndarray() for part in planar.resample(None)]
+                samples = frame.to_ndarray()
+                chunks.append(samples if frame.format.is_planar else samples.reshape(frame.samples, -1).T)
     except (av.FFmpegError, UnicodeDecodeError) as error:
         raise MediaError(name, _WAVEFORM, f"{describe(name)} that cannot be decoded ({error})") from error
-    waveform = np.concatenate(chunks, axis=1) if chunks else np.zeros((1, 0), np.float32)
-    if waveform.shape[1] == 0:
+    if not any(chunk.size for chunk in chunks):
         raise MediaError(name, _WAVEFORM, f"{describe(name)} without samples")
+    if len({(chunk.shape[0], chunk.dtype) for chunk in chunks}) > 1:
+        raise MediaError(name, _WAVEFORM, f"{describe(name)} whose channels change on the way")
+    waveform = _floats(torch.from_numpy(np.concatenate(chunks, axis=1)))
     found = waveform.shape[1] / rate
     if exact and found < declared - 0.01:
         raise MediaError(name, _WAVEFORM, f"{describe(name)} that is truncated: {found:.2f} s of {declared:.2f} s")
-    return torch.from_numpy(waveform), rate
+    return waveform, rate
+
+
+def _floats(samples: torch.Tensor) -> torch.Tensor:
+    """Samples of any width as float32 in [-1, 1): integers over their range, unsigned bytes around 128."""
+    if samples.is_floating_point():
+        return samples.float()
+    if samples.dtype == torch.uint8:
+        return (samples.float() - 128) / 128
+    scale = -float(torch.iinfo(samples.dtype).min)
+    return (samples.double() / scale).float() if samples.element_size() > 2 else samples.float() / scale
 
 
 @functools.lru_cache(maxsize=8)
@@ -211,11 +226,9 @@ def _check_audio(audio: Any) -> tuple[torch.Tensor, int]:
         waveform = waveform.unsqueeze(0)
     if waveform.dim() != 2 or waveform.numel() == 0:
         raise MediaError("waveform", "shape (samples,) or (channels, samples)", f"shape {shape}")
-    if waveform.dtype in (torch.int16, torch.int32):
-        waveform = waveform.double() / -float(torch.iinfo(waveform.dtype).min)
-    elif not waveform.is_floating_point():
+    if not waveform.is_floating_point() and waveform.dtype not in (torch.int16, torch.int32):
         raise MediaError("waveform", "floats in [-1, 1], int16 or int32", f"dtype {waveform.dtype}")
-    waveform = waveform.detach().float()
+    waveform = _floats(waveform.detach())
     if not torch.isfinite(waveform).all():
         raise MediaError("waveform", "finite samples", "NaN or infinite values")
     return waveform, rate

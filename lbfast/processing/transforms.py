@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -230,8 +231,10 @@ def to_rgb(x: Any) -> torch.Tensor:
             )
         if 0 in x.size:
             raise MediaError("PIL image", expected, f"no pixels ({x.size[0]} x {x.size[1]})")
-        array = np.array(x if x.mode == "RGB" else x.convert("RGB"))
-        return torch.from_numpy(array).permute(2, 0, 1)
+        array = np.asarray(x if x.mode == "RGB" else x.convert("RGB"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the array is read-only, and nothing here writes: a copy would cost more
+            return torch.from_numpy(array).permute(2, 0, 1)
     kind = "tensor" if isinstance(x, torch.Tensor) else "array"
     if not isinstance(x, np.ndarray | torch.Tensor):
         raise TypeError(f"images: expected a path, PIL image, array or tensor, got {type(x).__name__}")

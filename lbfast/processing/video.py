@@ -144,7 +144,7 @@ class _File:
 
     def by_counting(self, choose: Callable[[Sequence[float]], list[int]]) -> list[np.ndarray]:
         """Decodes from first packet to last, and again where there turn out to be more or fewer frames than packets."""
-        rate = self.stream.average_rate or Fraction(25)
+        rate = self.stream.guessed_rate or Fraction(25)
         times = [float(i / rate) for i in range(self.shown)]
         for _ in range(2):
             wanted, frames, seen = choose(times), {}, []
@@ -154,7 +154,7 @@ class _File:
                 seen.append(frame.pts)
             if not seen:
                 raise self.broken("without a frame that can be decoded")
-            if any(pts is None for pts in seen):
+            if None in seen or seen != sorted(seen):
                 times = [float(i / rate) for i in range(len(seen))]
             else:
                 times = [float((pts - seen[0]) * self.stream.time_base) for pts in seen]
@@ -236,9 +236,8 @@ def read_frames(
         last = float("inf") if clip_end_sec is None else clip_end_sec
         inside = [i for i, time in enumerate(times) if clip_start_sec <= time < last]
         if not inside:
-            asked = f"a video with frames from {clip_start_sec:g} s" + (
-                "" if clip_end_sec is None else f" to {last:g} s"
-            )
+            end = "the end" if clip_end_sec is None else f"{clip_end_sec:g} s"
+            asked = f"a video with frames from {clip_start_sec:g} s to {end}"
             raise MediaError(name, asked, f"{len(times)} frames, the last at {times[-1]:.2f} s")
         return [inside[i] for i in _evenly(len(inside), num_frames)]
 
