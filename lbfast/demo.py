@@ -105,7 +105,7 @@ def show(console: Console, demo: Demo) -> None:
         similarity = torch.softmax(demo.embeddings[rows] @ others.T, dim=-1)
         title = f"{rows.capitalize()} x {'Text' if columns == 'language' else columns.capitalize()}"
         console.print(_table(title, [path.name for path in demo.files[rows]], names, similarity))
-    console.print(RANDOM, style="bold yellow")
+    console.print(RANDOM, style="bold yellow", soft_wrap=True)
 
 
 def _table(title: str, rows: list[str], columns: list[str], values: torch.Tensor) -> Table:
