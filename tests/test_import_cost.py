@@ -1,13 +1,11 @@
-"""`import lbfast` is cheap, its names are there, and imports only run downwards."""
+"""`import lbfast` is cheap, and its names are there."""
 
 from __future__ import annotations
 
-import ast
 import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -61,66 +59,3 @@ def test_public_names(name):
 def test_an_unknown_name():
     with pytest.raises(AttributeError, match="module 'lbfast' has no attribute 'LanguageBend'"):
         lbfast.LanguageBend  # noqa: B018
-
-
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """(module, whether it is imported when the file is) for every import of a file."""
-    tree = ast.parse(path.read_text())
-    later = {
-        node
-        for outer in ast.walk(tree)
-        if isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        or (isinstance(outer, ast.If) and "TYPE_CHECKING" in ast.unparse(outer.test))
-        for node in ast.walk(outer)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node not in later) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from ((name, node not in later) for name in names)
-
-
-def is_in(module: str, *packages: str) -> bool:
-    return any(module == package or module.startswith(f"{package}.") for package in packages)
-
-
-PRODUCT = sorted(
-    path.relative_to(ROOT).as_posix()
-    for path in (ROOT / "lbfast").rglob("*.py")
-    if path.relative_to(ROOT).parts[1] not in ("reference", "testing.py")
-)
-LAYERS = {  # folder: what its files must not import
-    "lbfast/ops": ("lbfast.model", "lbfast.processing", "lbfast.embedding", "lbfast.cli", "transformers"),
-    "lbfast/processing": ("lbfast.embedding", "lbfast.cli", "lbfast.ops"),
-    "lbfast/model": ("lbfast.embedding", "lbfast.cli", "lbfast.kernels"),
-    "lbfast/embedding": ("lbfast.cli", "lbfast.kernels"),
-}
-
-
-@pytest.mark.parametrize("file", PRODUCT)
-def test_imports_run_downwards(file):
-    for module, at_once in imports(ROOT / file):
-        assert not is_in(module, "lbfast.reference", "lbfast.testing", "tests", "bench"), f"{file} imports {module}"
-        assert not (at_once and is_in(module, "triton", "lbfast.kernels", "av", "kaldi_native_fbank")), module
-        for folder, above in LAYERS.items():
-            assert not (file.startswith(f"{folder}/") and is_in(module, *above)), f"{file} imports {module}"
-
-
-KERNELS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "kernels").glob("*.py"))
-
-
-@pytest.mark.parametrize("file", KERNELS)
-def test_kernels_import_only_triton_torch_and_their_own(file):
-    own = ("lbfast.kernels.primitives", "lbfast.kernels.configs")
-    for module, _ in imports(ROOT / file):
-        if is_in(module, "lbfast"):
-            stem = Path(file).stem.removesuffix("_bwd")
-            assert is_in(module, *own, f"lbfast.kernels.{stem}", f"lbfast.kernels.{stem}_bwd") or module in {
-                "lbfast.kernels.primitives",
-                "lbfast.kernels.configs",
-            }, f"{file} imports {module}"
-        else:
-            top = module.partition(".")[0]
-            assert top in ("torch", "triton") or top in sys.stdlib_module_names, f"{file} imports {module}"
