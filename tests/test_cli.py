@@ -9,6 +9,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,10 @@ import lbfast.ops
 from bench import demo as bench_demo
 from lbfast import demo, dispatch, doctor, native
 from lbfast.cli import app
+from lbfast.processing.text import write_clip_vocabulary
 from tests import tiny
+
+README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def invoke(*arguments: object):
@@ -175,3 +179,31 @@ def test_demo_compares_with_the_reference(made, monkeypatch):
         assert result.difference <= bench_demo.LIMITS[torch.float32], result
         assert len(result.ours) == len(result.theirs) == bench_demo.LEAST_ROUNDS
     assert len(bench_demo.table(results, torch.float32).rows) == 6
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def test_the_readme_s_examples_run(tmp_path, monkeypatch):
+    """Verbatim, on local directories of the names that they use."""
+    monkeypatch.chdir(tmp_path)
+    names = {name: f"LanguageBind_{name.capitalize()}" for name in ("thermal", "image", "depth")}
+    names |= {"video": "LanguageBind_Video_FT", "audio": "LanguageBind_Audio_FT"}
+    for modality, name in names.items():
+        tiny.model(modality).save_pretrained(tmp_path / "LanguageBind" / name)
+        write_clip_vocabulary(tmp_path / "LanguageBind" / name)
+    for stem in ("a", "b", "clip"):
+        tiny.clip(tmp_path / f"{stem}.mp4")
+        tiny.sound(tmp_path / f"{stem}.wav")
+        tiny.depth_map(tmp_path / f"{stem}.png")
+    files, one, loss = python_blocks()
+    exec(files, {})
+    scope: dict = {}
+    exec(one, scope)
+    assert scope["out"].image_embeds.shape == (1, tiny.SIZE)
+    v, a, t = torch.nn.functional.normalize(torch.randn(3, 4, tiny.SIZE), dim=-1)
+    scope |= {"batch": scope["data"], "image_embeds": v, "text_embeds": t, "v": v, "a": a, "t": t}
+    scope["logit_scale"] = scope["model"].logit_scale
+    exec(loss, scope)
+    assert torch.isfinite(scope["loss"])
