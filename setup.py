@@ -50,7 +50,7 @@ class bdist_wheel_native(bdist_wheel):
 
 
 setup(
-    packages=find_packages(include=["lbfast", "lbfast.*"]),  # lbfast.kernels among them
+    packages=sorted({*find_packages(include=["lbfast", "lbfast.*"]), "lbfast.kernels"}),  # an sdist has no signpost
     package_dir={"lbfast.kernels": "kernels"},
     cmdclass={"build_py": build_py_native, "bdist_wheel": bdist_wheel_native},
 )

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -27,23 +28,33 @@ def python(*arguments: str, cwd: Path, **environment: str) -> str:
     return result.stdout.strip()
 
 
+def build(kind: str, source: Path, dist: Path) -> Path:
+    """Builds an sdist or a wheel without network and without compiling csrc."""
+    program = f"from setuptools import build_meta; build_meta.build_{kind}({str(dist)!r})"
+    python("-c", program, cwd=source, LBFAST_BUILD_NATIVE="0")
+    return next(dist.glob({"sdist": "*.tar.gz", "wheel": "*.whl"}[kind]))
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """A wheel built from a copy of the sources, without network and without compiling csrc."""
-    source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+def sdist(tmp_path_factory) -> Path:
+    """An sdist built from a copy of the sources."""
+    source = tmp_path_factory.mktemp("source")
     for part in map(ROOT.joinpath, PARTS):
         if part.is_dir():
             shutil.copytree(part, source / part.name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
         else:
             shutil.copy(part, source)
-    python(
-        *("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"),
-        *("--wheel-dir", str(dist), str(source)),
-        cwd=dist,
-        LBFAST_BUILD_NATIVE="0",
-    )
-    (built,) = dist.glob("*.whl")
-    return built
+    return build("sdist", source, tmp_path_factory.mktemp("dist"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory) -> Path:
+    """A wheel built from the sdist, as package managers do."""
+    unpacked = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(unpacked, filter="data")
+    (source,) = unpacked.iterdir()
+    return build("wheel", source, sdist.parent)
 
 
 def sources(folder: str, pattern: str) -> set[str]:
