@@ -9,8 +9,8 @@ from lbfast import ops
 from lbfast.reference.patch_embed import patch_embed as reference
 from lbfast.testing import assert_matches, assert_within_budget, randn
 
-IMPLS = ["torch", "triton"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IMPLS = ["torch", "triton"] if DEVICE == "cuda" else ["torch", "native", "triton"]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -65,6 +65,8 @@ def test_images_clips_and_tubes(impl, bytes, frames, tube, each):
 def test_dtypes(impl, dtype, bytes):
     if (impl, dtype, DEVICE) == ("triton", torch.bfloat16, "cpu"):
         pytest.skip("the interpreter multiplies bfloat16's bits")
+    if impl == "native" and dtype != torch.bfloat16:
+        pytest.skip("the native gather is for float32 and bfloat16")
     if (impl, dtype, DEVICE) == ("triton", torch.float64, "cuda"):
         pytest.skip("float64 has no kernel on a GPU")
     check(impl, inputs(frames=2, dtype=dtype, bytes=bytes), kept=some(2, 6, 4))
@@ -112,7 +114,7 @@ def test_empty(impl, batch, k):
     assert grads[2].eq(2 * batch).all() and (k != 0 or grads[0].eq(0).all())
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("bytes", [False, True])
 def test_gradcheck(impl, bytes):
     pixels, *parameters = inputs(1, 2, 2, (5, 4), 2, 3, torch.float64, bytes=bytes)
@@ -225,6 +227,15 @@ def test_chooses():
     tensors = inputs()
     with lbfast.use_impl("triton"):
         torch.testing.assert_close(options(ops.patch_embed)(*tensors), options(reference)(*tensors))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the CPU's")
+def test_native_checks_what_is_kept():
+    pixels, weight, classes, position = inputs()
+    for wrong in (-1, 6):
+        with pytest.raises(IndexError, match=f"kept: expected 0..5, got {wrong}"):
+            call = options(ops.patch_embed, kept=torch.tensor([[0], [wrong]]), impl="native")
+            call(pixels, weight, classes, position)
 
 
 def test_errors():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ def patch_embed(
             None: all. On a GPU their range is not checked.
         mean, std: (C,), for uint8 pixels, of values in 0..1.
         pre_norm: (weight, bias, eps) of a layer norm over the tokens.
-        impl: "triton" or "torch"; None chooses.
+        impl: "triton", "native" (the CPU: gathers the patches in C++ for the library's matrix product) or "torch";
+            None chooses.
 
     Returns:
         (B*T', 1 + K, D), contiguous, of weight's dtype; frames of a clip follow each other.
@@ -178,8 +180,12 @@ def _index(patches: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, tor
     return batch, kept // patches.shape[2], kept % patches.shape[2]
 
 
-def _rows(pixels: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+def _rows(pixels: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor | None, native: bool = False) -> torch.Tensor:
     """The GEMM's left side, of weight's dtype: (B*T', 1 + K, C*tube*P*P); the class token's row is zero."""
+    if native:
+        clips = pixels.unsqueeze(2) if pixels.dim() == 4 else pixels
+        kept = None if kept is None else kept.contiguous()
+        return torch.ops.lbfast.patch_rows(clips, kept, _tube(weight), weight.shape[-1], weight.dtype)
     patches = _patches(pixels, weight)
     picked = patches.flatten(1, 2) if kept is None else patches[_index(patches, kept)]  # (B, K, T', C, tube, P, P)
     picked = picked.transpose(1, 2)
@@ -200,9 +206,10 @@ def _torch_fwd(
     kept: torch.Tensor | None,
     mean: torch.Tensor | None,
     std: torch.Tensor | None,
+    native: bool,
 ) -> torch.Tensor:
     """One GEMM onto the class token and the position embeddings."""
-    rows = _rows(pixels, weight, kept)
+    rows = _rows(pixels, weight, kept, native)
     folded, bias = fold(weight, mean, std)
     position = position_embedding[1:] if bias is None else (position_embedding[1:] + bias).to(weight.dtype)
     tokens = torch.empty((*rows.shape[:2], len(weight)), dtype=weight.dtype, device=weight.device)
@@ -214,10 +221,10 @@ def _torch_fwd(
 
 
 def _torch_bwd_weight(
-    dtokens: torch.Tensor, pixels: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor | None
+    dtokens: torch.Tensor, pixels: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor | None, native: bool = False
 ) -> torch.Tensor:
     """The gradient of the folded weight, (D, C*tube*P*P)."""
-    return dtokens.flatten(0, 1).T @ _rows(pixels, weight, kept).flatten(0, 1)
+    return dtokens.flatten(0, 1).T @ _rows(pixels, weight, kept, native).flatten(0, 1)
 
 
 def _torch_bwd_pixels(
@@ -275,11 +282,12 @@ def _patch_embed(
     impl: str | None,
 ) -> torch.Tensor:
     inputs = (pixels, weight, class_embedding, position_embedding, kept, mean, std)
-    if dispatch.choose("patch_embed", impl, IMPLEMENTATIONS, pixels, weight, kept) == "triton":
+    chosen = dispatch.choose("patch_embed", impl, IMPLEMENTATIONS, pixels, weight, kept)
+    if chosen == "triton":
         from lbfast.kernels import patch_embed as kernel
 
         return kernel.patch_embed_fwd(*inputs)
-    return _torch_fwd(*inputs)
+    return _torch_fwd(*inputs, native=chosen == "native")
 
 
 @torch.library.register_fake("lbfast::patch_embed")
@@ -312,8 +320,10 @@ def _patch_embed_bwd(
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of pixels, weight, class_embedding and position_embedding; those that `mask` leaves out are empty."""
     need_pixels, need_weight, need_class, need_position = mask
-    bwd_weight, bwd_pixels, bwd_position = _torch_bwd_weight, _torch_bwd_pixels, _torch_bwd_position
-    if dispatch.choose("patch_embed", impl, IMPLEMENTATIONS, pixels, weight, kept) == "triton":
+    chosen = dispatch.choose("patch_embed", impl, IMPLEMENTATIONS, pixels, weight, kept)
+    bwd_weight: Callable[..., torch.Tensor] = functools.partial(_torch_bwd_weight, native=chosen == "native")
+    bwd_pixels, bwd_position = _torch_bwd_pixels, _torch_bwd_position
+    if chosen == "triton":
         from lbfast.kernels import patch_embed as kernel
 
         bwd_weight, bwd_pixels = kernel.patch_embed_bwd_weight, kernel.patch_embed_bwd_pixels
@@ -382,8 +392,21 @@ def _why_not_triton(pixels: torch.Tensor, weight: torch.Tensor, kept: torch.Tens
     return reasons
 
 
+def _why_not_native(pixels: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor | None) -> list[str]:
+    reasons = dispatch.why_not_native(*(t for t in (pixels, weight, kept) if t is not None))
+    for name, tensor, taken in (("pixels", pixels, (torch.uint8, *_NATIVE)), ("weight", weight, _NATIVE)):
+        if tensor.dtype not in taken:
+            reasons.append(f"{name} of {tensor.dtype}: expected {' or '.join(map(str, taken))}")
+    return reasons
+
+
 def _why_not_torch(*_: object) -> list[str]:
     return []
 
 
-IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {"triton": _why_not_triton, "torch": _why_not_torch}
+_NATIVE = (torch.float32, torch.bfloat16)
+IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {
+    "triton": _why_not_triton,
+    "native": _why_not_native,
+    "torch": _why_not_torch,
+}

@@ -1,0 +1,151 @@
+// The left side of patch embedding's GEMM: each kept patch of strided pixels as one row, of the weight's dtype.
+//
+//   rows[b, t, 1 + i] = patch kept[b, i] of frames t * tube .. of clip b;  rows[b, t, 0] = 0, the class token's
+//
+// uint8 pixels become x - 128, which bfloat16 holds exactly. The rest of the op is in lbfast/ops/patch_embed.py.
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <array>
+#include <cstring>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t kLanes = Vec::size();
+constexpr float kCentre = 128.0f;
+
+// n numbers from floats, n rounded up to two vectors (both buffers are that long).
+void narrow(const float* from, at::BFloat16* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += 2 * kLanes) {
+    at::vec::convert_from_float<at::BFloat16>(Vec::loadu(from + i), Vec::loadu(from + i + kLanes)).store(to + i);
+  }
+}
+
+template <typename In>
+void widen(const In* from, float* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    to[i] = static_cast<float>(from[i]) - (std::is_same_v<In, uint8_t> ? kCentre : 0.0f);
+  }
+}
+
+struct Shape {
+  int64_t batch, channels, frames, tube, patch, columns, patches, kept;
+  std::array<int64_t, 5> strides;  // of (B, C, T, H, W)
+};
+
+template <typename In, typename Out>
+void patch_rows(const In* pixels, const int64_t* kept, Out* rows, const Shape& s) {
+  const int64_t width = s.channels * s.tube * s.patch * s.patch;
+  const int64_t padded = (width + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
+  const auto [stride_b, stride_c, stride_t, stride_h, stride_w] = s.strides;
+  const int64_t tokens = 1 + s.kept;
+  at::parallel_for(0, s.batch * s.frames * tokens, 64, [&](int64_t begin, int64_t end) {
+    std::vector<In> patch(padded);
+    std::vector<float> wide(padded);
+    std::vector<Out> narrowed(padded);
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t token = row % tokens, t = row / tokens % s.frames, b = row / tokens / s.frames;
+      Out* const out = rows + row * width;
+      if (token == 0) {
+        std::memset(out, 0, width * sizeof(Out));
+        continue;
+      }
+      const int64_t index = kept == nullptr ? token - 1 : kept[b * s.kept + token - 1];
+      TORCH_CHECK_INDEX(
+          index >= 0 && index < s.patches, "patch_embed: kept: expected 0..", s.patches - 1, ", got ", index);
+      const int64_t y = index / s.columns * s.patch, x = index % s.columns * s.patch;
+      In* to = patch.data();
+      for (int64_t c = 0; c < s.channels; ++c) {
+        for (int64_t f = t * s.tube; f < (t + 1) * s.tube; ++f) {
+          const In* from = pixels + b * stride_b + c * stride_c + f * stride_t + y * stride_h + x * stride_w;
+          for (int64_t line = 0; line < s.patch; ++line, from += stride_h, to += s.patch) {
+            if (stride_w == 1) {
+              std::memcpy(to, from, s.patch * sizeof(In));
+            } else {
+              for (int64_t i = 0; i < s.patch; ++i) {
+                to[i] = from[i * stride_w];
+              }
+            }
+          }
+        }
+      }
+      if constexpr (std::is_same_v<In, Out>) {
+        std::memcpy(out, patch.data(), width * sizeof(Out));
+      } else if constexpr (std::is_same_v<Out, float>) {
+        widen(patch.data(), out, width);
+      } else {
+        widen(patch.data(), wide.data(), width);
+        narrow(wide.data(), narrowed.data(), width);
+        std::memcpy(out, narrowed.data(), width * sizeof(Out));
+      }
+    }
+  });
+}
+
+template <typename In>
+void patch_rows_to(const In* pixels, const int64_t* kept, at::Tensor& rows, const Shape& s) {
+  if (rows.scalar_type() == at::kFloat) {
+    patch_rows(pixels, kept, rows.mutable_data_ptr<float>(), s);
+  } else {
+    TORCH_CHECK_TYPE(rows.scalar_type() == at::kBFloat16, "patch_rows: expected float32 or bfloat16 weights");
+    patch_rows(pixels, kept, rows.mutable_data_ptr<at::BFloat16>(), s);
+  }
+}
+
+// pixels (B, C, T, H, W), any strides; kept (B, K), contiguous -> (B * T / tube, 1 + K, C * tube * patch * patch).
+at::Tensor patch_rows_cpu(
+    const at::Tensor& pixels,
+    const std::optional<at::Tensor>& kept,
+    int64_t tube,
+    int64_t patch,
+    at::ScalarType dtype) {
+  Shape s{};
+  s.batch = pixels.size(0);
+  s.channels = pixels.size(1);
+  s.frames = pixels.size(2) / tube;
+  s.tube = tube;
+  s.patch = patch;
+  s.columns = pixels.size(4) / patch;
+  s.patches = pixels.size(3) / patch * s.columns;
+  s.kept = kept.has_value() ? kept->size(1) : s.patches;
+  for (int64_t i = 0; i < 5; ++i) {
+    s.strides[i] = pixels.stride(i);
+  }
+  at::Tensor rows = at::empty(
+      {s.batch * s.frames, 1 + s.kept, s.channels * tube * patch * patch}, pixels.options().dtype(dtype));
+  const int64_t* indices = kept.has_value() ? kept->const_data_ptr<int64_t>() : nullptr;
+  switch (pixels.scalar_type()) {
+    case at::kByte:
+      patch_rows_to(pixels.const_data_ptr<uint8_t>(), indices, rows, s);
+      break;
+    case at::kFloat:
+      patch_rows_to(pixels.const_data_ptr<float>(), indices, rows, s);
+      break;
+    case at::kBFloat16:
+      patch_rows_to(pixels.const_data_ptr<at::BFloat16>(), indices, rows, s);
+      break;
+    default:
+      TORCH_CHECK_TYPE(false, "patch_rows: expected uint8, float32 or bfloat16 pixels, got ", pixels.scalar_type());
+  }
+  return rows;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(lbfast, m) {
+  m.def("patch_rows(Tensor pixels, Tensor? kept, int tube, int patch, ScalarType dtype) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(lbfast, CPU, m) {
+  m.impl("patch_rows", &patch_rows_cpu);
+}
