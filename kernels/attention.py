@@ -3,8 +3,9 @@
     S = scale log2(e) Q K^T, masked;  lse = log2(sum(exp2(S)));  O = exp2(S - lse) V
 
 Images have 257 tokens, audio 593: one more than whole tiles. So token 0, the class token, stays outside the tiles: as a
-key it is the first step of every query's running softmax, a column of one; as a query it is a program of its own, a row
-of one. Keys that fill no whole tile end in one tile of 16, 32, ...: no token is padded to 128, nor a head of 80.
+key it is the first step of every query's running softmax, a column of one; as a query it rides along with the head's
+first program, over the keys that this program has on chip. Keys that fill no whole tile end in one tile of 16, 32, ...:
+no token is padded to 128, nor a head of 80.
 
 Masks: HIDDEN where a key is padding, or later than a causal query. A query that has no key left is "lost": it sees the
 keys that only one of the two masks hides, all alike, as it does where both masks add finfo.min to float32 scores.
@@ -26,6 +27,7 @@ from lbfast.kernels.primitives import (
     dot_nn,
     dot_nt,
     dot_precision,
+    dot_tn,
     load_rows,
     on_device,
     split_head,
@@ -79,41 +81,31 @@ def mask_scores(s, o_m, o_n, padded, first, M, CAUSAL: tl.constexpr, HAS_MASK: t
 
 
 @triton.jit
-def _attend(
+def _step(
     q_1,
     q_2,
     acc_1,
     acc_2,
     top,
     total,
-    k_ptr,
-    v_ptr,
-    pad_ptr,
-    stride_kn,
-    stride_vn,
-    stride_pm,
+    k_1,
+    k_2,
+    v_1,
+    v_2,
     o_m,
-    start,
+    o_n,
+    padded,
     first,
     M,
     scale,
-    COLS: tl.constexpr,
     RAGGED: tl.constexpr,
-    D: tl.constexpr,
-    D_1: tl.constexpr,
     D_2: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One step of the running softmax: COLS keys from `start`."""
-    o_n = start + tl.arange(0, COLS)
-    m_n = o_n < M if RAGGED else tl.full([COLS], True, tl.int1)
-    row = o_n.to(tl.int64)
-    k_1, k_2 = load_rows(k_ptr, row * stride_kn, m_n, D, D_1, D_2)  # [COLS, D_1], [COLS, D_2]
-    v_1, v_2 = load_rows(v_ptr, row * stride_vn, m_n, D, D_1, D_2)
-    padded = load_padded(pad_ptr, o_n, stride_pm, M, HAS_MASK)
+    """One step of the running softmax of queries o_m over keys o_n."""
     s = dot_nt(q_1, q_2, k_1, k_2, D_2, PRECISION, ACC) * scale  # [ROWS, COLS]
     s = mask_scores(s, o_m[:, None], o_n[None, :], padded[None, :], first, M, CAUSAL, HAS_MASK, RAGGED)
     new_top = tl.maximum(top, tl.max(s, 1))
@@ -125,6 +117,135 @@ def _attend(
         acc_2 = acc_2 * shrink[:, None]
     acc_1, acc_2 = dot_nn(p, v_1, v_2, acc_1, acc_2, D_2, PRECISION, ACC)
     return acc_1, acc_2, new_top, total
+
+
+@triton.jit
+def _class_step(
+    q_1,
+    q_2,
+    acc_1,
+    acc_2,
+    top,
+    total,
+    k_1,
+    k_2,
+    v_1,
+    v_2,
+    o_m,
+    o_n,
+    padded,
+    first,
+    M,
+    scale,
+    RAGGED: tl.constexpr,
+    D_2: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The same with keys as rows: S^T = K Q^T, O^T = V^T P^T, so that 16 columns of one query cost next to nothing."""
+    s = dot_nt(k_1, k_2, q_1, q_2, D_2, PRECISION, ACC) * scale  # [COLS, 16]
+    s = mask_scores(s, o_m[None, :], o_n[:, None], padded[:, None], first, M, CAUSAL, HAS_MASK, RAGGED)
+    new_top = tl.maximum(top, tl.max(s, 0))
+    p = tl.exp2(s - new_top[None, :])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(p, 0)
+    acc_1 = acc_1 * shrink[None, :]
+    if D_2:
+        acc_2 = acc_2 * shrink[None, :]
+    acc_1, acc_2 = dot_tn(v_1, v_2, p, acc_1, acc_2, D_2, PRECISION, ACC)
+    return acc_1, acc_2, new_top, total
+
+
+@triton.jit
+def _attend(
+    queries,
+    state,
+    class_query,
+    class_state,
+    k_ptr,
+    v_ptr,
+    pad_ptr,
+    stride_kn,
+    stride_vn,
+    stride_pm,
+    start,
+    first,
+    M,
+    scale,
+    COLS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    CLASS: tl.constexpr,
+    D: tl.constexpr,
+    D_1: tl.constexpr,
+    D_2: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Loads COLS keys from `start`, and takes the queries and, where CLASS, the class query over them."""
+    o_n = start + tl.arange(0, COLS)
+    m_n = o_n < M if RAGGED else tl.full([COLS], True, tl.int1)
+    row = o_n.to(tl.int64)
+    k_1, k_2 = load_rows(k_ptr, row * stride_kn, m_n, D, D_1, D_2)  # [COLS, D_1], [COLS, D_2]
+    v_1, v_2 = load_rows(v_ptr, row * stride_vn, m_n, D, D_1, D_2)
+    padded = load_padded(pad_ptr, o_n, stride_pm, M, HAS_MASK)
+    if CLASS:
+        q_1, q_2, o_m = class_query
+        acc_1, acc_2, top, total = class_state
+        class_state = _class_step(
+            q_1, q_2, acc_1, acc_2, top, total, k_1, k_2, v_1, v_2, o_m, o_n, padded, first, M, scale, RAGGED, D_2,
+            CAUSAL, HAS_MASK, PRECISION, ACC,
+        )  # fmt: skip
+    q_1, q_2, o_m = queries
+    acc_1, acc_2, top, total = state
+    state = _step(
+        q_1, q_2, acc_1, acc_2, top, total, k_1, k_2, v_1, v_2, o_m, o_n, padded, first, M, scale, RAGGED, D_2,
+        CAUSAL, HAS_MASK, PRECISION, ACC,
+    )  # fmt: skip
+    return state, class_state
+
+
+@triton.jit
+def _begin(q_ptr, stride_qn, o_m, N, D: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, ACC: tl.constexpr):
+    """Queries o_m, and their running softmax before any key: result in two parts of D, maximum, sum."""
+    ROWS: tl.constexpr = o_m.shape[0]
+    q_1, q_2 = load_rows(q_ptr, o_m.to(tl.int64) * stride_qn, o_m < N, D, D_1, D_2)  # [ROWS, D_1], [ROWS, D_2]
+    acc_1 = tl.zeros([ROWS, D_1], ACC)
+    acc_2 = tl.zeros([ROWS, D_2 if D_2 else 1], ACC)
+    return (q_1, q_2, o_m), (acc_1, acc_2, tl.full([ROWS], float("-inf"), ACC), tl.zeros([ROWS], ACC))
+
+
+@triton.jit
+def _begin_class(q_ptr, D: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, ACC: tl.constexpr):
+    """Query 0 in 16 equal rows, and its running softmax, transposed."""
+    o_m = tl.zeros([16], tl.int32)
+    q_1, q_2 = load_rows(q_ptr, o_m, o_m == 0, D, D_1, D_2)  # [16, D_1], [16, D_2]
+    acc_1 = tl.zeros([D_1, 16], ACC)
+    acc_2 = tl.zeros([D_2 if D_2 else 1, 16], ACC)
+    return (q_1, q_2, o_m), (acc_1, acc_2, tl.full([16], float("-inf"), ACC), tl.zeros([16], ACC))
+
+
+@triton.jit
+def _finish_class(o_ptr, lse_ptr, state, D: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr):
+    """Writes the first of the 16."""
+    acc_1, acc_2, top, total = state
+    o_c = tl.arange(0, 16)
+    share = (1 / total)[None, :]
+    store_rows(o_ptr, o_c, o_c == 0, tl.trans(acc_1 * share), tl.trans(acc_2 * share), D, D_1, D_2)
+    tl.store(lse_ptr + o_c, top + tl.log2(total), mask=o_c == 0)
+
+
+@triton.jit
+def _finish(o_ptr, lse_ptr, stride_on, state, o_m, N, D: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr):
+    """Writes results and lse of queries o_m."""
+    acc_1, acc_2, top, total = state
+    m_m = o_m < N
+    share = (1 / total)[:, None]
+    store_rows(o_ptr, o_m.to(tl.int64) * stride_on, m_m, acc_1 * share, acc_2 * share, D, D_1, D_2)
+    tl.store(lse_ptr + o_m, top + tl.log2(total), mask=m_m)
 
 
 @triton.jit
@@ -147,6 +268,7 @@ def _fwd_rows(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TAIL: tl.constexpr,
+    CLASS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     D: tl.constexpr,
     D_1: tl.constexpr,
@@ -156,39 +278,33 @@ def _fwd_rows(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """ROWS queries from start_m of one head, whose pointers these are."""
-    o_m = start_m + tl.arange(0, ROWS)
-    m_m = o_m < N
-    row = o_m.to(tl.int64)
-    q_1, q_2 = load_rows(q_ptr, row * stride_qn, m_m, D, D_1, D_2)  # [ROWS, D_1], [ROWS, D_2]
-    acc_1 = tl.zeros([ROWS, D_1], ACC)
-    acc_2 = tl.zeros([ROWS, D_2 if D_2 else 1], ACC)
-    top = tl.full([ROWS], float("-inf"), ACC)
-    total = tl.zeros([ROWS], ACC)
+    """ROWS queries from start_m of one head, whose pointers these are; with CLASS query 0 too."""
+    queries, state = _begin(q_ptr, stride_qn, start_m + tl.arange(0, ROWS), N, D, D_1, D_2, ACC)
+    class_query, class_state = _begin_class(q_ptr, D, D_1, D_2, ACC)
     first = first_kept(pad_ptr, stride_pm, M, HAS_MASK, BLOCK_P)
     whole = (M - 1) // COLS  # tiles of keys 1, 2, ...
     last = whole
     if CAUSAL:
         last = tl.minimum(whole, tl.cdiv(start_m + ROWS - 1, COLS))
         if HAS_MASK:
-            last = tl.where(first > start_m, whole, last)
-    acc_1, acc_2, top, total = _attend(
-        q_1, q_2, acc_1, acc_2, top, total, k_ptr, v_ptr, pad_ptr, stride_kn, stride_vn, stride_pm, o_m, 0, first, M,
-        scale, 1, False, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
+            last = tl.where(first > (0 if CLASS else start_m), whole, last)
+    state, class_state = _attend(
+        queries, state, class_query, class_state, k_ptr, v_ptr, pad_ptr, stride_kn, stride_vn, stride_pm, 0, first, M,
+        scale, 1, False, CLASS, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
     )  # fmt: skip
     for tile in range(0, last):
-        acc_1, acc_2, top, total = _attend(
-            q_1, q_2, acc_1, acc_2, top, total, k_ptr, v_ptr, pad_ptr, stride_kn, stride_vn, stride_pm, o_m,
-            1 + tile * COLS, first, M, scale, COLS, False, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
+        state, class_state = _attend(
+            queries, state, class_query, class_state, k_ptr, v_ptr, pad_ptr, stride_kn, stride_vn, stride_pm,
+            1 + tile * COLS, first, M, scale, COLS, False, CLASS, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
         )  # fmt: skip
     if TAIL:
-        acc_1, acc_2, top, total = _attend(
-            q_1, q_2, acc_1, acc_2, top, total, k_ptr, v_ptr, pad_ptr, stride_kn, stride_vn, stride_pm, o_m,
-            1 + whole * COLS, first, M, scale, TAIL, True, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
+        state, class_state = _attend(
+            queries, state, class_query, class_state, k_ptr, v_ptr, pad_ptr, stride_kn, stride_vn, stride_pm,
+            1 + whole * COLS, first, M, scale, TAIL, True, CLASS, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
         )  # fmt: skip
-    share = (1 / total)[:, None]
-    store_rows(o_ptr, row * stride_on, m_m, acc_1 * share, acc_2 * share, D, D_1, D_2)
-    tl.store(lse_ptr + o_m, top + tl.log2(total), mask=m_m)
+    _finish(o_ptr, lse_ptr, stride_on, state, queries[2], N, D, D_1, D_2)
+    if CLASS:
+        _finish_class(o_ptr, lse_ptr, class_state, D, D_1, D_2)
 
 
 @triton.jit
@@ -226,9 +342,9 @@ def _attention_fwd_kernel(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Programs of one head are neighbours and share its keys in L2: query 0, then ROWS queries each."""
+    """Programs of one head are neighbours and share its keys in L2. The first takes query 0 besides its ROWS."""
     pid = tl.program_id(0)
-    blocks = 1 + tl.cdiv(N - 1, ROWS)
+    blocks = tl.maximum(tl.cdiv(N - 1, ROWS), 1)
     block = pid % blocks
     h = (pid // blocks % H).to(tl.int64)
     b = (pid // blocks // H).to(tl.int64)
@@ -241,13 +357,13 @@ def _attention_fwd_kernel(
         pad_ptr += b * stride_pb
     if block == 0:
         _fwd_rows(
-            q_ptr, k_ptr, v_ptr, pad_ptr, o_ptr, lse_ptr, stride_qn, stride_kn, stride_vn, stride_pm, H * D, 0, N, M,
-            scale, 1, COLS, TAIL, BLOCK_P, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
+            q_ptr, k_ptr, v_ptr, pad_ptr, o_ptr, lse_ptr, stride_qn, stride_kn, stride_vn, stride_pm, H * D,
+            1, N, M, scale, ROWS, COLS, TAIL, True, BLOCK_P, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
         )  # fmt: skip
     else:
         _fwd_rows(
             q_ptr, k_ptr, v_ptr, pad_ptr, o_ptr, lse_ptr, stride_qn, stride_kn, stride_vn, stride_pm, H * D,
-            1 + (block - 1) * ROWS, N, M, scale, ROWS, COLS, TAIL, BLOCK_P, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION,
+            1 + block * ROWS, N, M, scale, ROWS, COLS, TAIL, False, BLOCK_P, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION,
             ACC,
         )  # fmt: skip
 
@@ -299,8 +415,9 @@ def attention_fwd(
     if o.numel() == 0:
         return o, lse
     launch = launch_of(configs.ATTENTION_FWD, arch(q.device), q.element_size(), max(n, m))
+    constants = _constants(m, d, launch, causal, padded is not None, q.dtype)
     with on_device(q):
-        _attention_fwd_kernel[(b * h * (1 + triton.cdiv(n - 1, launch.tile["ROWS"])),)](
+        _attention_fwd_kernel[(b * h * max(1, triton.cdiv(n - 1, constants["ROWS"])),)](
             q,
             k,
             v,
@@ -315,7 +432,7 @@ def attention_fwd(
             m,
             h,
             scale * LOG2_E,
-            **_constants(m, d, launch, causal, padded is not None, q.dtype),
+            **constants,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )

@@ -67,14 +67,27 @@ TEMPORAL_ATTENTION_BWD: Mapping[str, Launch] = {
 # attention: ROWS queries (in the backward: queries, or keys) a program, COLS keys (queries) a step of its loop. "wide":
 # float32. "short": up to TOKENS tokens, as captions have.
 ATTENTION_FWD: Mapping[str, Launch] = {
-    "default": Launch({"ROWS": 128, "COLS": 64}, num_warps=4, num_stages=2),
-    "sm_90": Launch({"ROWS": 128, "COLS": 64}, num_warps=8, num_stages=2),
+    "default": Launch({"ROWS": 128, "COLS": 32}, num_warps=8, num_stages=2),
+    "sm_90": Launch({"ROWS": 128, "COLS": 32}, num_warps=8, num_stages=3),
     "wide": Launch({"ROWS": 32, "COLS": 32}, num_warps=4, num_stages=1),
     "short": Launch({"ROWS": 32, "COLS": 32, "TOKENS": 128}, num_warps=4, num_stages=2),
 }
 ATTENTION_BWD: Mapping[str, Launch] = {
-    "default": Launch({"ROWS": 64, "COLS": 64}, num_warps=4, num_stages=1),
-    "sm_90": Launch({"ROWS": 128, "COLS": 64}, num_warps=8, num_stages=1),
+    "default": Launch({"ROWS": 128, "COLS": 32}, num_warps=8, num_stages=1),
     "wide": Launch({"ROWS": 32, "COLS": 32}, num_warps=4, num_stages=1),
     "short": Launch({"ROWS": 32, "COLS": 32, "TOKENS": 128}, num_warps=4, num_stages=1),
+}
+
+# info_nce: tiles of logits, GROUP rows of tiles swept together. "wide": float32. "busy": labels, or logits kept.
+INFO_NCE: Mapping[str, Launch] = {
+    "default": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8}, num_warps=8, num_stages=3),
+    "busy": Launch({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8}, num_warps=4, num_stages=3),
+    "wide": Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8}, num_warps=4, num_stages=2),
+    "sm_80": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
+    "sm_90": Launch({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
+    "sm_90 busy": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
+    "sm_100": Launch({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
+    "sm_100 busy": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
+    "sm_120": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=2),
+    "interpreter": Launch({"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 256, "GROUP": 2}, num_warps=4),
 }

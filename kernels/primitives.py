@@ -110,7 +110,7 @@ def store_rows(ptr, o_row, m_row, part_1, part_2, D: tl.constexpr, D_1: tl.const
         tl.store(ptr + o_row[:, None] + o_2[None, :], part_2.to(ptr.dtype.element_ty), mask=m_2)
 
 
-# Products of tiles in two parts of D. A side of one row, such as a class token's, is multiplied out rather than padded.
+# Products of tiles in two parts of D. A side of one row, such as a class token's key, is multiplied out, not padded.
 
 
 @triton.jit
@@ -140,14 +140,24 @@ def dot_nn(p, v_1, v_2, acc_1, acc_2, D_2: tl.constexpr, PRECISION: tl.constexpr
         acc_1 += p * v_1.to(ACC)
         if D_2:
             acc_2 += p * v_2.to(ACC)
-    elif p.shape[0] == 1:
-        p_t = tl.trans(p)  # [COLS, 1]
-        acc_1 += tl.sum(p_t * v_1.to(ACC), 0)[None, :]
-        if D_2:
-            acc_2 += tl.sum(p_t * v_2.to(ACC), 0)[None, :]
     else:
         p = p.to(v_1.dtype)
         acc_1 = tl.dot(p, v_1, acc_1, input_precision=PRECISION, out_dtype=ACC)
         if D_2:
             acc_2 = tl.dot(p, v_2, acc_2, input_precision=PRECISION, out_dtype=ACC)
+    return acc_1, acc_2
+
+
+@triton.jit
+def dot_tn(v_1, v_2, p, acc_1, acc_2, D_2: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """acc + v^T p: v [ROWS, D_1] and [ROWS, D_2], p [ROWS, COLS] -> acc [D_1, COLS] and [D_2, COLS] in ACC."""
+    if v_1.shape[0] == 1:
+        acc_1 += tl.trans(v_1.to(ACC)) * p
+        if D_2:
+            acc_2 += tl.trans(v_2.to(ACC)) * p
+    else:
+        p = p.to(v_1.dtype)
+        acc_1 = tl.dot(tl.trans(v_1), p, acc_1, input_precision=PRECISION, out_dtype=ACC)
+        if D_2:
+            acc_2 = tl.dot(tl.trans(v_2), p, acc_2, input_precision=PRECISION, out_dtype=ACC)
     return acc_1, acc_2

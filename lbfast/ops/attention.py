@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -51,6 +53,8 @@ def attention(
         key_padding_mask = key_padding_mask < 0
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = dispatch.choose("attention", impl, IMPLEMENTATIONS, q, k, v, causal, key_padding_mask)
+    if chosen == "triton":
+        return torch.ops.lbfast.attention_triton(q, k, v, key_padding_mask, causal, scale)[0]
     if chosen == "flash_attn":
         return _flash_attn(q, k, v, causal, scale)
     if chosen == "xformers":
@@ -137,6 +141,93 @@ def _xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, s
     return ops.memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale).contiguous()
 
 
+# The library ops that torch.compile and torch.export see. lse is (B, H, N), base 2.
+
+_library = torch.library.Library("lbfast", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_library.define(
+    "attention_triton(Tensor q, Tensor k, Tensor v, Tensor? padded, bool causal, float scale) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+_library.define(
+    "attention_triton_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? padded, Tensor o, Tensor lse, bool causal, "
+    "float scale) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+def _triton_fwd(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, padded: torch.Tensor | None, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from lbfast.kernels import attention as kernel
+
+    return kernel.attention_fwd(q, k, v, padded, causal, scale)
+
+
+def _triton_bwd(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    padded: torch.Tensor | None,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from lbfast.kernels import attention_bwd as kernel
+
+    return kernel.attention_bwd(do, q, k, v, padded, o, lse, causal, scale)
+
+
+for _device in ("CUDA", "CPU"):  # the latter for the interpreter
+    _library.impl("attention_triton", _triton_fwd, _device)
+    _library.impl("attention_triton_bwd", _triton_bwd, _device)
+
+
+@torch.library.register_fake("lbfast::attention_triton", lib=_library)
+def _fake_fwd(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, padded: torch.Tensor | None, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    b, n, h, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((b, h, n), dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.register_fake("lbfast::attention_triton_bwd", lib=_library)
+def _fake_bwd(
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *tensors, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, do: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+    if do is None:
+        return (None,) * 6
+    grads = torch.ops.lbfast.attention_triton_bwd(do, *ctx.saved_tensors, ctx.causal, ctx.scale)
+    return (*grads, None, None, None)
+
+
+torch.library.register_autograd("lbfast::attention_triton", _backward, setup_context=_setup, lib=_library)
+
+
+def _why_not_triton(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, padded: torch.Tensor | None
+) -> list[str]:
+    reasons = dispatch.why_not_triton(q, k, v, *([] if padded is None else [padded]))
+    if reasons:
+        return reasons
+    from lbfast.kernels import attention as kernel
+
+    return kernel.why_not(q)
+
+
 def _why_not_torch(*_: object) -> list[str]:
     return []
 
@@ -162,6 +253,7 @@ def _why_not_library(module: str, extra: str) -> dispatch.Reasons:
 
 
 IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {
+    "triton": _why_not_triton,
     "torch": _why_not_torch,
     "flash_attn": _why_not_library("flash_attn", "flash-attn"),
     "xformers": _why_not_library("xformers", "xformers"),
