@@ -36,7 +36,7 @@ def read_audio(path: Any) -> tuple[torch.Tensor, int]:
             options["probesize"] = (
                 "4096"  # the header says it all; by default 5 s of sound are searched for other codecs
             )
-        with av.open(f"file:{name}", options=options) as container:
+        with av.open(f"file:{name}", container_options=options) as container:
             if not container.streams.audio:
                 raise MediaError(name, _WAVEFORM, f"{describe(name)} without sound")
             stream = container.streams.audio[0]

@@ -63,7 +63,7 @@ class _File:
     def _open(self) -> tuple[Any, Any]:
         import av
 
-        container = av.open(f"file:{self.name}", options={"protocol_whitelist": "file"})
+        container = av.open(f"file:{self.name}", container_options={"protocol_whitelist": "file"})
         cover = av.stream.Disposition.attached_pic
         streams = [stream for stream in container.streams.video if not stream.disposition & cover]
         if not streams or container.format.name in ("image2", "tty") or container.format.name.endswith("_pipe"):
