@@ -28,9 +28,9 @@ def contenders(activation: str):
         "reference": partial(reference, activation=activation),
         "torch": partial(eager, activation=activation),
         "torch.compile": torch.compile(partial(eager, activation=activation), dynamic=False),
-        "lbfast torch": partial(ops.mlp, activation=activation, impl="torch"),
-        "lbfast triton": partial(ops.mlp, activation=activation, impl="triton"),
-        "lbfast recompute": partial(ops.mlp, activation=activation, recompute=True),
+        "lbfast torch": partial(ops.mlp, activation=activation, recompute=False, impl="torch"),
+        "lbfast triton": partial(ops.mlp, activation=activation, recompute=False, impl="triton"),
+        "lbfast recompute": partial(ops.mlp, activation=activation),
     }
 
 
