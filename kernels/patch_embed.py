@@ -472,13 +472,14 @@ def _constants(weight: torch.Tensor, shape: dict[str, int], launch: configs.Laun
 
 
 def aot_cases(arch: str) -> list[AotCase]:
-    """L/14 and H/14 on 32 clips of 8 frames, bfloat16 from uint8 and from bfloat16; half of the patches kept; tubes."""
+    """L/14 and H/14 on 32 clips of 8 frames: bfloat16 from uint8 and from bfloat16, float32; half kept, tubes."""
     cases = []
     for d, tube, kind, kept in (
         (1024, 1, "u8", False),
         (1024, 1, "bf16", True),
         (1280, 1, "u8", True),
         (1024, 2, "bf16", False),
+        (1024, 1, "fp32", True),
     ):
         cases += _aot(arch, d, tube, kind, kept)
     return cases
@@ -491,7 +492,7 @@ def _aot(arch: str, d: int, tube: int, kind: str, kept: bool) -> list[AotCase]:
     rows, r = images * (1 + k), 3 * tube * patch
     pad, kp = _padded(r, patch)
     what = f"{kind} tube {tube} {images}x{1 + k}x{d}"
-    tensor, wide = "*bf16:16", "*fp32:16"
+    tensor, wide = "*fp32:16" if kind == "fp32" else "*bf16:16", "*fp32:16"
     sizes = {"D": d, "R": r, "P": patch, "PAD": pad, "KP": kp}
     numbers = dict.fromkeys(("rows", "columns", "stride_b", "stride_c", "stride_t", "stride_h"), "i32:16")
     numbers |= {"n": "i32", "frames": "i32"}
@@ -503,12 +504,13 @@ def _aot(arch: str, d: int, tube: int, kind: str, kept: bool) -> list[AotCase]:
         absent["kept_ptr"] = None
     gemm = sizes | absent | {"TUBE": tube, "PRECISION": "ieee", "ACC": tl.float32}
     flops = 2 * images * k * d * r * patch
-    moved = images * k * r * patch * (1 if kind == "u8" else 2) + rows * d * 2
+    width = 4 if kind == "fp32" else 2
+    moved = images * k * r * patch * (1 if kind == "u8" else width) + rows * d * width
 
     def case(
         name: str, kernel: Any, table: Any, signature: dict[str, str], constants: dict[str, Any], work: Any
     ) -> AotCase:
-        launch = configs.lookup(table, arch)
+        launch = configs.lookup(table, "wide" if kind == "fp32" else arch)
         tile = {key: value for key, value in launch.tile.items() if key in kernel.arg_names}
         return AotCase(
             f"patch_embed {name} {what}",
@@ -566,7 +568,7 @@ def _aot(arch: str, d: int, tube: int, kind: str, kept: bool) -> list[AotCase]:
             configs.PATCH_EMBED_BWD_POSITION,
             position,
             {"D": d, "ACC": tl.float32, **where},
-            (0, rows * d * 2),
+            (0, rows * d * width),
         )
     )
     if kind == "u8":
