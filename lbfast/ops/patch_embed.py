@@ -324,7 +324,7 @@ def _patch_embed_bwd(
     bwd_weight: Callable[..., torch.Tensor] = functools.partial(_torch_bwd_weight, native=chosen == "native")
     bwd_pixels, bwd_position = _torch_bwd_pixels, _torch_bwd_position
     if chosen == "triton":
-        from lbfast.kernels import patch_embed as kernel
+        from lbfast.kernels import patch_embed_bwd as kernel
 
         bwd_weight, bwd_pixels = kernel.patch_embed_bwd_weight, kernel.patch_embed_bwd_pixels
         bwd_position = kernel.patch_embed_bwd_position
@@ -337,7 +337,8 @@ def _patch_embed_bwd(
             dposition = positions.to(weight.dtype)
     if need_weight:
         dweight = bwd_weight(dtokens, pixels, weight, kept)
-        dweight = unfold_fold(dweight, positions[1:].sum(0), weight, mean, std) if folded else dweight
+        if mean is not None and std is not None:
+            dweight = unfold_fold(dweight, positions[1:].sum(0), weight, mean, std)
         dweight = dweight.to(weight.dtype).view(weight.shape)
     if need_class:
         dclass = dtokens[:, 0].unflatten(0, (clips, _frames(pixels, weight))).sum(0)
