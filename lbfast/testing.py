@@ -42,18 +42,19 @@ def assert_within_budget(
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
     """torch.empty and its kin hand out NaN (integers: the largest) inside the block: unwritten memory shows."""
+    flags: Any = torch.utils.deterministic
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        flags.fill_uninitialized_memory,
     )
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    flags.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+        flags.fill_uninitialized_memory = before[2]
 
 
 def randn(

@@ -260,6 +260,7 @@ def _add_layer_norm_backward(
     needs_x, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
     if dy is None and dtotal is None:
         return (None,) * 6
+    total: Any
     if dy is None:
         total, dweight, dbias = dtotal, None, None
     else:

@@ -72,8 +72,8 @@ def _torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
         if q.shape[0] > limit:
             parts = zip(q.split(limit), k.split(limit), v.split(limit))
             return torch.cat([_torch(*part, scale) for part in parts])
-    folded = [x.permute(0, 2, 3, 1, 4).flatten(1, 2) for x in (q, k, v)]  # (B, N*H, T, D)
-    out = F.scaled_dot_product_attention(*folded, scale=scale)
+    fq, fk, fv = (x.permute(0, 2, 3, 1, 4).flatten(1, 2) for x in (q, k, v))  # (B, N*H, T, D)
+    out = F.scaled_dot_product_attention(fq, fk, fv, scale=scale)
     return out.transpose(1, 2).unflatten(2, q.shape[2:4]).contiguous()
 
 

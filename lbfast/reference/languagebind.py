@@ -9,6 +9,7 @@ Source: arXiv 2310.01852; CLIP, arXiv 2103.00020.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
 class LoraLinear(nn.Linear):
@@ -36,6 +37,11 @@ class LoraLinear(nn.Linear):
 
 
 class Attention(nn.Module):
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    out_proj: nn.Linear
+
     def __init__(self, config: Any, adapted: bool):
         super().__init__()
         self.width, self.heads = config.hidden_size, config.num_attention_heads

@@ -19,7 +19,7 @@ def patch_embed(
 ) -> torch.Tensor:
     """pixels (B, C, [T,] H, W), weight (D, C, [tube,] P, P) -> tokens (B*T', 1 + K, D)."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    if pixels.dtype == torch.uint8:
+    if pixels.dtype == torch.uint8 and mean is not None and std is not None:
         mean, std = (v.to(wide).view(-1, *[1] * (pixels.dim() - 2)) for v in (mean, std))
         pixels = (pixels.to(wide) / 255 - mean) / std
     if pixels.dim() == 4:
