@@ -73,7 +73,7 @@ ATTENTION_FWD: Mapping[str, Launch] = {
     "short": Launch({"ROWS": 32, "COLS": 32, "TOKENS": 128}, num_warps=4, num_stages=2),
 }
 ATTENTION_BWD: Mapping[str, Launch] = {
-    "default": Launch({"ROWS": 128, "COLS": 32}, num_warps=8, num_stages=1),
+    "default": Launch({"ROWS": 128, "COLS": 32}, num_warps=8, num_stages=2),
     "wide": Launch({"ROWS": 32, "COLS": 32}, num_warps=4, num_stages=1),
     "short": Launch({"ROWS": 32, "COLS": 32, "TOKENS": 128}, num_warps=4, num_stages=1),
 }
@@ -83,11 +83,12 @@ INFO_NCE: Mapping[str, Launch] = {
     "default": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8}, num_warps=8, num_stages=3),
     "busy": Launch({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8}, num_warps=4, num_stages=3),
     "wide": Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8}, num_warps=4, num_stages=2),
-    "sm_80": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
+    "sm_80": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8}, num_warps=8, num_stages=4),
     "sm_90": Launch({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
     "sm_90 busy": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
-    "sm_100": Launch({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
-    "sm_100 busy": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
+    "sm_100": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
+    "sm_100 bwd": Launch({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
+    "sm_100 busy": Launch({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
     "sm_120": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=2),
     "interpreter": Launch({"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 256, "GROUP": 2}, num_warps=4),
 }

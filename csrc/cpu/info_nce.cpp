@@ -214,8 +214,8 @@ void stats_kernel(const T* x, const T* y, int64_t m, int64_t n, int64_t d, const
   }
 }
 
-// A tile of logits -> dS = p_row + p_col - 2 delta, in place. Returns the sum of dS times the logits.
-double tile_grads(float* z, int64_t rows, int64_t cols, int64_t row0, int64_t col0, const Block& block,
+// A tile of logits -> dS = p_row + p_col - 2 delta, in place.
+void tile_grads(float* z, int64_t rows, int64_t cols, int64_t row0, int64_t col0, const Block& block,
                   const float* row_shift, const float* row_sum, const float* col_shift, const float* col_sum) {
   constexpr int64_t kVecs = kCols / kLanes;
   float lowest = std::numeric_limits<float>::infinity(), highest = kNone;
@@ -237,48 +237,37 @@ double tile_grads(float* z, int64_t rows, int64_t cols, int64_t row0, int64_t co
     shift_of[j] = j < cols ? col_shift[j] : 0.0f;
     factor_of[j] = j < cols ? (near ? std::exp(middle - col_shift[j]) : 1.0f) / col_sum[j] : 0.0f;
   }
-  Vec shifts[kVecs], factors[kVecs], total(0.0f);
+  Vec shifts[kVecs], factors[kVecs];
   for (int64_t v = 0; v < kVecs; ++v) {
     shifts[v] = Vec::loadu(shift_of + v * kLanes);
     factors[v] = Vec::loadu(factor_of + v * kLanes);
   }
-  double sum = 0;
   for (int64_t i = 0; i < rows; ++i) {
     float* row = z + i * kCols;
     const int64_t positive = block.diag < 0 ? -1 : block.diag + row0 + i - col0;
     const bool here = positive >= 0 && positive < cols;
     const float logit = here ? row[positive] : 0.0f;
-    if (here) {
-      row[positive] = kNone;  // its p comes below
-    }
     const Vec shift(near ? middle : row_shift[i]);
     const Vec factor((near ? std::exp(middle - row_shift[i]) : 1.0f) / row_sum[i]);
     for (int64_t v = 0; v < kVecs; ++v) {
       const Vec value = Vec::loadu(row + v * kLanes);
       const Vec e = (value - shift).exp();
       const Vec p = near ? e * (factor + factors[v]) : e * factor + (value - shifts[v]).exp() * factors[v];
-      total = total + p * value;
       p.store(row + v * kLanes);
     }
     if (here) {  // p - 1 cancels: in double, from each side's own shift
       const double exact = std::exp(static_cast<double>(logit) - row_shift[i]) / row_sum[i] +
           std::exp(static_cast<double>(logit) - col_shift[positive]) / col_sum[positive] - 2;
-      sum += exact * logit;
       row[positive] = static_cast<float>(exact);
     }
-    if (i % 16 == 15 || i + 1 == rows) {  // short float sums, joined in double: the positives' share cancels much
-      sum += sum_lanes(total);
-      total = Vec(0.0f);
-    }
   }
-  return sum;
 }
 
 void convert(const float* src, float* dst, int64_t n) { std::copy(src, src + n, dst); }
 void convert(const float* src, at::BFloat16* dst, int64_t n) { at::vec::convert(src, dst, n); }
 
 template <typename T>
-double grads_kernel(const T* x, const T* y, int64_t m, int64_t n, int64_t d, const Block& block, const float* rows,
+void grads_kernel(const T* x, const T* y, int64_t m, int64_t n, int64_t d, const Block& block, const float* rows,
                     const float* cols, int64_t workspace, float* dx, float* dy) {
   const int64_t tiles = ceil_div(n, kCols), ld = tiles * kCols;
   const int64_t fit = workspace / (ld * static_cast<int64_t>(sizeof(T))) / kRows * kRows;
@@ -295,7 +284,6 @@ double grads_kernel(const T* x, const T* y, int64_t m, int64_t n, int64_t d, con
       });
     }
   }
-  std::vector<double> sums(tiles, 0.0);
   for (int64_t c = 0; c < m; c += chunk) {
     const int64_t high = std::min(chunk, m - c);
     if constexpr (packs) {
@@ -316,7 +304,7 @@ double grads_kernel(const T* x, const T* y, int64_t m, int64_t n, int64_t d, con
           const int64_t height = std::min(kRows, c + high - i);
           gemm(height, kCols, d, x + i * d, d, packed.data(), kCols, z.data(), kCols, false);
           finish_logits(z.data(), height, width, i, j, block);
-          sums[t] += tile_grads(z.data(), height, width, i, j, block, rows + i, rows + m + i, cols + j, cols + n + j);
+          tile_grads(z.data(), height, width, i, j, block, rows + i, rows + m + i, cols + j, cols + n + j);
           if (dx != nullptr) {
             for (int64_t r = 0; r < height; ++r) {
               convert(&z[r * kCols], &ds[(i - c + r) * ld + j], kCols);
@@ -358,11 +346,6 @@ double grads_kernel(const T* x, const T* y, int64_t m, int64_t n, int64_t d, con
       });
     }
   }
-  double sum = 0;
-  for (const double part : sums) {
-    sum += part;
-  }
-  return sum;
 }
 
 const int32_t* labels_of(const std::optional<at::Tensor>& labels, int64_t size) {
@@ -410,7 +393,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_stats(const at::Tensor& 
   return {rows, cols, positives};
 }
 
-double info_nce_grads(const at::Tensor& x, const at::Tensor& y, double scale, const at::Tensor& rows,
+void info_nce_grads(const at::Tensor& x, const at::Tensor& y, double scale, const at::Tensor& rows,
                       const at::Tensor& cols, int64_t diag, const std::optional<at::Tensor>& row_labels,
                       const std::optional<at::Tensor>& col_labels, int64_t workspace,
                       const std::optional<at::Tensor>& dx, const std::optional<at::Tensor>& dy) {
@@ -425,15 +408,13 @@ double info_nce_grads(const at::Tensor& x, const at::Tensor& y, double scale, co
     TORCH_CHECK(t->is_contiguous() && t->scalar_type() == at::kFloat && t->sizes() == like.sizes());
     return t->mutable_data_ptr<float>();
   };
-  double sum = 0;
   if (m > 0 && n > 0) {
     with_operand_type(x, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      sum = grads_kernel<T>(x.const_data_ptr<T>(), y.const_data_ptr<T>(), m, n, d, block, rows.const_data_ptr<float>(),
+      grads_kernel<T>(x.const_data_ptr<T>(), y.const_data_ptr<T>(), m, n, d, block, rows.const_data_ptr<float>(),
                             cols.const_data_ptr<float>(), workspace, pointer(dx, x), pointer(dy, y));
     });
   }
-  return sum;
 }
 
 }  // namespace
@@ -446,7 +427,7 @@ TORCH_LIBRARY_FRAGMENT(lbfast, m) {
       " -> (Tensor, Tensor, Tensor)");
   m.def(
       "info_nce_grads(Tensor x, Tensor y, float scale, Tensor rows, Tensor cols, int diag, Tensor? row_labels,"
-      " Tensor? col_labels, int workspace, Tensor(a!)? dx, Tensor(b!)? dy) -> float");
+      " Tensor? col_labels, int workspace, Tensor(a!)? dx, Tensor(b!)? dy) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(lbfast, CPU, m) {

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 
 from lbfast import dispatch, distributed
 
@@ -146,7 +145,7 @@ class Implementation(Protocol):
 
     def stats(
         self, x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor, block: Block, keep: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, list[torch.Tensor] | None]:
         """Softmax statistics: rows (2, m), cols (2, n), positives (m,) or None without any, and what was kept.
 
         Statistics are in acc: [0] a shift near the largest logit, [1] the sum of exp(logit - shift). `keep` says that
@@ -161,16 +160,13 @@ class Implementation(Protocol):
         scale: torch.Tensor,
         rows: torch.Tensor,
         cols: torch.Tensor,
+        positives: torch.Tensor,
         block: Block,
-        kept: torch.Tensor | None,
+        kept: list[torch.Tensor],
         dx: torch.Tensor | None,
         dy: torch.Tensor | None,
-        need_scale: bool,
-    ) -> torch.Tensor | None:
-        """With dS = p_row + p_col - 2 delta: adds dS @ y to dx (m, D) and dS.T @ x to dy (n, D), both acc.
-
-        Returns sum(dS * x @ y.T), float64, where `need_scale`.
-        """
+    ) -> None:
+        """With dS = p_row + p_col - 2 delta: adds dS @ y to dx (m, D) and dS.T @ x to dy (n, D), both acc."""
         ...
 
 
@@ -206,7 +202,7 @@ class _InfoNCE(torch.autograd.Function):
             kept = None
             if shards.world == 1 or plan.gather == "all":
                 y = shards.gather_rows(text_embeds)
-                keep = any(ctx.needs_input_grad)
+                keep = any(ctx.needs_input_grad[:3])
                 rows, cols, positives, kept = implementation.stats(image_embeds, y, s, plan.block(None), keep)
             else:
                 y = text_embeds
@@ -217,25 +213,29 @@ class _InfoNCE(torch.autograd.Function):
             terms = (rows[0] - positives) + rows[1].log() + (own[0] - positives) + own[1].log()
             loss = shards.sum(_wide(terms).sum()) / (2 * shards.total)
         ctx.plan = plan
-        ctx.save_for_backward(image_embeds, y, scale, rows, cols, kept)
+        ctx.save_for_backward(image_embeds, y, scale, rows, cols, positives, *(kept or ()))
         return loss.to(s.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        image_embeds, y, scale, rows, cols, kept = ctx.saved_tensors
+        image_embeds, y, scale, rows, cols, positives, *kept = ctx.saved_tensors
         plan, (need_x, need_y, need_s) = ctx.plan, ctx.needs_input_grad[:3]
         shards, implementation = plan.shards, plan.implementation
         with torch.autocast(image_embeds.device.type, enabled=False):
             acc = _accumulation(image_embeds.dtype)
             s = scale.to(acc)
-            dx = image_embeds.new_zeros(image_embeds.shape, dtype=acc) if need_x else None
+            dx = None
+            if need_x or not need_y:  # the scale's gradient comes from either side's
+                dx = image_embeds.new_zeros(image_embeds.shape, dtype=acc)
             if shards.world == 1 or plan.gather == "all":
                 dy = y.new_zeros(y.shape, dtype=acc) if need_y else None
-                ds = implementation.grads(image_embeds, y, s, rows, cols, plan.block(None), kept, dx, dy, need_s)
+                implementation.grads(image_embeds, y, s, rows, cols, positives, plan.block(None), kept, dx, dy)
+                ds = None if not need_s else _dot(image_embeds, dx) if dx is not None else _dot(y, dy)
                 dy = shards.scatter_rows(dy) if need_y else None
             else:
-                dy, ds = _ring_grads(image_embeds, y, s, rows, cols, plan, dx, need_y, need_s)
+                dy = _ring_grads(image_embeds, y, s, rows, cols, positives, plan, dx, need_y)
+                ds = None if not need_s else _dot(image_embeds, dx) if dx is not None else _dot(y, dy)
             factor = grad.to(acc) / (2 * shards.total)
             dx = dx.mul_(factor * s).to(image_embeds.dtype) if need_x else None
             dy = dy.mul_(factor * s).to(y.dtype) if need_y else None
@@ -256,17 +256,23 @@ def _ring_stats(x, y, s, plan):
     return rows, cols, positives
 
 
-def _ring_grads(x, y, s, rows, cols, plan, dx, need_y, need_s):
+def _ring_grads(x, y, s, rows, cols, positives, plan, dx, need_y):
     """Gradients when the ranks' texts are passed round; each rank's dy follows its texts and comes home complete."""
     shards = plan.shards
     dy = y.new_zeros(y.shape, dtype=s.dtype) if need_y else None
-    ds = torch.zeros((), dtype=_wide(s).dtype, device=s.device) if need_s else None
     for owner, y_owner in shards.ring(y):
-        own = cols[:, shards.span(owner)]
-        more = plan.implementation.grads(x, y_owner, s, rows, own, plan.block(owner), None, dx, dy, need_s)
-        ds = ds + more if need_s else None
+        own = cols[:, shards.span(owner)].contiguous()
+        plan.implementation.grads(x, y_owner, s, rows, own, positives, plan.block(owner), [], dx, dy)
         dy = shards.pass_on(dy, owner) if need_y else None
-    return dy, ds
+    return dy
+
+
+def _dot(x: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
+    """sum(x * dx) in float64, some rows at a time: sum(dS * x @ y.T), for dx = dS @ y."""
+    total = _wide(dx.new_zeros(()))
+    for x_c, dx_c in zip(x.split(4096), dx.split(4096)):
+        total = total + (_wide(dx_c) * x_c).sum()
+    return total
 
 
 def _merge(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -367,9 +373,8 @@ class _Torch:
             cols[0] = top
         return rows, cols, positives, None
 
-    def grads(self, x, y, scale, rows, cols, block, kept, dx, dy, need_scale):
+    def grads(self, x, y, scale, rows, cols, positives, block, kept, dx, dy):
         y = _operand(y)
-        ds = torch.zeros((), dtype=_wide(scale).dtype, device=x.device) if need_scale else None
         for a, b in self._spans(x, y, block):
             x_c = _operand(x[a:b])
             z = self._logits(x_c, y, scale, block, a, b)
@@ -377,14 +382,10 @@ class _Torch:
             p += z.sub_(cols[0]).exp_().div_(cols[1])
             if block.diag is not None:
                 p.diagonal(block.diag + a)[: b - a].sub_(2)
-            dx_c = _product(p, y) if dx is not None or need_scale else None
             if dx is not None:
-                dx[a:b] += dx_c
+                dx[a:b] += _product(p, y)
             if dy is not None:
                 dy += _product(p.t(), x_c)
-            if need_scale:
-                ds += (_wide(dx_c) * x_c).sum()
-        return ds
 
     @staticmethod
     def _spans(x: torch.Tensor, y: torch.Tensor, block: Block) -> Iterator[tuple[int, int]]:
@@ -420,7 +421,7 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 class _Native:
-    """csrc/cpu/info_nce.cpp: float32, and bfloat16 where the machine multiplies it; other 16-bit inputs in float32."""
+    """csrc/cpu/info_nce.cpp. bfloat16 where the machine multiplies it (D even); other 16-bit inputs in float32."""
 
     def stats(self, x, y, scale, block, keep):
         x, y = self._operand(x), self._operand(y)
@@ -429,28 +430,44 @@ class _Native:
         rows, cols, positives = torch.ops.lbfast.info_nce_stats(x, y, float(scale), diag, *labels)
         return rows, cols, None if block.diag is None else positives, None
 
-    def grads(self, x, y, scale, rows, cols, block, kept, dx, dy, need_scale):
-        x, y, s = self._operand(x), self._operand(y), float(scale)
-        derived = need_scale and s == 0.0  # the kernel sums dS times the logits: no use here
-        own = torch.zeros(x.shape) if derived else dx
+    def grads(self, x, y, scale, rows, cols, positives, block, kept, dx, dy):
+        x, y = self._operand(x), self._operand(y)
         diag = -1 if block.diag is None else block.diag
         labels = (block.row_labels, block.col_labels)
-        total = torch.ops.lbfast.info_nce_grads(
-            x, y, s, rows, cols.contiguous(), diag, *labels, block.workspace, own, dy
-        )
-        if not need_scale:
-            return None
-        if not derived:
-            return torch.tensor(total / s, dtype=torch.float64)
-        if dx is not None:
-            dx += own
-        return (own.double() * x).sum()
+        torch.ops.lbfast.info_nce_grads(x, y, float(scale), rows, cols, diag, *labels, block.workspace, dx, dy)
 
     @staticmethod
     def _operand(x: torch.Tensor) -> torch.Tensor:
-        if x.dtype == torch.bfloat16 and torch.ops.lbfast.has_bf16_gemm():
-            return F.pad(x, (0, x.shape[1] % 2)).contiguous()
-        return x.float().contiguous()
+        pairs = x.dtype == torch.bfloat16 and x.shape[1] % 2 == 0 and torch.ops.lbfast.has_bf16_gemm()
+        return x.contiguous() if pairs else x.float().contiguous()
+
+
+class _Triton:
+    """kernels/info_nce.py."""
+
+    def stats(self, x, y, scale, block, keep):
+        from lbfast.kernels import info_nce as kernel
+
+        labels = (block.row_labels, block.col_labels)
+        rows, cols, positives, *kept = kernel.info_nce_fwd(x, y, scale, block.diag, *labels, block.workspace, keep)
+        return rows, cols, None if block.diag is None else positives, kept if kept[0] is not None else None
+
+    def grads(self, x, y, scale, rows, cols, positives, block, kept, dx, dy):
+        from lbfast.kernels import info_nce as kernel
+
+        labels = (block.row_labels, block.col_labels)
+        kernel.info_nce_bwd(
+            x, y, scale, rows, cols, positives, *(kept or (None, None)), block.diag, *labels, block.workspace, dx, dy
+        )
+
+
+def _why_not_triton(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> list[str]:
+    reasons = dispatch.why_not_triton(image_embeds, text_embeds)
+    if image_embeds.dtype == torch.float64:
+        reasons = [*reasons, "float64 is computed by the torch implementation"]
+    if image_embeds.dtype == torch.bfloat16 and dispatch.triton_interpreted():
+        reasons = [*reasons, "Triton's interpreter multiplies bfloat16 wrongly"]
+    return reasons
 
 
 def _why_not_native(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> list[str]:
@@ -465,7 +482,11 @@ def _why_not_torch(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> lis
 
 
 def _implementation(name: str) -> Implementation:
-    return {"native": _Native, "torch": _Torch}[name]()
+    return {"triton": _Triton, "native": _Native, "torch": _Torch}[name]()
 
 
-IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {"native": _why_not_native, "torch": _why_not_torch}
+IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {
+    "triton": _why_not_triton,
+    "native": _why_not_native,
+    "torch": _why_not_torch,
+}

@@ -25,6 +25,6 @@ def info_nce(
     loss = logits.new_zeros(())
     for direction in (logits, logits.t()):
         log_p = direction.masked_fill(~allowed, float("-inf")).log_softmax(1)
-        smooth = log_p.masked_fill(~allowed, 0.0).sum(1) / allowed.sum(1)
+        smooth = (log_p.masked_fill(~allowed, 0.0) / allowed.sum(1, keepdim=True)).sum(1)
         loss = loss - ((1 - label_smoothing) * log_p.diagonal() + label_smoothing * smooth).mean() / 2
     return loss

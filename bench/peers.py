@@ -1,0 +1,68 @@
+"""What others compute for the same thing: baselines in plain torch, and packages where they are installed."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def missing(package: str) -> str:
+    """Why a package cannot be measured here; empty where it can."""
+    if importlib.util.find_spec(package) is None:
+        return f"absent: {package} is not installed"
+    return "" if torch.cuda.is_available() else f"absent: {package} needs a GPU"
+
+
+def clip_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """open_clip's ClipLoss on one process, its arithmetic: two dense logit products, two cross-entropies."""
+    labels = torch.arange(image.shape[0], device=image.device)
+    per_image = scale * image @ text.T
+    per_text = scale * text @ image.T
+    return (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
+
+
+def clip_loss_one_product(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The same from one logit product and its transpose, as Hugging Face's CLIP does it."""
+    labels = torch.arange(image.shape[0], device=image.device)
+    logits = scale * image @ text.T
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def clip_loss_row_chunked(
+    image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, rows: int = 1024
+) -> torch.Tensor:
+    """Linear memory in plain torch: chunks of rows under checkpoint, a running logsumexp of the columns."""
+
+    def chunk(x: torch.Tensor, y: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = (s * x @ y.T).float()
+        return logits.logsumexp(1), logits.logsumexp(0)
+
+    row_lse, col_lse = [], None
+    for x in image.split(rows):
+        row, col = checkpoint(chunk, x, text, scale, use_reentrant=False)
+        row_lse.append(row)
+        col_lse = col if col_lse is None else torch.logaddexp(col_lse, col)
+    positives = (scale * image * text).float().sum(1)
+    return ((torch.cat(row_lse) + col_lse) / 2 - positives).mean()
+
+
+def memeff_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """memeff: its temperature is a number, so `scale` gets no gradient."""
+    from memeff import MemoryEfficientCLIPLoss
+
+    loss = MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True, stable=False)
+    return loss(image, text)
+
+
+def inf_cl_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """inf-cl on one process, both directions; it computes in float32 (tf32)."""
+    from inf_cl import cal_flash_loss
+
+    image, text = image.float(), text.float()
+    return (cal_flash_loss(image, text, scale=scale) + cal_flash_loss(text, image, scale=scale)).mean() / 2
+
+
+SCALE = 14.3  # logit scale of CLIP's initial temperature, about 1 / 0.07
