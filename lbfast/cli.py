@@ -119,8 +119,11 @@ def embed(
     cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of the checkpoints on the hub.")] = None,
 ) -> None:
+    from lbfast import native
     from lbfast.embedding import embed_files
 
+    if native.will_compile():
+        _errors.print("compiling the native CPU kernels, once for each version: this takes a minute")
     with _plain_errors(), _progress_bars() as (progress, on_failure):
         try:
             summary = embed_files(

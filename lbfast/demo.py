@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lbfast import samples
+from lbfast import native, samples
 from lbfast.model.config import MODALITIES, published_config
 from lbfast.model.languagebind import LanguageBind, model_dict
 from lbfast.processing.processor import transform_dict
@@ -78,7 +78,7 @@ def run(folder: Path, console: Console) -> Demo:
     files = samples.make_samples(folder / "files")
     with console.status("making checkpoints, once"):
         checkpoints = make_checkpoints(folder / "checkpoints")
-    with console.status("embedding; the first time, the native kernels are compiled too"):
+    with console.status("compiling the native kernels, once" if native.will_compile() else "embedding"):
         model = LanguageBind({name: str(where) for name, where in checkpoints.items()}, use_temp=True).eval()
         tokenizer = LanguageBindImageTokenizer.from_pretrained(checkpoints["image"])
         captions = [caption for name in files for caption in samples.CAPTIONS[name]]

@@ -131,9 +131,9 @@ def _run_all(commands: list[list[str]]) -> None:
             for process in running:
                 if process.poll() is None:
                     process.kill()
-        for process, output in zip(running, outputs):
+        for command, process, output in zip(commands[start:], running, outputs):
             if process.returncode:
-                raise BuildError(f"{' '.join(process.args[:1])} failed: {output[-2000:]}")
+                raise BuildError(f"{command[0]} failed: {output[-2000:]}")
 
 
 @contextlib.contextmanager
@@ -153,12 +153,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LBFAST_CACHE") or Path(base, "lbfast"))
 
 
+def _library() -> Path:
+    """Where the library is, or will be: beside this file where it was shipped, else in the cache folder."""
+    shipped = Path(__file__).resolve().parent / library_name()
+    return shipped if shipped.exists() else cache_folder() / library_name()
+
+
+def will_compile() -> bool:
+    """Whether the first use is going to compile the kernels, which takes a minute."""
+    return bool(_sources()) and _compiler() is not None and not _library().exists()
+
+
 @functools.lru_cache(maxsize=1)
 def _load() -> str:
     """Loads the library, compiling it where needed. Returns the reason why it could not, or an empty string."""
-    name = library_name()
-    shipped = Path(__file__).resolve().parent / name
-    path = shipped if shipped.exists() else cache_folder() / name
+    path = _library()
     try:
         if not path.exists():
             with _only_one(path.with_suffix(".lock")):

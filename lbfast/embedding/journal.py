@@ -73,7 +73,7 @@ class Journal:
         try:
             self._resume(restart)
         except BaseException:
-            self.close()
+            self._file.close()
             raise
 
     def _resume(self, restart: bool) -> None:
@@ -183,14 +183,12 @@ class Journal:
             with contextlib.suppress(FileNotFoundError):
                 staged.unlink()
         self.path.unlink()
-
-    def discard(self) -> None:
-        """Removes a journal without rows."""
-        if not self._places:
-            self.path.unlink(missing_ok=True)
+        self._file.close()
 
     def close(self) -> None:
-        """Lets go of the file and the lock; the rows stay for the next run."""
+        """Lets go of the file and the lock. The rows stay for the next run; a journal without any does not."""
+        if not self._places and not self._file.closed:
+            self.path.unlink(missing_ok=True)
         self._file.close()
 
 

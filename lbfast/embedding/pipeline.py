@@ -136,8 +136,6 @@ def embed_files(
         if finished:
             journal.finish(finished)
             summary.out = out
-        else:
-            journal.discard()
     finally:
         journal.close()
     return summary
