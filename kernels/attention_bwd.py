@@ -3,9 +3,10 @@
     P = exp2(S - lse);  delta = rowsum(dO O);  dS = P (dO V^T - delta)
     dV = P^T dO;  dQ = scale dS K;  dK = scale dS^T Q
 
-One launch: a head's programs are neighbours, so that what they read comes from L2. Some take a tile of queries over all
-keys (dQ), the others a tile of keys over all queries (dK, dV). Each computes P again; nothing is added up in memory, so
-that the result is the same every time. Token 0 stays outside the tiles, as in the forward.
+One launch: a head's programs are neighbours, so that what they read comes from L2. Some take a tile of keys over all
+queries (dK, dV), the others a tile of queries over all keys (dQ). Each computes P again; nothing is added up in memory,
+so that the result is the same every time. Token 0 stays outside the tiles, as in the forward; here its key and query
+have programs of their own, for there is no room for them beside a tile.
 Source: Dao, arXiv 2307.08691.
 """
 
@@ -33,7 +34,6 @@ from lbfast.kernels.primitives import (
     dot_nn,
     dot_nt,
     dot_precision,
-    dot_tn,
     load_rows,
     on_device,
     split_head,
@@ -83,23 +83,9 @@ def _zeros(ROWS: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, ACC: tl.con
 
 
 @triton.jit
-def _class_zeros(D_1: tl.constexpr, D_2: tl.constexpr, ACC: tl.constexpr):
-    """The class token's, transposed, in 16 equal columns."""
-    return tl.zeros([D_1, 16], ACC), tl.zeros([D_2 if D_2 else 1, 16], ACC)
-
-
-@triton.jit
-def _store_class(ptr, acc_1, acc_2, D: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr):
-    o_c = tl.arange(0, 16)
-    store_rows(ptr, o_c, o_c == 0, tl.trans(acc_1), tl.trans(acc_2), D, D_1, D_2)
-
-
-@triton.jit
 def _over_keys(
     rows,
-    class_rows,
     dq,
-    class_dq,
     key_head,
     o_m,
     pad_ptr,
@@ -110,7 +96,6 @@ def _over_keys(
     scale,
     COLS: tl.constexpr,
     RAGGED: tl.constexpr,
-    CLASS: tl.constexpr,
     D: tl.constexpr,
     D_1: tl.constexpr,
     D_2: tl.constexpr,
@@ -119,26 +104,18 @@ def _over_keys(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Adds what COLS keys from `start` give to the queries' dQ and, where CLASS, to the class query's."""
+    """Adds what COLS keys from `start` give to the queries' dQ."""
     o_n = start + tl.arange(0, COLS)
     m_n = o_n < M if RAGGED else tl.full([COLS], True, tl.int1)
     k_1, k_2, v_1, v_2 = _load_keys(key_head, o_n, m_n, D, D_1, D_2)  # [COLS, D_1], [COLS, D_2]
     padded = load_padded(pad_ptr, o_n, stride_pm, M, HAS_MASK)
-    if CLASS:  # keys as rows, 16 equal columns
-        q_1, q_2, do_1, do_2, lse, delta = class_rows
-        s = dot_nt(k_1, k_2, q_1, q_2, D_2, PRECISION, ACC) * scale  # [COLS, 16]
-        o_c = tl.zeros([16], tl.int32)
-        s = mask_scores(s, o_c[None, :], o_n[:, None], padded[:, None], first, M, CAUSAL, HAS_MASK, RAGGED)
-        dp = dot_nt(v_1, v_2, do_1, do_2, D_2, PRECISION, ACC)
-        ds = tl.exp2(s - lse[None, :]) * (dp - delta[None, :])
-        class_dq = dot_tn(k_1, k_2, ds, class_dq[0], class_dq[1], D_2, PRECISION, ACC)
     q_1, q_2, do_1, do_2, lse, delta = rows
     s = dot_nt(q_1, q_2, k_1, k_2, D_2, PRECISION, ACC) * scale  # [ROWS, COLS]
     s = mask_scores(s, o_m[:, None], o_n[None, :], padded[None, :], first, M, CAUSAL, HAS_MASK, RAGGED)
     dp = dot_nt(do_1, do_2, v_1, v_2, D_2, PRECISION, ACC)
     ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
     dq = dot_nn(ds, k_1, k_2, dq[0], dq[1], D_2, PRECISION, ACC)
-    return dq, class_dq
+    return dq
 
 
 @triton.jit
@@ -149,13 +126,12 @@ def _dq_rows(
     dq_ptr,
     stride_pm,
     start_m,
-    N,
+    stop_m,
     M,
     scale,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TAIL: tl.constexpr,
-    CLASS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     D: tl.constexpr,
     D_1: tl.constexpr,
@@ -165,53 +141,44 @@ def _dq_rows(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dQ of ROWS queries from start_m of one head, whose pointers these are; with CLASS of query 0 too."""
+    """dQ of ROWS queries from start_m of one head, whose pointers these are."""
     o_m = start_m + tl.arange(0, ROWS)
-    o_c = tl.zeros([16], tl.int32)
-    rows = _load_queries(query_head, o_m, o_m < N, D, D_1, D_2, ACC)
-    class_rows = _load_queries(query_head, o_c, o_c == 0, D, D_1, D_2, ACC)
+    rows = _load_queries(query_head, o_m, o_m < stop_m, D, D_1, D_2, ACC)
     dq = _zeros(ROWS, D_1, D_2, ACC)
-    class_dq = _class_zeros(D_1, D_2, ACC)
     first = first_kept(pad_ptr, stride_pm, M, HAS_MASK, BLOCK_P)
     whole = (M - 1) // COLS
     last = whole
     if CAUSAL:
         last = tl.minimum(whole, tl.cdiv(start_m + ROWS - 1, COLS))
         if HAS_MASK:
-            last = tl.where(first > (0 if CLASS else start_m), whole, last)
-    dq, class_dq = _over_keys(
-        rows, class_rows, dq, class_dq, key_head, o_m, pad_ptr, stride_pm, 0, first, M, scale, 1, False, CLASS, D, D_1,
+            last = tl.where(first > start_m, whole, last)
+    dq = _over_keys(
+        rows, dq, key_head, o_m, pad_ptr, stride_pm, 0, first, M, scale, 1, False, D, D_1,
         D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
     )  # fmt: skip
     for tile in range(0, last):
-        dq, class_dq = _over_keys(
-            rows, class_rows, dq, class_dq, key_head, o_m, pad_ptr, stride_pm, 1 + tile * COLS, first, M, scale, COLS,
-            False, CLASS, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
+        dq = _over_keys(
+            rows, dq, key_head, o_m, pad_ptr, stride_pm, 1 + tile * COLS, first, M, scale, COLS,
+            False, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
         )  # fmt: skip
     if TAIL:
-        dq, class_dq = _over_keys(
-            rows, class_rows, dq, class_dq, key_head, o_m, pad_ptr, stride_pm, 1 + whole * COLS, first, M, scale, TAIL,
-            True, CLASS, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
+        dq = _over_keys(
+            rows, dq, key_head, o_m, pad_ptr, stride_pm, 1 + whole * COLS, first, M, scale, TAIL,
+            True, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
         )  # fmt: skip
     share = scale * 0.6931471805599453  # ln(2): the scale came with log2(e)
     stride_on = query_head[6]
-    store_rows(dq_ptr, o_m.to(tl.int64) * stride_on, o_m < N, dq[0] * share, dq[1] * share, D, D_1, D_2)
-    if CLASS:
-        _store_class(dq_ptr, class_dq[0] * share, class_dq[1] * share, D, D_1, D_2)
+    store_rows(dq_ptr, o_m.to(tl.int64) * stride_on, o_m < stop_m, dq[0] * share, dq[1] * share, D, D_1, D_2)
 
 
 @triton.jit
 def _over_queries(
     rows,
-    class_rows,
     dk,
     dv,
-    class_dk,
-    class_dv,
     query_head,
     o_n,
     padded,
-    class_padded,
     start,
     first,
     N,
@@ -219,7 +186,6 @@ def _over_queries(
     scale,
     COLS: tl.constexpr,
     RAGGED: tl.constexpr,
-    CLASS: tl.constexpr,
     D: tl.constexpr,
     D_1: tl.constexpr,
     D_2: tl.constexpr,
@@ -228,19 +194,10 @@ def _over_queries(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Adds what COLS queries from `start` give to the keys' dK and dV and, where CLASS, to the class key's."""
+    """Adds what COLS queries from `start` give to the keys' dK and dV."""
     o_m = start + tl.arange(0, COLS)
     m_m = o_m < N if RAGGED else tl.full([COLS], True, tl.int1)
     q_1, q_2, do_1, do_2, lse, delta = _load_queries(query_head, o_m, m_m, D, D_1, D_2, ACC)  # [COLS, ...]
-    if CLASS:  # queries as rows, 16 equal columns
-        k_1, k_2, v_1, v_2 = class_rows
-        s = dot_nt(q_1, q_2, k_1, k_2, D_2, PRECISION, ACC) * scale  # [COLS, 16]
-        o_c = tl.zeros([16], tl.int32)
-        s = mask_scores(s, o_m[:, None], o_c[None, :], class_padded[None, :], first, M, CAUSAL, HAS_MASK, False)
-        p = tl.exp2(s - lse[:, None])
-        class_dv = dot_tn(do_1, do_2, p, class_dv[0], class_dv[1], D_2, PRECISION, ACC)
-        dp = dot_nt(do_1, do_2, v_1, v_2, D_2, PRECISION, ACC)
-        class_dk = dot_tn(q_1, q_2, p * (dp - delta[:, None]), class_dk[0], class_dk[1], D_2, PRECISION, ACC)
     k_1, k_2, v_1, v_2 = rows
     s = dot_nt(k_1, k_2, q_1, q_2, D_2, PRECISION, ACC) * scale  # [ROWS, COLS]
     s = mask_scores(s, o_m[None, :], o_n[:, None], padded[:, None], first, M, CAUSAL, HAS_MASK, False)
@@ -248,7 +205,7 @@ def _over_queries(
     dv = dot_nn(p, do_1, do_2, dv[0], dv[1], D_2, PRECISION, ACC)
     dp = dot_nt(v_1, v_2, do_1, do_2, D_2, PRECISION, ACC)
     dk = dot_nn(p * (dp - delta[None, :]), q_1, q_2, dk[0], dk[1], D_2, PRECISION, ACC)
-    return dk, dv, class_dk, class_dv
+    return dk, dv
 
 
 @triton.jit
@@ -260,13 +217,13 @@ def _dkdv_rows(
     dv_ptr,
     stride_pm,
     start_n,
+    stop_n,
     N,
     M,
     scale,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TAIL: tl.constexpr,
-    CLASS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     D: tl.constexpr,
     D_1: tl.constexpr,
@@ -276,42 +233,35 @@ def _dkdv_rows(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dK and dV of ROWS keys from start_n of one head, whose pointers these are; with CLASS of key 0 too."""
+    """dK and dV of ROWS keys from start_n of one head, whose pointers these are."""
     o_n = start_n + tl.arange(0, ROWS)
-    o_c = tl.zeros([16], tl.int32)
-    rows = _load_keys(key_head, o_n, o_n < M, D, D_1, D_2)
-    class_rows = _load_keys(key_head, o_c, o_c == 0, D, D_1, D_2)
+    rows = _load_keys(key_head, o_n, o_n < stop_n, D, D_1, D_2)
     padded = load_padded(pad_ptr, o_n, stride_pm, M, HAS_MASK)
-    class_padded = load_padded(pad_ptr, o_c, stride_pm, M, HAS_MASK)
     dk, dv = _zeros(ROWS, D_1, D_2, ACC), _zeros(ROWS, D_1, D_2, ACC)
-    class_dk, class_dv = _class_zeros(D_1, D_2, ACC), _class_zeros(D_1, D_2, ACC)
     first = first_kept(pad_ptr, stride_pm, M, HAS_MASK, BLOCK_P)
     whole = (N - 1) // COLS
     begin = 0
-    if CAUSAL and not CLASS and not HAS_MASK:
-        begin = tl.minimum(whole, (start_n - 1) // COLS)
-    dk, dv, class_dk, class_dv = _over_queries(
-        rows, class_rows, dk, dv, class_dk, class_dv, query_head, o_n, padded, class_padded, 0, first, N, M, scale, 1,
-        False, CLASS, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
+    if CAUSAL and not HAS_MASK:
+        begin = tl.minimum(whole, tl.maximum(start_n - 1, 0) // COLS)
+    dk, dv = _over_queries(
+        rows, dk, dv, query_head, o_n, padded, 0, first, N, M, scale, 1,
+        False, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
     )  # fmt: skip
     for tile in range(begin, whole):
-        dk, dv, class_dk, class_dv = _over_queries(
-            rows, class_rows, dk, dv, class_dk, class_dv, query_head, o_n, padded, class_padded, 1 + tile * COLS, first,
-            N, M, scale, COLS, False, CLASS, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
+        dk, dv = _over_queries(
+            rows, dk, dv, query_head, o_n, padded, 1 + tile * COLS, first,
+            N, M, scale, COLS, False, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
         )  # fmt: skip
     if TAIL:
-        dk, dv, class_dk, class_dv = _over_queries(
-            rows, class_rows, dk, dv, class_dk, class_dv, query_head, o_n, padded, class_padded, 1 + whole * COLS,
-            first, N, M, scale, TAIL, True, CLASS, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
+        dk, dv = _over_queries(
+            rows, dk, dv, query_head, o_n, padded, 1 + whole * COLS,
+            first, N, M, scale, TAIL, True, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
         )  # fmt: skip
     share = scale * 0.6931471805599453
     stride_on = query_head[6]  # H * D, as contiguous gradients have it
     row = o_n.to(tl.int64) * stride_on
-    store_rows(dk_ptr, row, o_n < M, dk[0] * share, dk[1] * share, D, D_1, D_2)
-    store_rows(dv_ptr, row, o_n < M, dv[0], dv[1], D, D_1, D_2)
-    if CLASS:
-        _store_class(dk_ptr, class_dk[0] * share, class_dk[1] * share, D, D_1, D_2)
-        _store_class(dv_ptr, class_dv[0], class_dv[1], D, D_1, D_2)
+    store_rows(dk_ptr, row, o_n < stop_n, dk[0] * share, dk[1] * share, D, D_1, D_2)
+    store_rows(dv_ptr, row, o_n < stop_n, dv[0], dv[1], D, D_1, D_2)
 
 
 @triton.jit
@@ -357,10 +307,10 @@ def _attention_bwd_kernel(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Of a head's programs the first take ROWS keys each, the rest ROWS queries; the first of each token 0 besides."""
+    """Of a head's programs the first take ROWS keys each, the next ROWS queries each, the last two token 0."""
     pid = tl.program_id(0)
-    key_blocks = tl.maximum(tl.cdiv(M - 1, ROWS), 1)
-    blocks = key_blocks + tl.maximum(tl.cdiv(N - 1, ROWS), 1)
+    key_blocks = tl.cdiv(M - 1, ROWS)
+    blocks = 2 + key_blocks + tl.cdiv(N - 1, ROWS)
     block = pid % blocks
     h = (pid // blocks % H).to(tl.int64)
     b = (pid // blocks // H).to(tl.int64)
@@ -378,25 +328,25 @@ def _attention_bwd_kernel(
     key_head = (k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh, stride_kn, stride_vn)
     if HAS_MASK:
         pad_ptr += b * stride_pb
-    if block == 0:
+    if block < key_blocks:
         _dkdv_rows(
-            query_head, key_head, pad_ptr, dk_ptr + o_key, dv_ptr + o_key, stride_pm, 1, N, M, scale, ROWS, COLS,
-            TAIL_N, True, BLOCK_P, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
+            query_head, key_head, pad_ptr, dk_ptr + o_key, dv_ptr + o_key, stride_pm, 1 + block * ROWS, M, N, M, scale,
+            ROWS, COLS, TAIL_N, BLOCK_P, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
         )  # fmt: skip
-    elif block < key_blocks:
-        _dkdv_rows(
-            query_head, key_head, pad_ptr, dk_ptr + o_key, dv_ptr + o_key, stride_pm, 1 + block * ROWS, N, M, scale,
-            ROWS, COLS, TAIL_N, False, BLOCK_P, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
-        )  # fmt: skip
-    elif block == key_blocks:
+    elif block < blocks - 2:
         _dq_rows(
-            query_head, key_head, pad_ptr, dq_ptr + o_query, stride_pm, 1, N, M, scale, ROWS, COLS, TAIL_M, True,
-            BLOCK_P, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
+            query_head, key_head, pad_ptr, dq_ptr + o_query, stride_pm, 1 + (block - key_blocks) * ROWS, N, M, scale,
+            ROWS, COLS, TAIL_M, BLOCK_P, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
+        )  # fmt: skip
+    elif block == blocks - 2:
+        _dkdv_rows(
+            query_head, key_head, pad_ptr, dk_ptr + o_key, dv_ptr + o_key, stride_pm, 0, 1, N, M, scale,
+            16, COLS, TAIL_N, BLOCK_P, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
         )  # fmt: skip
     else:
         _dq_rows(
-            query_head, key_head, pad_ptr, dq_ptr + o_query, stride_pm, 1 + (block - key_blocks) * ROWS, N, M, scale,
-            ROWS, COLS, TAIL_M, False, BLOCK_P, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
+            query_head, key_head, pad_ptr, dq_ptr + o_query, stride_pm, 0, 1, M, scale,
+            16, COLS, TAIL_M, BLOCK_P, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
         )  # fmt: skip
 
 
@@ -440,7 +390,7 @@ def attention_bwd(
         return dq, dk.zero_(), dv.zero_()
     launch = launch_of(configs.ATTENTION_BWD, arch(q.device), q.element_size(), max(n, m))
     constants = _constants(n, m, d, launch, causal, padded is not None, q.dtype)
-    blocks = sum(max(1, triton.cdiv(size - 1, constants["ROWS"])) for size in (n, m))
+    blocks = sum(1 + triton.cdiv(size - 1, constants["ROWS"]) for size in (n, m))
     with on_device(q):
         _attention_bwd_kernel[(b * h * blocks,)](
             do,
