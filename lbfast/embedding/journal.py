@@ -155,8 +155,12 @@ class Journal:
         self._index(batch.column("id"), batch.column("stamp"), offset)
 
     def _write(self, message: pa.Buffer) -> None:
-        self._file.write(message)
-        self._file.flush()
+        left = memoryview(message)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:  # without a name from Python
+            raise OSError(error.errno, f"{error.strerror}; what is finished is kept", str(self.path)) from error
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
@@ -199,7 +203,7 @@ def partial_path(out: Path) -> Path:
 
 def _open_locked(path: Path) -> Any:
     while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
