@@ -2,7 +2,8 @@
 //
 //   rows[b, t, 1 + i] = patch kept[b, i] of frames t * tube .. of clip b;  rows[b, t, 0] = 0, the class token's
 //
-// uint8 pixels become x - 128, which bfloat16 holds exactly. The rest of the op is in lbfast/ops/patch_embed.py.
+// uint8 pixels become x - 128, which bfloat16 holds exactly; `patch_fold` gives the weight and bias for them.
+// The rest of the op is in lbfast/ops/patch_embed.py.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -15,6 +16,7 @@
 #include <array>
 #include <cstring>
 #include <optional>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -140,12 +142,76 @@ at::Tensor patch_rows_cpu(
   return rows;
 }
 
+// weight (D, C, n), scale and offset (C,) -> weight * scale, rounded once, and sum over (C, n) of weight * offset.
+template <typename T>
+void patch_fold(
+    const T* weight,
+    const float* scale,
+    const float* offset,
+    T* folded,
+    float* bias,
+    int64_t d,
+    int64_t c,
+    int64_t n) {
+  at::parallel_for(0, d, 32, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      float total = 0;
+      for (int64_t channel = 0; channel < c; ++channel) {
+        const T* const from = weight + (row * c + channel) * n;
+        T* const to = folded + (row * c + channel) * n;
+        Vec sums(0.0f);
+        int64_t i = 0;
+        for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+          if constexpr (std::is_same_v<T, float>) {
+            const Vec a = Vec::loadu(from + i), b = Vec::loadu(from + i + kLanes);
+            (a * Vec(scale[channel])).store(to + i);
+            (b * Vec(scale[channel])).store(to + i + kLanes);
+            sums = sums + a + b;
+          } else {
+            const auto [a, b] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from + i));
+            at::vec::convert_from_float<T>(a * Vec(scale[channel]), b * Vec(scale[channel])).store(to + i);
+            sums = sums + a + b;
+          }
+        }
+        float sum = at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return x + y; }, sums);
+        for (; i < n; ++i) {
+          const float w = static_cast<float>(from[i]);
+          to[i] = static_cast<T>(w * scale[channel]);
+          sum += w;
+        }
+        total += sum * offset[channel];
+      }
+      bias[row] = total;
+    }
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> patch_fold_cpu(
+    const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& offset) {
+  const int64_t d = weight.size(0), c = weight.size(1), n = weight.size(2);
+  at::Tensor folded = at::empty({d, c * n}, weight.options());
+  at::Tensor bias = at::empty({d}, weight.options().dtype(at::kFloat));
+  const float* by = scale.const_data_ptr<float>();
+  const float* at = offset.const_data_ptr<float>();
+  float* sums = bias.mutable_data_ptr<float>();
+  if (weight.scalar_type() == at::kFloat) {
+    patch_fold(weight.const_data_ptr<float>(), by, at, folded.mutable_data_ptr<float>(), sums, d, c, n);
+  } else {
+    TORCH_CHECK_TYPE(weight.scalar_type() == at::kBFloat16, "patch_fold: expected float32 or bfloat16 weights");
+    patch_fold(
+        weight.const_data_ptr<at::BFloat16>(), by, at, folded.mutable_data_ptr<at::BFloat16>(), sums, d, c, n);
+  }
+  return {folded, bias};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(lbfast, m) {
+  m.def("patch_fold(Tensor weight, Tensor scale, Tensor offset) -> (Tensor, Tensor)");
   m.def("patch_rows(Tensor pixels, Tensor? kept, int tube, int patch, ScalarType dtype) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(lbfast, CPU, m) {
+  m.impl("patch_fold", &patch_fold_cpu);
   m.impl("patch_rows", &patch_rows_cpu);
 }

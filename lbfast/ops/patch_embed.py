@@ -140,7 +140,7 @@ def _frames(pixels: torch.Tensor, weight: torch.Tensor) -> int:
 
 
 def fold(
-    weight: torch.Tensor, mean: torch.Tensor | None, std: torch.Tensor | None
+    weight: torch.Tensor, mean: torch.Tensor | None, std: torch.Tensor | None, native: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The weight as a matrix, and the bias, that take x - 128 of uint8 pixels x where mean and std are given.
 
@@ -148,10 +148,13 @@ def fold(
     """
     if mean is None or std is None:
         return weight.flatten(1), None
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32)).flatten(2)  # (D, C, tube*P*P)
-    scale = 1 / (255 * std.to(wide.dtype))
-    offset = (CENTRE / 255 - mean.to(wide.dtype)) / std.to(wide.dtype)
-    return (wide * scale[:, None]).to(weight.dtype).flatten(1), wide.sum(2) @ offset
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    scale, offset = 1 / (255 * std.to(wide)), (CENTRE / 255 - mean.to(wide)) / std.to(wide)
+    planes = weight.flatten(2)  # (D, C, tube*P*P)
+    if native:
+        return torch.ops.lbfast.patch_fold(planes.contiguous(), scale, offset)
+    planes = planes.to(wide)
+    return (planes * scale[:, None]).to(weight.dtype).flatten(1), planes.sum(2) @ offset
 
 
 def unfold_fold(
@@ -210,7 +213,7 @@ def _torch_fwd(
 ) -> torch.Tensor:
     """One GEMM onto the class token and the position embeddings."""
     rows = _rows(pixels, weight, kept, native)
-    folded, bias = fold(weight, mean, std)
+    folded, bias = fold(weight, mean, std, native)
     position = position_embedding[1:] if bias is None else (position_embedding[1:] + bias).to(weight.dtype)
     tokens = torch.empty((*rows.shape[:2], len(weight)), dtype=weight.dtype, device=weight.device)
     clips = tokens.unflatten(0, (pixels.shape[0], _frames(pixels, weight)))  # (B, T', 1 + K, D)
