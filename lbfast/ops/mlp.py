@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lbfast import dispatch
+from lbfast.ops._linear import linear
 
 ACTIVATIONS = ("gelu", "quick_gelu")
 _QUICK = 1.702
@@ -133,14 +134,14 @@ def _mlp(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns out and h (M, F) for the M rows of x; h is empty unless `keep_h`."""
     chosen = dispatch.choose("mlp", impl, IMPLEMENTATIONS, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    h = F.linear(x.reshape(-1, x.shape[-1]), fc1_weight, fc1_bias)
+    h = linear(x.reshape(-1, x.shape[-1]), fc1_weight, fc1_bias)
     if chosen == "triton":
         from lbfast.kernels import mlp as kernel
 
         a = kernel.activation_fwd(h, activation, in_place=not keep_h)
     else:
         a = _activate(h, activation, out=None if keep_h else h)
-    out = F.linear(a, fc2_weight, fc2_bias).view(*x.shape[:-1], len(fc2_weight))
+    out = linear(a, fc2_weight, fc2_bias).view(*x.shape[:-1], len(fc2_weight))
     return out, h if keep_h else x.new_empty(0)
 
 
@@ -180,7 +181,7 @@ def _mlp_bwd(
         db2 = dout2.sum(0)
     if need_x or need_w1 or need_b1 or need_w2:
         x2 = x.reshape(-1, x.shape[-1])
-        h2 = F.linear(x2, fc1_weight, fc1_bias) if h is None else h
+        h2 = linear(x2, fc1_weight, fc1_bias) if h is None else h
         da = dout2 @ fc2_weight if need_x or need_w1 or need_b1 else None
         chosen = dispatch.choose("mlp", impl, IMPLEMENTATIONS, dout, x, fc1_weight, fc2_weight)
         if chosen == "triton" and da is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lbfast import dispatch
+from lbfast.ops._linear import linear
 from lbfast.ops.layer_norm import layer_norm
 
 CENTRE = 128
@@ -219,8 +220,7 @@ def _torch_fwd(
     clips = tokens.unflatten(0, (pixels.shape[0], _frames(pixels, weight)))  # (B, T', 1 + K, D)
     clips[:, :, 0] = class_embedding + position_embedding[0]
     clips[:, :, 1:] = position if kept is None else position[kept][:, None]
-    tokens.view(-1, len(weight)).addmm_(rows.flatten(0, 1), folded.T)
-    return tokens
+    return linear(rows.flatten(0, 1), folded, plus=tokens.view(-1, len(weight))).view(tokens.shape)
 
 
 def _torch_bwd_weight(
