@@ -1,6 +1,7 @@
 """`make demo`: the demo, then its encoders timed against the eager baseline: same checkpoints, same inputs, one run.
 
-The two take turns, so that a machine that slows down slows both; medians are compared.
+The two take turns, so that a machine that slows down slows both; medians are compared. `--whole image video` times
+whole L/14 encoders, with random weights, on one file each instead: minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from rich.table import Table
 
 from lbfast import demo
 from lbfast.doctor import cpu_name
-from lbfast.model.languagebind import model_dict, normalised
+from lbfast.model.config import MODALITIES, published_config
+from lbfast.model.languagebind import LanguageBindModel, model_dict, normalised
 from lbfast.reference import languagebind as reference
 
 LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 3, 15, 2.5
@@ -52,16 +54,30 @@ def take_turns(first: Callable[[], object], second: Callable[[], object]) -> tup
     return times
 
 
-@torch.inference_mode()
-def compare(made: demo.Demo, dtype: torch.dtype) -> list[Comparison]:
-    """Every modality's encoder, and the text tower that they share, on the demo's files and captions."""
-    results = []
+def demo_models(made: demo.Demo, dtype: torch.dtype) -> Iterator[LanguageBindModel]:
+    """The demo's checkpoints, one at a time."""
     for name, where in made.checkpoints.items():
-        model = model_dict[name].from_pretrained(where, torch_dtype=dtype)
-        baseline = reference.like(model)
-        calls = [(name, "get_image_features", made.inputs[name])]
+        yield model_dict[name].from_pretrained(where, torch_dtype=dtype)
+
+
+def whole_models(names: Sequence[str], dtype: torch.dtype) -> Iterator[LanguageBindModel]:
+    """L/14 with all its layers and random weights, one at a time."""
+    for name in names:
+        torch.manual_seed(0)
+        yield model_dict[name](published_config(name)).to(dtype).eval()  # type: ignore[arg-type]
+
+
+@torch.inference_mode()
+def compare(
+    models: Iterable[LanguageBindModel], inputs_of: Mapping[str, Mapping[str, torch.Tensor]], dtype: torch.dtype
+) -> list[Comparison]:
+    """Every modality's encoder, and with images the text tower, on the inputs of its name."""
+    results = []
+    for model in models:
+        name, baseline = model.config.modality.name, reference.like(model)
+        calls = [(name, "get_image_features", inputs_of[name])]
         if name == "image":
-            calls.append(("language", "get_text_features", made.inputs["language"]))
+            calls.append(("language", "get_text_features", inputs_of["language"]))
         for label, method, inputs in calls:
             inputs = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
             ours, theirs = getattr(model, method), getattr(baseline, method)
@@ -103,22 +119,36 @@ def _spread(seconds: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for samples and checkpoints")
+    parser.add_argument("--whole", nargs="+", choices=tuple(MODALITIES), help="time whole encoders of these modalities")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the timed encoders")
     arguments = parser.parse_args()
     console = Console()
     made = demo.run(arguments.out, console)
-    demo.show(console, made)
     dtype = getattr(torch, arguments.dtype)
+    if arguments.whole:
+        depth, files = "all of its 24 layers", "1 file"
+        inputs = {name: {key: x[: len(x) // 2] for key, x in fields.items()} for name, fields in made.inputs.items()}
+        models = whole_models(arguments.whole, dtype)
+    else:
+        depth, files, inputs = f"{demo.LAYERS} of its 24 layers", "2 files", made.inputs
+        models = demo_models(made, dtype)
+        demo.show(console, made)
     with console.status("timing"):
-        results = compare(made, dtype)
+        results = compare(models, inputs, dtype)
     console.print(table(results, dtype))
     console.print(
         f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
-        f"{platform.python_version()}; encoders of L/14's width with {demo.LAYERS} of its 24 layers, "
-        "2 files of each modality, 10 captions; median (fastest-slowest), the two taking turns; difference: the "
+        f"{platform.python_version()}; encoders of L/14's width with {depth}, {files} of each "
+        "modality; median (fastest-slowest), the two taking turns; difference: the "
         "largest between the unit embeddings. GPU: not measured.",
         highlight=False,
     )
+    if not arguments.whole:
+        console.print(
+            "The last layer is computed for the pooled token alone: of 2 layers that is half, of a whole encoder's 24 "
+            "little. --whole times whole encoders.",
+            highlight=False,
+        )
     wrong = [result.name for result in results if not result.difference <= LIMITS[dtype]]
     if wrong:
         sys.exit(f"error: the embeddings are not those of the reference: {', '.join(wrong)}")
