@@ -42,8 +42,7 @@ class Comparison:
 
 
 def take_turns(first: Callable[[], object], second: Callable[[], object]) -> tuple[list[float], list[float]]:
-    """Seconds of each call of two functions that take turns, after one call of each that does not count."""
-    first(), second()
+    """Seconds of each call of two functions that take turns. Both have been called before."""
     times: tuple[list[float], list[float]] = ([], [])
     begin = time.perf_counter()
     while len(times[0]) < LEAST_ROUNDS or (len(times[0]) < MOST_ROUNDS and time.perf_counter() - begin < SECONDS):

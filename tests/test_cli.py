@@ -93,7 +93,7 @@ def test_the_script_and_the_module_run_it():
 
 
 def op_names() -> list[str]:
-    return [module.name for module in pkgutil.iter_modules(lbfast.ops.__path__)]
+    return [m.name for m in pkgutil.iter_modules(lbfast.ops.__path__) if not m.name.startswith("_")]
 
 
 def test_doctor_asks_every_op():
@@ -173,7 +173,7 @@ def test_demo_prints_upstreams_tables(made):
 
 def test_demo_compares_with_the_reference(made, monkeypatch):
     monkeypatch.setattr(bench_demo, "SECONDS", 0.0)
-    results = bench_demo.compare(made, torch.float32)
+    results = bench_demo.compare(bench_demo.demo_models(made, torch.float32), made.inputs, torch.float32)
     assert [result.name for result in results] == ["image", "language", "video", "audio", "depth", "thermal"]
     for result in results:
         assert result.difference <= bench_demo.LIMITS[torch.float32], result
