@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lbfast import ops
+from lbfast.ops._linear import linear
 
 
 class LayerNorm(nn.LayerNorm):
@@ -23,6 +24,16 @@ class LayerNorm(nn.LayerNorm):
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (normalised sum, sum) of x and a residual that broadcasts against it, in one pass."""
         return ops.layer_norm(x, self.weight, self.bias, self.eps, residual=residual)
+
+
+class Linear(nn.Linear):
+    """nn.Linear, by the library's fastest product where no gradient is recorded."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+        if recorded or x.dtype != self.weight.dtype:
+            return super().forward(x)
+        return linear(x.reshape(-1, self.in_features), self.weight, self.bias).view(*x.shape[:-1], self.out_features)
 
 
 class Attention(nn.Module):
@@ -37,10 +48,10 @@ class Attention(nn.Module):
             raise ValueError(f"attention_dropout: expected 0.0, as published, got {config.attention_dropout}")
         self.config = config
         self.heads = heads
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.q_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (..., D) -> q, k, v, each a view (..., H, D / H)."""
@@ -147,13 +158,13 @@ class MLP(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
         if config.hidden_act not in _ACTIVATIONS:
             raise ValueError(f"hidden_act: expected one of {', '.join(_ACTIVATIONS)}, got {config.hidden_act!r}")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if type(self.fc1) is nn.Linear and type(self.fc2) is nn.Linear:
+        if type(self.fc1) is Linear and type(self.fc2) is Linear:
             fc1, fc2 = self.fc1, self.fc2
             return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=self.config.hidden_act)
         return self.fc2(_ACTIVATIONS[self.config.hidden_act](self.fc1(x)))  # adapters on it

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lbfast.model.layers import Linear
+
 
 class LoraLinear(nn.Linear):
     """y = x W^T + b + (alpha / r) B A dropout(x), with W and b frozen until asked otherwise.
@@ -67,7 +69,7 @@ def add_lora(encoder: nn.Module, r: int, alpha: float, dropout: float, add_time_
     encoder.requires_grad_(False)
     targets = _TEMPORAL if add_time_attn else _SPATIAL
     for name, module in list(encoder.named_modules()):
-        if type(module) is nn.Linear and name.endswith(targets):
+        if type(module) is Linear and name.endswith(targets):
             with torch.device(module.weight.device):
                 adapted = LoraLinear(
                     module.in_features, module.out_features, r, alpha, dropout, bias=module.bias is not None
@@ -84,11 +86,11 @@ def lora_modules(root: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
 
 
 def merge_lora(root: nn.Module) -> int:
-    """Adds every adapter of `root` into its weight, in place, and leaves plain nn.Linear layers. Returns how many."""
+    """Adds every adapter of `root` into its weight, in place, and leaves plain linear layers. Returns how many."""
     adapted = list(lora_modules(root))
     for name, module in adapted:
         with torch.no_grad(), torch.device("meta"):
-            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            plain = Linear(module.in_features, module.out_features, bias=module.bias is not None)
         plain.weight = nn.Parameter(module.merged_weight().detach())
         if module.bias is not None:
             plain.bias = nn.Parameter(module.bias.detach())
