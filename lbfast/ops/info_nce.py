@@ -270,7 +270,7 @@ def _ring_grads(x, y, s, rows, cols, positives, plan, dx, need_y):
 def _dot(x: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
     """sum(x * dx) in float64, some rows at a time: sum(dS * x @ y.T), for dx = dS @ y."""
     total = _wide(dx.new_zeros(()))
-    for x_c, dx_c in zip(x.split(4096), dx.split(4096)):
+    for x_c, dx_c in zip(x.split(512), dx.split(512)):
         total = total + (_wide(dx_c) * x_c).sum()
     return total
 
