@@ -293,6 +293,30 @@ def test_compiles_and_exports(impl, causal, masked):
         torch.testing.assert_close(program.module()(*larger), module(*larger))
 
 
+@pytest.mark.gpu
+def test_300_clips():
+    """2,400 frames at once: the last one comes out as it does alone."""
+    tensors = torch.randn(2400, 257, 3, 16, 64, device="cuda", dtype=torch.bfloat16).unbind(2)
+    do = torch.randn(2400, 257, 16, 64, device="cuda", dtype=torch.bfloat16)
+    out, got = grads(lambda *x: ops.attention(*x, impl="triton"), tensors, do)
+    last_out, last_got = grads(lambda *x: ops.attention(*x, impl="triton"), [x[-1:] for x in tensors], do[-1:])
+    assert torch.equal(out[-1:], last_out)
+    assert all(torch.equal(many[-1:], one) for many, one in zip(got, last_got))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", (False, True))
+def test_cuda_graph(causal):
+    q, k, v = separate(2, 77, 77, 2, 64, torch.bfloat16)
+    mask = padding(77, slice(40, 77), slice(0, 77)) if causal else None
+    expected = ops.attention(q, k, v, causal=causal, key_padding_mask=mask, impl="triton")  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.attention(q, k, v, causal=causal, key_padding_mask=mask, impl="triton")
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
 def test_chooses():
     """Torch on a CPU; the other libraries' kernels only when asked for."""
     module = importlib.import_module("lbfast.ops.attention")
