@@ -16,7 +16,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -94,12 +94,21 @@ def explain(implementations: Mapping[str, Reasons], *args: Any, **kwargs: Any) -
     return {name: why_not(*args, **kwargs) for name, why_not in implementations.items()}
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _constant(function: _Function) -> _Function:
+    """torch.compiler.assume_constant_result, without its import of all of torch._dynamo."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @functools.cache
 def _find(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def installed(module: str) -> bool:
     """True where `module` can be imported; looked up once, and a constant to torch.compile."""
     return _find(module)
@@ -127,7 +136,7 @@ def why_not_native(*tensors: torch.Tensor) -> list[str]:
     return [reason] if reason else []
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _native_reason() -> str:
     """Why the native kernels are not available, or an empty string. Compiles them: torch.compile must not trace it."""
     from lbfast import native
