@@ -21,6 +21,7 @@ DTYPES = {
 }
 IMPLS = tuple(DTYPES)
 MASKED = torch.finfo(torch.float32).min
+op = importlib.import_module("lbfast.ops.attention")
 
 
 def additive_mask(n, m, causal, key_padding_mask):
@@ -347,3 +348,29 @@ def test_errors():
         ops.attention(q, q, q, impl="flash_attn")
     with pytest.raises(RuntimeError, match=r"impl='xformers' cannot take these inputs: .*float32"):
         ops.attention(q, q, q, impl="xformers")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a path of the CPU")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("b", "n", "h", "d"), [(1, 1, 1, 32), (3, 77, 5, 64), (2, 257, 16, 80), (1, 593, 9, 64)])
+def test_softmax_in_cache(b, n, h, d, causal, monkeypatch):
+    """What bfloat16 takes on a CPU without AMX, several chunks of heads and a ragged last one: as exact as eager."""
+    monkeypatch.setattr(op, "_bfloat16_without_amx", lambda: True)
+    monkeypatch.setattr(op, "_CACHE_BYTES", 4 * 257 * 257 * 2)
+    q, k, v = fused(b, n, h, d, torch.bfloat16)
+    calls = []
+    monkeypatch.setattr(op, "_softmax_in_cache", lambda *x, run=op._softmax_in_cache: calls.append(x) or run(*x))
+    got = ops.attention(q, k, v, causal=causal, impl="torch")
+    assert len(calls) == 1 and got.is_contiguous()
+    exact = reference(q.double(), k.double(), v.double(), causal=causal)
+    assert_within_budget(got, exact, plain(q, k, v, causal), "out", factor=2)
+    ops.attention(*(x.detach().requires_grad_() for x in (q, k, v)), causal=causal, impl="torch")
+    assert len(calls) == 1  # gradients are SDPA's
+
+
+def test_softmax_in_cache_takes_fewer_queries(monkeypatch):
+    monkeypatch.setattr(op, "_bfloat16_without_amx", lambda: True)
+    q, k, v = separate(2, 1, 33, 2, 64, torch.bfloat16)
+    got = ops.attention(q, k, v, impl="torch")
+    exact = reference(q.double(), k.double(), v.double())
+    assert_within_budget(got, exact, plain(q, k, v), "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from lbfast import dispatch
 
 _GRID_LIMIT = 65535
 """SDPA's CUDA backends put the batch on a grid axis of this length."""
+
+_CACHE_BYTES = 3 << 20
+"""Scores of so many bytes stay in the second-level caches of two cores, or the third-level one."""
 
 
 def attention(
@@ -102,12 +106,14 @@ def _torch(
         masks = [None] * len(q.split(_GRID_LIMIT)) if padded is None else padded.split(_GRID_LIMIT)
         parts = zip(q.split(_GRID_LIMIT), k.split(_GRID_LIMIT), v.split(_GRID_LIMIT), masks)
         return torch.cat([_torch(*part[:3], causal, part[3], scale) for part in parts])
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if padded is None and not needs_grad and _softmax_in_cache_is_faster(q):
+        return _softmax_in_cache(q, k, v, causal, scale)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, D)
     if padded is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
         return out.transpose(1, 2).contiguous()
     mask = _additive_mask(padded, q.shape[2], causal, q.dtype)
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if needs_grad or q.device.type != "cpu":
         # SDPA saves log(sum(exp)), which finfo.min absorbs: the gradient of a query with no key left would be wrong.
         # And its CUDA backends want the mask in q's dtype, where float16's finfo.min does not absorb a score.
@@ -116,6 +122,41 @@ def _torch(
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).contiguous()
+
+
+def _softmax_in_cache_is_faster(q: torch.Tensor) -> bool:
+    """bfloat16 on a CPU that has its products but no AMX, which SDPA's kernel is made for: there it is half as fast."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype == torch.bfloat16
+        and q.numel() > 0
+        and not torch.compiler.is_compiling()
+        and _bfloat16_without_amx()
+    )
+
+
+@functools.cache
+def _bfloat16_without_amx() -> bool:
+    supported = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
+    return all(supported) and bool(supported[0]()) and not supported[1]()
+
+
+def _softmax_in_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
+    """Explicit softmax, for as many heads at a time as have their scores in the cache; as exact as eager."""
+    (batch, n, heads, dim), m = q.shape, k.shape[1]
+    q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], dim) for x in (q * scale, k, v))
+    future = q.new_full((n, m), -torch.inf).triu(1) if causal else None
+    step = max(1, _CACHE_BYTES // (n * m * q.element_size()))
+    scores, out = q.new_empty(min(step, len(q)), n, m), torch.empty_like(q)
+    for start in range(0, len(q), step):
+        part = slice(start, start + step)
+        s = scores[: len(q[part])]
+        torch.bmm(q[part], k[part].transpose(1, 2), out=s)
+        if future is not None:
+            s += future
+        torch.softmax(s, -1, out=s)
+        torch.bmm(s, v[part], out=out[part])
+    return out.view(batch, heads, n, dim).transpose(1, 2).contiguous()
 
 
 def _additive_mask(padded: torch.Tensor, n: int, causal: bool, dtype: torch.dtype) -> torch.Tensor:
