@@ -137,8 +137,9 @@ def _softmax_in_cache_is_faster(q: torch.Tensor) -> bool:
 
 @functools.cache
 def _bfloat16_without_amx() -> bool:
-    supported = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
-    return all(supported) and bool(supported[0]()) and not supported[1]()
+    products = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    return products() and not amx()
 
 
 def _softmax_in_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:

@@ -225,11 +225,11 @@ class _InfoNCE(torch.autograd.Function):
         with torch.autocast(image_embeds.device.type, enabled=False):
             acc = _accumulation(image_embeds.dtype)
             s = scale.to(acc)
-            dx = None
+            dx: Any = None
             if need_x or not need_y:  # the scale's gradient comes from either side's
                 dx = image_embeds.new_zeros(image_embeds.shape, dtype=acc)
             if shards.world == 1 or plan.gather == "all":
-                dy = y.new_zeros(y.shape, dtype=acc) if need_y else None
+                dy: Any = y.new_zeros(y.shape, dtype=acc) if need_y else None
                 implementation.grads(image_embeds, y, s, rows, cols, positives, plan.block(None), kept, dx, dy)
                 ds = None if not need_s else _dot(image_embeds, dx) if dx is not None else _dot(y, dy)
                 dy = shards.scatter_rows(dy) if need_y else None
@@ -482,7 +482,8 @@ def _why_not_torch(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> lis
 
 
 def _implementation(name: str) -> Implementation:
-    return {"triton": _Triton, "native": _Native, "torch": _Torch}[name]()
+    made: dict[str, type[Implementation]] = {"triton": _Triton, "native": _Native, "torch": _Torch}
+    return made[name]()
 
 
 IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {
