@@ -144,6 +144,8 @@ def test_doctor_on_a_broken_machine(monkeypatch):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A demo of tiny models, run twice: the second finds the checkpoints of the first."""
+    for package in ("av", "kaldi_native_fbank"):
+        pytest.importorskip(package)
     folder, console = tmp_path_factory.mktemp("demo"), Console(quiet=True)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(demo, "published_config", lambda name, **vision: tiny.config(name))
@@ -187,6 +189,8 @@ def python_blocks() -> list[str]:
 
 def test_the_readme_s_examples_run(tmp_path, monkeypatch):
     """Verbatim, on local directories of the names that they use."""
+    for package in ("av", "kaldi_native_fbank"):
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     names = {name: f"LanguageBind_{name.capitalize()}" for name in ("thermal", "image", "depth")}
     names |= {"video": "LanguageBind_Video_FT", "audio": "LanguageBind_Audio_FT"}
