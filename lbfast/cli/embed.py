@@ -1,84 +1,21 @@
-"""The command `lbfast`: embed, doctor, demo. torch is imported by the commands, not by `lbfast --help`."""
+"""`lbfast embed`."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-import lbfast
-from lbfast.embedding.items import ORDER
+from lbfast.cli.app import INTERRUPTED, Modality, Precision, app, errors, plain_errors
 
 if TYPE_CHECKING:
     from lbfast.embedding import Failure, Summary
     from lbfast.embedding.pipeline import Progress
-
-INTERRUPTED = 130
-
-app = typer.Typer(
-    help="LanguageBind, faster.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
-_errors = Console(stderr=True, soft_wrap=True)
-
-Modality = Enum("Modality", {name: name for name in ORDER})  # type: ignore[misc]
-Precision = Enum("Precision", {name: name for name in ("auto", "float32", "bfloat16", "float16")})  # type: ignore[misc]
-
-
-def main() -> None:
-    """Entry point of the script `lbfast`."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        _errors.print("interrupted")
-        sys.exit(INTERRUPTED)
-
-
-@contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """What a user can mend is one line on stderr and exit status 1; the rest is a fault of ours, with its traceback."""
-    try:
-        yield
-    except typer.Exit:  # a RuntimeError to Python
-        raise
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the reader of a pipe left; nothing more can be said there)
-        raise typer.Exit(1) from None
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        _errors.print(f"[bold red]error:[/] {escape(_message(error))}")
-        raise typer.Exit(1) from error
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.strerror}: {error.filename}"
-    return str(error) or type(error).__name__
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"lbfast {lbfast.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    pass
 
 
 @app.command(
@@ -123,8 +60,8 @@ def embed(
     from lbfast.embedding import embed_files
 
     if native.will_compile():
-        _errors.print("compiling the native CPU kernels, once for each version: this takes a minute")
-    with _plain_errors(), _progress_bars() as (progress, on_failure):
+        errors.print("compiling the native CPU kernels, once for each version: this takes a minute")
+    with plain_errors(), _progress_bars() as (progress, on_failure):
         try:
             summary = embed_files(
                 files,
@@ -143,7 +80,7 @@ def embed(
                 progress=progress,
             )
         except KeyboardInterrupt:
-            _errors.print("interrupted; what is finished is kept: the same command goes on from here")
+            errors.print("interrupted; what is finished is kept: the same command goes on from here")
             raise typer.Exit(INTERRUPTED) from None
     _summarise(summary)
 
@@ -151,7 +88,7 @@ def embed(
 def _summarise(summary: Summary) -> None:
     """One line on stdout, and what was ignored on stderr. Exit status 1 where there is no output."""
     for reason, count in sorted(summary.ignored.items()):
-        _errors.print(f"ignored {count} {'file' if count == 1 else 'files'}: {escape(reason)}", highlight=False)
+        errors.print(f"ignored {count} {'file' if count == 1 else 'files'}: {escape(reason)}", highlight=False)
     by_modality = ", ".join(f"{count} {name}" for name, count in summary.embedded.items())
     line = f"{sum(summary.embedded.values())} embedded" + (f" ({by_modality})" if by_modality else "")
     if summary.resumed:
@@ -173,8 +110,8 @@ def _progress_bars() -> Iterator[tuple[Progress, Callable[[Failure], None]]]:
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
-        console=_errors,
-        disable=not _errors.is_terminal,
+        console=errors,
+        disable=not errors.is_terminal,
     )
     tasks: dict[str, TaskID] = {}
 
@@ -187,28 +124,7 @@ def _progress_bars() -> Iterator[tuple[Progress, Callable[[Failure], None]]]:
 
     def on_failure(failure: Failure) -> None:
         reason = failure.reason if failure.path in failure.reason else f"{failure.path}: {failure.reason}"
-        _errors.print(f"[yellow]skipped[/] {escape(reason)}", highlight=False)
+        errors.print(f"[yellow]skipped[/] {escape(reason)}", highlight=False)
 
     with bars:
         yield progress, on_failure
-
-
-@app.command()
-def doctor() -> None:
-    """Shows versions, devices, and which implementation each op takes where, with the reasons against the others."""
-    from lbfast.doctor import examine
-
-    with _plain_errors():
-        examine(Console())
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the samples and checkpoints it makes.")] = Path("demo-out"),
-) -> None:
-    """Makes files of five modalities, embeds them with captions, and prints the similarity tables."""
-    from lbfast.demo import run, show
-
-    with _plain_errors():
-        console = Console()
-        show(console, run(out, console))
