@@ -56,7 +56,8 @@ def test_gradients_match_upstream(case):
     """To 1e-4 of the golden values, but for one gradient, which must be nearer to float64 than its golden value is.
 
     With two captions, that one is the small difference of large terms: its golden value is 2.2e-4 away from float64, so
-    that exact arithmetic would not come within 1e-4 of it. The bias of k_proj shifts every score of a query alike, so that its gradient is zero but for rounding.
+    that exact arithmetic would not come within 1e-4 of it. The bias of k_proj shifts every score of a query alike, so
+    that its gradient is zero but for rounding.
     """
     want = expected(case)
     golden = canonical_keys(
