@@ -23,6 +23,7 @@ _WHERE = {
     "published_config": _CONFIG,
     "transform_dict": _PROCESSOR,
     "accelerate": "lbfast.model.accelerate",
+    "optimize_for_inference": "lbfast.model.inference",
     "CheckpointError": "lbfast.model.checkpoint",
     "MediaError": "lbfast.processing",
     "InfoNCELoss": "lbfast.losses",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
         config_dict as config_dict,
         published_config as published_config,
     )
+    from lbfast.model.inference import optimize_for_inference as optimize_for_inference
     from lbfast.model.languagebind import (
         LanguageBind as LanguageBind,
         LanguageBindAudio as LanguageBindAudio,

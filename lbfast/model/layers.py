@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lbfast import ops
+from lbfast.model.frozen import FrozenLinear
 from lbfast.ops._linear import linear
 
 
@@ -52,9 +53,13 @@ class Attention(nn.Module):
         self.v_proj = Linear(width, width)
         self.q_proj = Linear(width, width)
         self.out_proj = Linear(width, width)
+        self.qkv: FrozenLinear | None = None  # in place of q_proj, k_proj and v_proj, by optimize_for_inference
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (..., D) -> q, k, v, each a view (..., H, D / H)."""
+        if self.qkv is not None:
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+            return q, k, v
         heads = (self.heads, -1)
         return (
             self.q_proj(x).unflatten(-1, heads),
@@ -164,10 +169,12 @@ class MLP(nn.Module):
             raise ValueError(f"hidden_act: expected one of {', '.join(_ACTIVATIONS)}, got {config.hidden_act!r}")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if type(self.fc1) is Linear and type(self.fc2) is Linear:
-            fc1, fc2 = self.fc1, self.fc2
-            return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=self.config.hidden_act)
-        return self.fc2(_ACTIVATIONS[self.config.hidden_act](self.fc1(x)))  # adapters on it
+        fc1, fc2, activation = self.fc1, self.fc2, self.config.hidden_act
+        if type(fc1) is Linear and type(fc2) is Linear:
+            return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=activation)
+        if isinstance(fc1, FrozenLinear):
+            return fc2(fc1.activated(x, activation))
+        return fc2(_ACTIVATIONS[activation](fc1(x)))  # adapters on it
 
 
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -261,6 +268,7 @@ class Encoder(nn.Module):
         self.config = config
         self.layers = nn.ModuleList(EncoderLayer(config, temporal_mlp) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False  # set by PreTrainedModel.gradient_checkpointing_enable
+        self.optimized = False  # set by optimize_for_inference
 
     def forward(
         self,

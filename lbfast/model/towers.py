@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lbfast import ops
 from lbfast.model.config import Modality
+from lbfast.model.graphs import Graphs
 from lbfast.model.layers import Encoder, LayerNorm, Packing
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -28,6 +30,13 @@ def resize_position_embedding(table: torch.Tensor, grid: tuple[int, int]) -> tor
     patches = table[1:].float().T.reshape(1, -1, side, side)
     patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([table[:1], patches[0].flatten(1).T.to(table.dtype)])
+
+
+@functools.cache
+def _pixel_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """PIXEL_MEAN and PIXEL_STD there: a CUDA graph could not copy them."""
+    mean, std = (torch.tensor(values, device=device) for values in (PIXEL_MEAN, PIXEL_STD))
+    return mean, std
 
 
 class VisionEmbeddings(nn.Module):
@@ -65,15 +74,19 @@ class VisionEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """pixel_values (B, C, H, W) or (B, C, T, H, W), float or uint8; kept (B, K) -> (B * T', 1 + K, D)."""
-        raw = pixel_values.dtype == torch.uint8
+        mean: Any = None
+        std: Any = None
+        if pixel_values.dtype == torch.uint8:
+            tracing = torch.compiler.is_compiling()
+            mean, std = (PIXEL_MEAN, PIXEL_STD) if tracing else _pixel_statistics(pixel_values.device)
         return ops.patch_embed(
             pixel_values,
             self.patch_embedding.weight,
             class_embedding=self.class_embedding,
             position_embedding=self.position_embedding.weight,
             kept=kept,
-            mean=PIXEL_MEAN if raw else None,
-            std=PIXEL_STD if raw else None,
+            mean=mean,
+            std=std,
         )
 
 
@@ -85,13 +98,16 @@ class PatchDropout(nn.Module):
         if not 0 <= prob < 1:
             raise ValueError(f"force_patch_dropout: expected a probability in [0, 1), got {prob}")
         self.prob = prob
+        self.noise: torch.Tensor | None = None
+        """(clips, patches), drawn by training that must choose the same patches again; None: drawn here."""
 
     def forward(self, clips: int, patches: int, device: torch.device) -> torch.Tensor | None:
         """Indices (clips, kept) in rising order, the same for all frames of a clip; None when all are kept."""
         if not self.training or self.prob == 0:
             return None
         count = max(1, int(patches * (1 - self.prob)))
-        return torch.rand(clips, patches, device=device).topk(count, dim=-1).indices.sort(dim=-1).values
+        noise = torch.rand(clips, patches, device=device) if self.noise is None else self.noise
+        return noise.topk(count, dim=-1).indices.sort(dim=-1).values
 
     def extra_repr(self) -> str:
         return f"prob={self.prob}"
@@ -109,6 +125,7 @@ class VisionTransformer(nn.Module):
         self.pre_layrnorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic: the checkpoints' name
         self.encoder = Encoder(config, temporal_mlp=config.add_time_attn and modality.temporal_mlp)
         self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.graphs: Graphs | None = None  # by optimize_for_inference
 
     def forward(
         self,
@@ -151,6 +168,13 @@ class VisionTransformer(nn.Module):
     def pooled(self, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
         """pooler_output alone, (B, D): the same, for less work in the last layer."""
         pixels, clips = self._as_clips(pixel_values)
+        one_row_each = clips > 0 or pixels.ndim == 4  # not frames of clips, pooled each alone
+        if self.graphs is not None and one_row_each and not torch.is_grad_enabled():
+            return self.graphs(pixels, self.post_layernorm.weight.device)
+        return self.pooled_clips(pixels, clips)
+
+    def pooled_clips(self, pixels: torch.Tensor, clips: int) -> torch.Tensor:
+        """`pooled` of checked pixels, as `_as_clips` gives them."""
         hidden, frames = self._tokens(pixels)
         return self._pool(self.encoder.pooled(hidden, frames), clips)
 

@@ -1,0 +1,118 @@
+"""Readies a model for inference: precision, weights laid out for the machine's products, CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar, cast
+
+import torch
+from torch import nn
+
+from lbfast.model.checkpoint import parse_dtype
+from lbfast.model.frozen import Float8Linear, FrozenLinear, PackedLinear
+from lbfast.model.graphs import Graphs
+from lbfast.model.languagebind import LanguageBind, LanguageBindModel
+from lbfast.model.layers import MLP, Attention, Encoder, EncoderLayer, Linear
+from lbfast.model.lora import merge_lora
+from lbfast.model.towers import TextTransformer, VisionTransformer
+
+PRECISIONS = ("fp8",)
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def best_dtype(device: torch.device | str) -> torch.dtype:
+    """The fastest dtype whose embeddings keep a cosine over 0.999 to float32's: bfloat16 where the device has it.
+
+    A CPU has it with AVX512-bf16 or AMX. GPUs before Ampere take float16; every other device float32.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    tests = (getattr(torch.cpu, f"_is_{name}_supported", lambda: False) for name in ("avx512_bf16", "amx_tile"))
+    return torch.bfloat16 if device.type == "cpu" and any(test() for test in tests) else torch.float32
+
+
+def optimize_for_inference(
+    model: M,
+    *,
+    dtype: torch.dtype | str | None = "auto",
+    precision: str | None = None,
+    pack_weights: bool = True,
+    cuda_graphs: bool = True,
+    batch_sizes: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
+) -> M:
+    """Readies a model for inference, in place, on the device where it is: the same calls, the same embeddings, sooner.
+
+    Adapters are merged, queries, keys and values are projected by one product, and parameters take no gradients. On a
+    CPU weights are laid out once as oneDNN's products want them, instead of at every call, and the MLP's activation
+    becomes the end of its first product. On a GPU the vision towers' launches are recorded as CUDA graphs, one for each
+    batch size at its first use; CPU inputs are copied through pinned memory while the batch before is computed.
+
+    The weights can't be saved, moved or trained any more. The number of threads is left alone.
+
+    Args:
+        model: LanguageBind, LanguageBind{Image,Video,Audio,Depth,Thermal}, or a tower of one.
+        dtype: of the weights: "auto" (`best_dtype` of the device), a floating dtype or its name, or None to keep what
+            they have. Float pixels are cast to it.
+        precision: "fp8": products of the layers in float8 e4m3 with a scale for each row of inputs and weights, summed
+            in float32 (Hopper and later; emulated, slowly, on a CPU). None: in `dtype`.
+        pack_weights: on a CPU, lay out the weights. False leaves them plain, as torch.compile wants them.
+        cuda_graphs: on a GPU, record the vision towers. False for torch.compile, and where memory is short.
+        batch_sizes: the sizes recorded; a batch is padded to the next, larger ones go in pieces.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        TypeError: another kind of model. ValueError: an unknown dtype or precision, or batch_sizes that are none.
+        RuntimeError: the device has no float8 products.
+    """
+    if not isinstance(model, (LanguageBind, LanguageBindModel, VisionTransformer, TextTransformer)):
+        raise TypeError(
+            f"model: expected a LanguageBind model or one of its towers, got {type(model).__name__}; a live upstream "
+            "model becomes one by lbfast.accelerate"
+        )
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision: expected None or one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ValueError(f"batch_sizes: expected positive numbers, got {tuple(batch_sizes)}")
+    device = next(model.parameters()).device
+    if precision == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise RuntimeError(f"precision: fp8 needs a GPU of compute capability 8.9 or later, got {device}")
+    wanted = best_dtype(device) if dtype == "auto" else None if dtype is None else parse_dtype(dtype)
+    towers = [m for m in model.modules() if isinstance(m, (VisionTransformer, TextTransformer))]
+    if any(tower.encoder.optimized for tower in towers):
+        raise ValueError("model: expected one that is not optimized yet")
+    for tower in towers:
+        if merge_lora(tower):
+            tower.config.lora_r = 0
+    model.eval().requires_grad_(False)
+    if wanted is not None:
+        nn.Module.to(model, wanted)
+    for tower in towers:
+        _replace_products(tower.encoder, precision, pack_weights and device.type == "cpu")
+        if cuda_graphs and device.type == "cuda" and isinstance(tower, VisionTransformer):
+            tower.graphs = _graphs(tower, batch_sizes)
+    return model
+
+
+def _graphs(tower: VisionTransformer, batch_sizes: Sequence[int]) -> Graphs:
+    return Graphs(lambda pixels: tower.pooled_clips(pixels, 0 if pixels.ndim == 4 else len(pixels)), batch_sizes)
+
+
+def _replace_products(encoder: Encoder, precision: str | None, pack: bool) -> None:
+    """Puts frozen products in the places of an encoder's Linears, one by one: no two copies of all weights at once."""
+    pack = pack and PackedLinear.takes(next(encoder.parameters()).dtype)
+    kind = Float8Linear if precision == "fp8" else PackedLinear if pack else FrozenLinear
+    last = cast(EncoderLayer, encoder.layers[-1])
+    for layer in encoder.layers:
+        for module in layer.modules():
+            if isinstance(module, Attention) and module is not last.self_attn:  # of the last, only one query is wanted
+                module.qkv = kind(module.q_proj, module.k_proj, module.v_proj)
+                del module.q_proj, module.k_proj, module.v_proj
+            if isinstance(module, (Attention, MLP)):
+                for name, child in list(module.named_children()):
+                    if isinstance(child, Linear):
+                        setattr(module, name, kind(child))
+    encoder.optimized = True

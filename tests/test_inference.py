@@ -1,0 +1,216 @@
+"""optimize_for_inference: the same embeddings from weights laid out for the machine, in any precision."""
+
+import copy
+
+import pytest
+import torch
+
+import lbfast
+from lbfast import testing
+from lbfast.model import graphs, inference
+from lbfast.model.frozen import Float8Linear, FrozenLinear, PackedLinear
+from lbfast.reference import languagebind as reference
+from tests.test_model import CASES, inputs, load
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def features(model, tensors):
+    """Both towers' embeddings, by name."""
+    masks = {k: v for k, v in tensors.items() if k not in ("pixel_values", "input_ids")}
+    with torch.no_grad():
+        return {
+            "image": model.get_image_features(tensors["pixel_values"]),
+            "text": model.get_text_features(tensors["input_ids"], **masks),
+        }
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_same_embeddings_in_float32(case, pack):
+    tensors = inputs(case)
+    model = load(case, merge_lora=False)
+    want = features(model, tensors)
+    got = features(lbfast.optimize_for_inference(model, dtype=None, pack_weights=pack), tensors)
+    for name, value in want.items():
+        assert testing.relative_error(got[name], value) <= 2e-6, name
+    kinds = {type(m) for m in model.modules() if isinstance(m, FrozenLinear)}
+    assert kinds == {PackedLinear if pack else FrozenLinear}
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.config.vision_config.lora_r == 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_within_budget(case):
+    tensors = inputs(case)  # float32 pixels, cast on the way in
+    model = load(case)
+    exact = reference.like(copy.deepcopy(model).double())
+    plain = reference.like(copy.deepcopy(model).bfloat16())
+    want, rounded = features(exact, inputs(case, torch.float64)), features(plain, inputs(case, torch.bfloat16))
+    got = features(lbfast.optimize_for_inference(model, dtype="bfloat16"), tensors)
+    for name in want:
+        assert got[name].dtype == torch.bfloat16
+        testing.assert_within_budget(got[name], want[name], rounded[name], name)
+
+
+def test_the_whole_forward_and_hidden_states():
+    tensors, model = inputs("video_ft"), load("video_ft")
+    with torch.no_grad():
+        want = model(**tensors, output_hidden_states=True)
+        got = lbfast.optimize_for_inference(model, dtype=None)(**tensors, output_hidden_states=True)
+    for a, b in zip(got.vision_model_output.hidden_states, want.vision_model_output.hidden_states):
+        assert testing.relative_error(a, b) <= 2e-6
+    assert testing.relative_error(got.logits_per_text, want.logits_per_text) <= 2e-6
+
+
+def test_quick_gelu():
+    torch.manual_seed(0)
+    model = load("image")
+    for module in model.modules():
+        if hasattr(module, "fc1"):
+            module.config.hidden_act = "quick_gelu"
+    tensors = inputs("image")
+    want = features(model, tensors)
+    got = features(lbfast.optimize_for_inference(model, dtype=None), tensors)
+    assert testing.relative_error(got["image"], want["image"]) <= 2e-6
+
+
+def test_all_modalities_at_once():
+    models = {"image": load("image"), "video": load("video_ft")}
+    bound = lbfast.LanguageBind.from_models(models)
+    batch = {
+        "image": {"pixel_values": inputs("image")["pixel_values"]},
+        "video": {"pixel_values": inputs("video_ft")["pixel_values"]},
+        "language": {"input_ids": inputs("video_ft")["input_ids"]},  # the last model's text tower
+    }
+    with torch.no_grad():
+        want = bound(batch)
+        got = lbfast.optimize_for_inference(bound, dtype=None)(batch)
+    for name, value in want.items():
+        assert testing.relative_error(got[name], value) <= 2e-6, name
+
+
+def test_float8_keeps_the_direction():
+    """Emulated on a CPU. Rows of e4m3 have a rounding error of about 2^-4.5 rms; 2^-3 an element at most."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(256, 384).bfloat16()
+    x = torch.randn(3, 33, 256).bfloat16()
+    x[0, 0] = 0
+    got = Float8Linear(layer)(x)
+    want = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    assert got.shape == want.shape and got.dtype == torch.bfloat16
+    assert 1e-3 < testing.relative_error(got, want) < 2**-4
+    torch.testing.assert_close(got[0, 0], layer.bias)
+    tensors = inputs("image")
+    want = features(load("image"), tensors)
+    got = features(lbfast.optimize_for_inference(load("image"), precision="fp8"), tensors)
+    for name in want:
+        assert torch.cosine_similarity(got[name].float(), want[name], dim=-1).min() > 0.99
+
+
+def test_best_dtype_follows_the_cpu(monkeypatch):
+    for name in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: False, raising=False)
+    assert inference.best_dtype("cpu") == torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert inference.best_dtype("cpu") == torch.bfloat16
+    assert inference.best_dtype("meta") == torch.float32
+
+
+def test_what_can_not_be_done_any_more_says_so(tmp_path):
+    model = lbfast.optimize_for_inference(load("image"), dtype="float32")
+    with pytest.raises(RuntimeError, match="save before optimize_for_inference"):
+        model.state_dict()
+    with pytest.raises(RuntimeError, match="save before optimize_for_inference"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"expected to stay torch.float32 on cpu.*move it first"):
+        model.double()
+    assert model.to("cpu", torch.float32).eval() is model
+    with pytest.raises(ValueError, match="not optimized yet"):
+        lbfast.optimize_for_inference(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"precision": "int8"}, "precision: expected None or one of fp8, got 'int8'"),
+        ({"dtype": "int8"}, "floating"),
+        ({"batch_sizes": ()}, "batch_sizes: expected positive numbers"),
+        ({"batch_sizes": (0, 1)}, "batch_sizes: expected positive numbers"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lbfast.optimize_for_inference(load("image"), **arguments)
+
+
+def test_another_kind_of_model():
+    with pytest.raises(TypeError, match=r"model: expected a LanguageBind model.*lbfast.accelerate"):
+        lbfast.optimize_for_inference(torch.nn.Linear(2, 2))
+
+
+def test_unpacked_weights_compile_without_a_break():
+    model = lbfast.optimize_for_inference(load("image"), dtype=None, pack_weights=False)
+    pixels = inputs("image")["pixel_values"]
+    with torch.no_grad():
+        want = model.vision_model.pooled(pixels)
+        got = torch.compile(model.vision_model.pooled, fullgraph=True, backend="eager")(pixels)
+    torch.testing.assert_close(got, want)
+
+
+class Replayed(graphs.Graphs):
+    """Records by keeping the function: what a CUDA graph does with its fixed addresses, without one."""
+
+    def _record(self, given):
+        result = self.function(given)
+        return graphs._Recording(lambda: result.copy_(self.function(given)), given, result)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 9])
+def test_graphs_pad_split_and_keep_results(batch):
+    calls = []
+
+    def function(x):
+        calls.append(len(x))
+        return x * 2
+
+    run = Replayed(function, (4, 2, 2))
+    x, y = torch.randn(batch, 3), torch.randn(batch, 3)
+    device = torch.device("cpu")
+    with torch.inference_mode():
+        first = run(x, device)
+    second = run(y, device)
+    torch.testing.assert_close(first, x * 2)  # not overwritten by the second
+    torch.testing.assert_close(second, y * 2)
+    assert set(calls) <= {2, 4}
+    wider = torch.randn(batch, 5)
+    torch.testing.assert_close(run(wider, device), wider * 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["image", "video_ft"])
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_cuda_graphs_give_the_same(case, where):
+    model = load(case).cuda()
+    pixels = torch.cat([inputs(case)["pixel_values"]] * 3)[:5]
+    raw = torch.randint(0, 256, pixels.shape, dtype=torch.uint8)
+    batches = [pixels, pixels[:1], pixels.flip(0), pixels[:3], raw, raw[:2]]
+    with torch.inference_mode():
+        want = [model.get_image_features(batch.cuda()) for batch in batches]
+        lbfast.optimize_for_inference(model, dtype=None, batch_sizes=(1, 2, 4))
+        got = [model.get_image_features(batch.to(where)) for batch in batches]
+    with torch.no_grad():  # buffers of the other mode
+        got += [model.get_image_features(batch.to(where)) for batch in batches]
+    for a, b in zip(got, want * 2):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_float8_on_the_device():
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no float8 products")
+    tensors = {key: value.cuda() for key, value in inputs("image").items()}
+    want = features(load("image").cuda(), tensors)
+    got = features(lbfast.optimize_for_inference(load("image").cuda(), precision="fp8"), tensors)
+    for name in want:
+        assert torch.cosine_similarity(got[name].float(), want[name], dim=-1).min() > 0.99
