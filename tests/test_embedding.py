@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lbfast.embedding import BadFileError, decode, embed_files, find_items, journal, open_checkpoints
-from lbfast.embedding.decode import Decoder, Task, Undecodable
+from lbfast.embedding.decode import Decoder, Processors, Task, Undecodable
 from lbfast.embedding.items import Item
 from lbfast.embedding.journal import Journal, partial_path
 from lbfast.model.languagebind import LanguageBind, model_dict
@@ -57,7 +57,7 @@ def test_every_modality_in_one_run(models, tmp_path, monkeypatch):
     captions = ["a cat", "a dog on a mat"]
     Path("words.txt").write_text(f"{captions[0]}\n\n  {captions[1]}  \n")
     given = ["words.txt", "image", *map(str, files["video"]), "audio", "depth=depth"]
-    summary = embed_files(given, list(models.values()), "out.parquet", batch_size=3)
+    summary = embed_files(given, list(models.values()), "out.parquet", batch_size=3, dtype="float32")
     assert summary.embedded == {"image": 2, "video": 2, "audio": 2, "depth": 2, "language": 2}
     assert not summary.failures and not partial_path(Path("out.parquet")).exists()
 
@@ -213,7 +213,7 @@ def test_other_settings_are_not_mixed_in(models, pictures, tmp_path):
     out = tmp_path / "out.parquet"
 
     def run(progress=None, **settings):
-        return embed_files([pictures], [models["image"]], out, batch_size=4, progress=progress, **settings)
+        return embed_files([pictures], [models["image"]], out, batch_size=4, progress=progress, **{"dtype": "float32", **settings})
 
     with pytest.raises(KeyboardInterrupt):
         run(stop_after(0))
@@ -227,7 +227,7 @@ def test_other_settings_are_not_mixed_in(models, pictures, tmp_path):
         run()
     assert run(dtype="bfloat16", overwrite=True).resumed == 0
     exact = tmp_path / "exact.parquet"
-    embed_files([pictures], [models["image"]], exact)
+    embed_files([pictures], [models["image"]], exact, dtype="float32")
     np.testing.assert_allclose(vectors(out), vectors(exact), atol=2e-2)
     np.testing.assert_allclose(np.linalg.norm(vectors(out), axis=1), 1, atol=1e-6)
 
@@ -369,8 +369,8 @@ VISION = {"image": {"image_size": 64}}
 
 def test_workers_decode_in_order_and_are_replaced(pictures):
     tasks = [Task("image", str(path)) for path in sorted(pictures.iterdir())] + [Task("image", "nowhere.jpg")]
-    plain = list(Decoder(VISION, tasks, workers=0, ahead=1))
-    with Decoder(VISION, tasks, workers=2, ahead=3) as decoder:
+    plain = list(Decoder(Processors(VISION), tasks, workers=0, ahead=1))
+    with Decoder(Processors(VISION), tasks, workers=2, ahead=3) as decoder:
         results = iter(decoder)
         got = [next(results)]
         for process in tuple(decoder._running):
@@ -384,7 +384,9 @@ def test_workers_decode_in_order_and_are_replaced(pictures):
 
 def test_a_file_that_kills_workers_is_reported(monkeypatch):
     monkeypatch.setattr(decode, "_work", workers.poisoned)
-    with Decoder(VISION, [Task("image", name) for name in ("a", "poison", "b")], workers=1, ahead=2) as decoder:
+    with Decoder(
+        Processors(VISION), [Task("image", name) for name in ("a", "poison", "b")], workers=1, ahead=2
+    ) as decoder:
         a, poison, b = decoder
     assert isinstance(a, np.ndarray) and isinstance(b, np.ndarray)
     assert poison == Undecodable("poison: the worker process was ended by SIGKILL while decoding it")
@@ -393,7 +395,7 @@ def test_a_file_that_kills_workers_is_reported(monkeypatch):
 def test_workers_that_cannot_start_stop_the_run(monkeypatch):
     monkeypatch.setattr(decode, "_work", workers.stillborn)
     with (
-        Decoder(VISION, [Task("image", "a")], workers=1, ahead=1) as decoder,
+        Decoder(Processors(VISION), [Task("image", "a")], workers=1, ahead=1) as decoder,
         pytest.raises(RuntimeError, match="ended with status 7 before it was ready"),
     ):
         list(decoder)
@@ -402,7 +404,7 @@ def test_workers_that_cannot_start_stop_the_run(monkeypatch):
 def test_leaving_early_ends_the_workers(pictures):
     tasks = [Task("image", str(path)) for path in sorted(pictures.iterdir())]
     begin = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), Decoder(VISION, tasks, workers=1, ahead=2) as decoder:
+    with pytest.raises(KeyboardInterrupt), Decoder(Processors(VISION), tasks, workers=1, ahead=2) as decoder:
         for _ in decoder:
             raise KeyboardInterrupt
     assert not decoder._running and time.monotonic() - begin < 20

@@ -46,7 +46,7 @@ def embed(
         int | None, typer.Option(min=0, help="Processes that decode. Default: one less than the cores, at most 8.")
     ] = None,
     dtype: Annotated[
-        Precision, typer.Option(help="Of the weights. auto: float32 on a CPU, bfloat16 on a GPU.")
+        Precision, typer.Option(help="Of the weights. auto: bfloat16 where the device computes in it.")
     ] = Precision["auto"],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad file.")] = False,

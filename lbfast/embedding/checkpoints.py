@@ -35,12 +35,14 @@ class Checkpoint:
     config: LanguageBindConfig
     hub: dict[str, Any]
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> LanguageBindModel:
-        """The model, in eval mode on `device`. Raises what `from_pretrained` raises."""
+    def load(self, dtype: torch.dtype, device: torch.device, batch_size: int) -> LanguageBindModel:
+        """The model on `device`, optimized for batches of this size. Raises what `from_pretrained` raises."""
+        from lbfast.model.inference import optimize_for_inference
         from lbfast.model.languagebind import model_dict
 
         model = model_dict[self.modality].from_pretrained(self.where, torch_dtype=dtype, **self.hub)
-        return model.to(device)  # type: ignore[arg-type]
+        sizes = [size for size in (1, 2, 4, 8, 16, 32) if size < batch_size]
+        return optimize_for_inference(model.to(device), dtype=None, batch_sizes=[*sizes, batch_size])  # type: ignore[arg-type]
 
     def tokenizer(self) -> Any:
         """The tokenizer beside the weights, or CLIP's own, which every published checkpoint has."""

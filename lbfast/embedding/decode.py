@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,7 +39,19 @@ class Undecodable:
 Decoded = np.ndarray | Undecodable
 
 
-class _Processors:
+def plain_fields(vision_config: Any) -> dict[str, Any]:
+    """The fields of a vision config that processors read, without its class: workers need not import transformers."""
+    plain = (bool, int, float, str, list, tuple, type(None))
+    return {name: value for name, value in vars(vision_config).items() if isinstance(value, plain)}
+
+
+class Work(Protocol):
+    """What a worker does: `decode` turns a task into its result, and whatever goes wrong into `Undecodable`."""
+
+    def decode(self, task: Any, /) -> Any: ...
+
+
+class Processors:
     """Processors by modality, made at first use from the fields of their vision configs."""
 
     def __init__(self, vision: Mapping[str, Mapping[str, Any]]):
@@ -59,23 +71,22 @@ class _Processors:
             return Undecodable(f"{task.path}: {type(error).__name__}: {error}")
 
 
-def _work(connection: Connection, vision: Mapping[str, Mapping[str, Any]]) -> None:
+def _work(connection: Connection, work: Work) -> None:
     """A worker process: says that it is ready, then answers tasks until its parent hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     torch.set_num_threads(1)
-    processors = _Processors(vision)
     with contextlib.suppress(EOFError, BrokenPipeError):
         connection.send(None)
         while True:
-            connection.send(processors.decode(connection.recv()))
+            connection.send(work.decode(connection.recv()))
 
 
 class Decoder:
     """Iterates over the decoded tasks, in order. Use as a context manager.
 
     Args:
-        vision: modality -> fields of its vision config.
-        tasks: what to decode.
+        work: what decodes them, in workers a copy of it (it is pickled).
+        tasks: what to decode, each with a `path` to name it by; taken when its turn comes.
         workers: processes; 0 decodes in this one, when asked for the next.
         ahead: how many files may be decoded, or being decoded, before they are asked for.
 
@@ -83,13 +94,13 @@ class Decoder:
         RuntimeError: workers cannot start.
     """
 
-    def __init__(self, vision: Mapping[str, Mapping[str, Any]], tasks: Sequence[Task], workers: int, ahead: int):
-        self._vision, self._tasks = vision, tasks
+    def __init__(self, work: Work, tasks: Sequence[Any], workers: int, ahead: int):
+        self._work, self._tasks = work, tasks
         self._workers = min(workers, len(tasks))
         self._room = threading.Semaphore(max(ahead, self._workers))
         self._numbers = itertools.count()
         self._changed = threading.Condition()
-        self._results: dict[int, Decoded] = {}
+        self._results: dict[int, Any] = {}
         self._fault: str | None = None
         self._closing = False
         self._running: set[multiprocessing.process.BaseProcess] = set()
@@ -112,9 +123,9 @@ class Decoder:
         for thread in self._threads:
             thread.join()
 
-    def __iter__(self) -> Iterator[Decoded]:
+    def __iter__(self) -> Iterator[Any]:
         if not self._workers:
-            yield from map(_Processors(self._vision).decode, self._tasks)
+            yield from map(self._work.decode, self._tasks)
             return
         for number in range(len(self._tasks)):
             with self._changed:
@@ -135,25 +146,26 @@ class Decoder:
                 number = next(self._numbers)
                 if self._closing or number >= len(self._tasks):
                     return
+                task = self._tasks[number]
                 for _ in range(2):  # a dead worker may not be the file's fault; two are
                     if connection is None or process is None:
                         process, connection = self._start()
                     try:
-                        connection.send(self._tasks[number])
+                        connection.send(task)
                         result = connection.recv()
                         break
                     except (EOFError, OSError):
                         if self._closing:
                             return
-                        result = Undecodable(f"{self._tasks[number].path}: {self._ended(process)} while decoding it")
+                        result = Undecodable(f"{task.path}: {self._ended(process)} while decoding it")
                         connection.close()
                         process = connection = None
                 with self._changed:
                     self._results[number] = result
                     self._changed.notify_all()
-        except RuntimeError as error:
+        except Exception as error:  # whoever waits for a result must hear of it
             with self._changed:
-                self._fault = str(error)
+                self._fault = str(error) or type(error).__name__
                 self._changed.notify_all()
         finally:
             if connection is not None:
@@ -167,7 +179,7 @@ class Decoder:
         how = ""
         for _ in range(_STARTS):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, self._vision), daemon=True)
+            process = context.Process(target=_work, args=(theirs, self._work), daemon=True)
             process.start()
             self._running.add(process)
             theirs.close()

@@ -65,6 +65,11 @@ class Listing:
     ignored: dict[str, int] = field(default_factory=dict)
 
 
+def suffixes_of(modality: str) -> tuple[str, ...]:
+    """File suffixes that may hold a modality: (".wav", ".flac", ...)."""
+    return tuple(suffix for suffix, modalities in _BY_SUFFIX.items() if modality in modalities)
+
+
 def split_modality(given: str) -> tuple[str | None, str]:
     """ "depth=maps/" -> ("depth", "maps/"); anything that does not begin with a modality and "=" is left whole."""
     modality, equals, rest = given.partition("=")

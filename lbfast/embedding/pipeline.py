@@ -14,7 +14,7 @@ import torch
 
 import lbfast
 from lbfast.embedding.checkpoints import Checkpoint, open_checkpoints
-from lbfast.embedding.decode import Decoder, Task, Undecodable
+from lbfast.embedding.decode import Decoder, Processors, Task, Undecodable, plain_fields
 from lbfast.embedding.items import LANGUAGE, Failure, Item, find_items
 from lbfast.embedding.journal import Journal, partial_path
 from lbfast.model.languagebind import LanguageBindModel
@@ -82,8 +82,8 @@ def embed_files(
         batch_size: files or captions at a time. For videos, that many clips.
         workers: processes that decode files while the model computes; 0: none. With workers, call this from a script
             under `if __name__ == "__main__":`, as multiprocessing asks.
-        dtype: "float32", "bfloat16", "float16" or "auto": float32 on a CPU, bfloat16 on a GPU. Embeddings are
-            normalised and written in float32.
+        dtype: "float32", "bfloat16", "float16" or "auto": bfloat16 where the device computes in it, else float32 (see
+            `lbfast.model.inference.best_dtype`). Embeddings are normalised and written in float32.
         device: "auto" (a GPU where there is one), or of torch.
         strict: stop at the first file that cannot be embedded.
         overwrite: replace `out`, and throw away rows of an unfinished run with other settings.
@@ -158,11 +158,10 @@ class _Run:
         """Embeds what the journal does not have yet. One model is loaded at a time, and only if it has work."""
         left = [item for item in items if item not in self.journal]
         tasks = [Task(item.modality, item.path) for item in left if item.modality != LANGUAGE]
-        vision = {name: vars(c.config.vision_config) for name, c in self.checkpoints.items()}
-        vision = {name: {k: v for k, v in fields.items() if _is_plain(v)} for name, fields in vision.items()}
+        vision = {name: plain_fields(c.config.vision_config) for name, c in self.checkpoints.items()}
         loaded: Checkpoint | None = None
         model: LanguageBindModel | None = None
-        with Decoder(vision, tasks, self.workers, ahead=2 * self.batch_size + self.workers) as decoder:
+        with Decoder(Processors(vision), tasks, self.workers, ahead=2 * self.batch_size + self.workers) as decoder:
             decoded = iter(decoder)
             for name in dict.fromkeys(item.modality for item in items):
                 todo = [item for item in left if item.modality == name]
@@ -174,7 +173,7 @@ class _Run:
                 checkpoint = list(self.checkpoints.values())[-1] if name == LANGUAGE else self.checkpoints[name]
                 if model is None or checkpoint is not loaded:
                     model = None  # the memory of the one before, before there is another
-                    model, loaded = checkpoint.load(self.dtype, self.device), checkpoint
+                    model, loaded = checkpoint.load(self.dtype, self.device, self.batch_size), checkpoint
                 tokenizer = checkpoint.tokenizer() if name == LANGUAGE else None
                 for batch in _batches(todo, self.batch_size):
                     try:
@@ -238,10 +237,6 @@ def _batches(items: list[Item], size: int) -> Iterator[list[Item]]:
         yield items[start : start + size]
 
 
-def _is_plain(value: object) -> bool:
-    return value is None or isinstance(value, bool | int | float | str | list | tuple)
-
-
 def _named(failure: Failure) -> str:
     """The reason, beginning with the path where it does not name it already."""
     return failure.reason if failure.path in failure.reason else f"{failure.path}: {failure.reason}"
@@ -283,7 +278,9 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        from lbfast.model.inference import best_dtype
+
+        return best_dtype(device)
     return getattr(torch, name)
 
 
