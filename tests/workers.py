@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 
-def poisoned(connection: Connection, vision: object) -> None:
+def poisoned(connection: Connection, work: object) -> None:
     """A file named poison kills it, each time."""
     connection.send(None)
     while True:
@@ -18,6 +18,6 @@ def poisoned(connection: Connection, vision: object) -> None:
         connection.send(np.zeros(3, np.float32))
 
 
-def stillborn(connection: Connection, vision: object) -> None:
+def stillborn(connection: Connection, work: object) -> None:
     """It ends before it is ready."""
     os._exit(7)

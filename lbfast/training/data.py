@@ -1,0 +1,384 @@
+"""Batches of training data from manifests and shards: the same in every run, on any number of ranks and workers."""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from lbfast.embedding.decode import Decoder, Undecodable, plain_fields
+from lbfast.embedding.items import suffixes_of
+from lbfast.training.manifest import SUFFIXES, Manifest, caption_columns
+from lbfast.training.sample import DEFAULT_VIEWS, Sample, Source, as_file, candidates
+from lbfast.training.shards import Shard, expand_braces
+
+_ENOUGH = 1000  # samples that are bad without one that is good: something else is wrong than the samples
+
+
+@dataclass
+class Batch:
+    """This rank's rows of one global step, without the samples that could not be read: fewer rows than asked, or none.
+
+    Attributes:
+        pixel_values: (b, ...) float32, or uint8 with `raw`, as the processor gives them.
+        input_ids: (b, L) int64.
+        attention_mask: (b, L) int64.
+        groups: (b,) int64, equal where captions are equal, on every rank: `ids` of `info_nce`.
+        keys: what each sample is called: its path in the manifest, or TAR/KEY.
+        captions: the text that was drawn for each.
+    """
+
+    pixel_values: torch.Tensor
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    groups: torch.Tensor
+    keys: list[str]
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class Batches:
+    """Training data of one modality, in batches that depend on (seed, epoch, step) alone.
+
+    The order of an epoch is a permutation drawn from (seed, epoch). Step s is its rows [s B, (s + 1) B), of which rank
+    r of W takes the r-th of W contiguous parts. The caption, where a sample has several, and the processor's training
+    draws (flips, segments of long sounds) come from (seed, epoch, sample): neither the number of workers nor that of
+    ranks changes them, and (epoch, step) is all there is to resume from.
+
+    Samples that cannot be read are left out, put down in `skipped` and passed to `on_skip`.
+
+    Args:
+        sources: manifests (.parquet, .jsonl, .csv, .tsv), shards (.tar; braces as in "shard-{000..127}.tar"), folders
+            of either, or sequences of `Sample`; one or a list.
+        processor: of the modality; it is copied, and the copy set to `training`.
+        tokenizer: for the captions.
+        batch_size: rows of a global step, those of all ranks.
+        rank, world_size: which part of each step.
+        workers: processes that decode ahead; 0: none. With workers, run this under `if __name__ == "__main__":`.
+        seed: of order and draws.
+        shuffle: False keeps the order of the sources.
+        training: draw flips and segments, and drop the last step where it is not full. False: neither.
+        captions: views (columns of a manifest, fields of a shard's json, or "txt") with their weights; a sample
+            without some of them draws among those it has. None: "caption"; in shards the txt, or the json's caption or
+            text.
+        media: the manifest's column of paths ("path"), or the suffix of a shard's member where samples have several
+            ("depth.png").
+        raw: uint8 pixels, a quarter of the memory; see `Processor`. Not for audio.
+        context_length: tokens a caption, padded or cut.
+        prefetch: samples decoded before they are asked for, with workers; None: those of one step.
+        on_skip: called with (key, reason) for each sample when it is first skipped.
+
+    Attributes:
+        steps_per_epoch: the same on every rank.
+        skipped: key -> reason.
+
+    Raises:
+        FileNotFoundError, ValueError: a source is not there, cannot be read or is empty; batch_size is larger than the
+        data; no sample that was tried could be read (while iterating).
+    """
+
+    def __init__(
+        self,
+        sources: str | os.PathLike[str] | Source | Sequence[str | os.PathLike[str] | Source],
+        processor: Any,
+        tokenizer: Any,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        seed: int = 0,
+        shuffle: bool = True,
+        training: bool = True,
+        captions: Mapping[str, float] | None = None,
+        media: str | None = None,
+        raw: bool = False,
+        context_length: int = 77,
+        prefetch: int | None = None,
+        on_skip: Callable[[str, str], None] | None = None,
+    ):
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("world_size", world_size, 1),
+            ("workers", workers, 0),
+            ("seed", seed, 0),
+            ("context_length", context_length, 1),
+            ("prefetch", 1 if prefetch is None else prefetch, 0),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: expected 0 <= rank < world_size = {world_size}, got {rank}")
+        if raw and processor.modality == "audio":
+            raise ValueError("raw: expected a modality with pixels, got audio")
+        check_views(captions)
+        self.skipped: dict[str, str] = {}
+        self._on_skip = on_skip
+        self._sources = open_sources(sources, processor.modality, captions=captions, media=media)
+        for source in self._sources:
+            for key, reason in source.skipped.items():
+                self._skip(key, reason)
+        self._ends = list(itertools.accumulate(map(len, self._sources)))
+        if not len(self):
+            raise ValueError(f"data: expected samples, got none{_first(self.skipped)}")
+        if training and len(self) < batch_size:
+            raise ValueError(f"batch_size: expected at most {len(self)}, the samples there are, got {batch_size}")
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.steps_per_epoch = len(self) // batch_size if training else -(-len(self) // batch_size)
+        self._seed, self._shuffle, self._workers, self._prefetch = seed, shuffle, workers, prefetch
+        self._reader = Reader(processor, captions, training=training, raw=raw)
+        self._tokenizer, self._context_length = tokenizer, context_length
+        self._shape = item_shape(processor)
+        self._dtype = torch.uint8 if raw else torch.float32
+        self._tried, self._good = 0, 0
+
+    def __len__(self) -> int:
+        """Samples of all sources, on all ranks; those that turn out to be bad included."""
+        return self._ends[-1]
+
+    def sample(self, index: int) -> Sample:
+        """The sample of that number, counted through the sources."""
+        number = bisect.bisect_right(self._ends, index)
+        return self._sources[number][index - (self._ends[number - 1] if number else 0)]
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """This rank's batches of an epoch from step `start` on; what comes before is neither read nor decoded."""
+        if not 0 <= start <= self.steps_per_epoch:
+            raise ValueError(f"start: expected a step from 0 to {self.steps_per_epoch}, got {start}")
+        return self._iterate(epoch, start)
+
+    def _iterate(self, epoch: int, start: int) -> Iterator[Batch]:
+        bounds = [self._bounds(step) for step in range(start, self.steps_per_epoch)]
+        order = np.arange(len(self))
+        if self._shuffle:
+            order = np.random.default_rng((self._seed, epoch)).permutation(len(self))
+        mine = np.concatenate([order[:0], *(order[first:last] for first, last in bounds)])
+        tasks = _Tasks(self.sample, mine, self._seed, epoch)
+        ahead = max((last - first for first, last in bounds), default=0) if self._prefetch is None else self._prefetch
+        with Decoder(self._reader, tasks, self._workers, ahead) as decoder:
+            results = enumerate(decoder)
+            for first, last in bounds:
+                yield self._batch(itertools.islice(results, last - first), last - first, tasks)
+
+    def _bounds(self, step: int) -> tuple[int, int]:
+        """This rank's part of the rows of a step."""
+        first = step * self.batch_size
+        count = min(self.batch_size, len(self) - first)
+        return first + count * self.rank // self.world_size, first + count * (self.rank + 1) // self.world_size
+
+    def _batch(self, results: Iterator[tuple[int, Any]], rows: int, tasks: _Tasks) -> Batch:
+        pixels: torch.Tensor | None = None
+        keys: list[str] = []
+        captions: list[str] = []
+        for number, result in results:
+            self._tried += 1
+            if isinstance(result, Read):
+                if pixels is None:
+                    pixels = torch.empty((rows, *result.pixels.shape), dtype=self._dtype)
+                if result.pixels.shape == pixels.shape[1:]:
+                    pixels[len(keys)] = torch.from_numpy(result.pixels)
+                    keys.append(result.key)
+                    captions.append(result.caption)
+                    continue
+                shapes = f"expected pixel values of shape {tuple(pixels.shape[1:])}, got {result.pixels.shape}"
+                result = Undecodable(f"{result.key}: {shapes}")
+            self._skip(tasks[number].path, result.reason)
+            if not self._good and not keys and self._tried >= min(_ENOUGH, self.steps_per_epoch * self.batch_size):
+                raise ValueError(f"data: none of {self._tried} samples could be read; the last: {result.reason}")
+        self._good += len(keys)
+        if pixels is None:
+            pixels = torch.empty((0, *self._shape), dtype=self._dtype)
+        self._shape = tuple(pixels.shape[1:])
+        input_ids, attention_mask = self._tokenize(captions)
+        groups = torch.tensor([_number(caption) for caption in captions], dtype=torch.int64)
+        return Batch(pixels[: len(keys)], input_ids, attention_mask, groups, keys, captions)
+
+    def _tokenize(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        if not captions:
+            return (torch.empty(0, self._context_length, dtype=torch.int64),) * 2
+        tokens = self._tokenizer(
+            captions, max_length=self._context_length, padding="max_length", truncation=True, return_tensors="pt"
+        )
+        return tokens["input_ids"], tokens["attention_mask"]
+
+    def _skip(self, key: str, reason: str) -> None:
+        if key not in self.skipped:
+            self.skipped[key] = reason
+            if self._on_skip is not None:
+                self._on_skip(key, reason)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A sample to read, and the seed of its draws."""
+
+    path: str
+    sample: Sample
+    seed: int
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a sample gave: pixel values as the processor gives them, and a caption ("" where none was wanted)."""
+
+    key: str
+    pixels: np.ndarray
+    caption: str
+
+
+class _Tasks(Sequence[Draw]):
+    """The samples of an epoch in order, made when asked for."""
+
+    def __init__(self, sample: Callable[[int], Sample], order: np.ndarray, seed: int, epoch: int):
+        self._sample, self._order, self._seed, self._epoch = sample, order, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, number: Any) -> Any:
+        index = int(self._order[number])
+        seed = np.random.SeedSequence((self._seed, self._epoch, index)).generate_state(1, np.uint64)
+        sample = self._sample(index)
+        return Draw(sample.path, sample, int(seed[0]))
+
+
+class Reader:
+    """Reads samples with a copy of a processor: what the workers do.
+
+    Args:
+        processor: of the modality.
+        views: captions to draw from, with weights; None: see `DEFAULT_VIEWS`.
+        training: draw flips and segments, from each sample's seed.
+        raw: uint8 pixels.
+        captions: False reads none.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        views: Mapping[str, float] | None = None,
+        *,
+        training: bool = False,
+        raw: bool = False,
+        captions: bool = True,
+    ):
+        self._processor = copy.copy(processor)
+        self._processor.tokenizer = None
+        self._processor.config = SimpleNamespace(
+            vision_config=SimpleNamespace(**plain_fields(processor.config.vision_config))
+        )
+        self._processor.transform = copy.deepcopy(processor.transform)
+        self._views, self._training, self._raw, self._captions = views, training, raw, captions
+
+    def decode(self, task: Draw) -> Read | Undecodable:
+        """The sample's pixel values and caption. Whatever goes wrong in reading it is its reason."""
+        try:
+            caption = self._caption(task) if self._captions else ""
+            generator = torch.Generator().manual_seed(task.seed) if self._training else None
+            self._processor.train(self._training, generator)
+            with as_file(task.sample.media) as file:
+                pixels = self._processor([file], raw=self._raw)["pixel_values"][0]
+            return Read(task.path, pixels.numpy(), caption)
+        except OSError as error:
+            return Undecodable(f"{error.filename or task.path}: {error.strerror or error}")
+        except ValueError as error:
+            return Undecodable(str(error))
+        except Exception as error:  # a codec's own, out of memory, or a fault of ours
+            return Undecodable(f"{task.path}: {type(error).__name__}: {error}")
+
+    def _caption(self, task: Draw) -> str:
+        found = candidates(task.sample.captions(), self._views)
+        if not found:
+            raise ValueError(f"{task.path}: no caption: expected text in {', '.join(self._views or DEFAULT_VIEWS)}")
+        texts, weights = zip(*found)
+        ends = np.cumsum(weights)
+        at = np.random.default_rng(task.seed).random() * ends[-1]
+        return texts[min(int(np.searchsorted(ends, at, side="right")), len(texts) - 1)]
+
+
+def open_sources(
+    given: Any,
+    modality: str,
+    *,
+    captions: Mapping[str, float] | None = None,
+    media: str | None = None,
+    need_captions: bool = True,
+) -> list[Source]:
+    """Opens manifests and shards; see `Batches` for what is given. With need_captions False none are looked for.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, or nothing that is a manifest or a shard.
+    """
+    if isinstance(given, str | os.PathLike) or not isinstance(given, list | tuple):
+        given = [given]
+    columns = caption_columns(captions) if need_captions else ()
+    suffixes = suffixes_of(modality) if media is None else (media,)
+    opened: list[Source] = []
+    for item in given:
+        if not isinstance(item, str | os.PathLike):
+            opened.append(item)
+            continue
+        for file in find_files(item):
+            if file.suffix.lower() == ".tar" or file.suffix.lower() not in SUFFIXES:
+                opened.append(Shard(file, suffixes, need_captions))
+            else:
+                opened.append(Manifest(file, media or "path", columns))
+    if not opened:
+        raise ValueError("data: expected at least one manifest or shard, got none")
+    return opened
+
+
+def find_files(given: str | os.PathLike[str]) -> list[Path]:
+    """The manifests or shards that a path stands for: itself, those its braces name, or those a folder holds."""
+    name = os.fspath(given)
+    if not os.path.isdir(name):
+        return [Path(one) for one in ([name] if os.path.exists(name) else expand_braces(name))]
+    files = sorted(file for file in Path(name).iterdir() if file.is_file() and not file.name.startswith("."))
+    shards = [file for file in files if file.suffix.lower() == ".tar"]
+    found = shards or [file for file in files if file.suffix.lower() in SUFFIXES]
+    if not found:
+        raise ValueError(f"{name}: expected a folder with shards (.tar) or manifests ({', '.join(SUFFIXES)}), got none")
+    return found
+
+
+def check_views(views: Mapping[str, float] | None) -> None:
+    """Raises ValueError where weights are not numbers of at least 0, or none is above."""
+    if views is None:
+        return
+    good = all(isinstance(w, int | float) and 0 <= w < float("inf") for w in views.values())
+    if not good or not any(views.values()):
+        raise ValueError(f"captions: expected views with weights of at least 0, one above, got {dict(views)!r}")
+
+
+def item_shape(processor: Any) -> tuple[int, ...]:
+    """Shape of one item's pixel values, as the processor's config says it."""
+    vision, modality = processor.config.vision_config, processor.modality
+    size = int(getattr(vision, "image_size", 224))
+    if modality == "audio":
+        return 3, int(processor.transform.num_mel_bins), int(processor.transform.target_length)
+    return (3, int(getattr(vision, "num_frames", 8)), size, size) if modality == "video" else (3, size, size)
+
+
+def _number(caption: str) -> int:
+    """63 bits of a caption's hash: the same on every rank."""
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _first(skipped: Mapping[str, str]) -> str:
+    """ "; 3 are unusable, the first: a.csv, row 1: no caption"."""
+    if not skipped:
+        return ""
+    key, reason = next(iter(skipped.items()))
+    return f"; {len(skipped)} skipped, the first: {key}: {reason}"

@@ -1,0 +1,112 @@
+"""A sample of training or evaluation data: where its media and its captions are. Sources are sequences of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Protocol
+
+from lbfast.processing.media import MediaError, named
+
+DEFAULT_VIEWS = ("caption", "txt", "text")
+"""Where no views are asked for, the first of these that a sample has is its caption."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file inside an uncompressed tar: `size` bytes from `offset` on."""
+
+    tar: str
+    name: str
+    offset: int
+    size: int
+
+    def __fspath__(self) -> str:
+        return f"{self.tar}/{self.name}"
+
+    def read(self) -> bytes:
+        """Its bytes. MediaError where the tar has become shorter than it was."""
+        with open(self.tar, "rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.size)
+        if len(data) < self.size:
+            raise MediaError(os.fspath(self), f"{self.size} bytes", f"{len(data)} (has the tar changed?)")
+        return data
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One item and what may be said of it.
+
+    Attributes:
+        path: what it is called in messages, and its key: the file as the manifest has it, or tar/basename.
+        media: a file, or a member of a tar.
+        texts: captions by view (a manifest's columns).
+        members: of a tar, whose text (txt) or fields (json) are captions.
+    """
+
+    path: str
+    media: str | Member
+    texts: Mapping[str, str] = field(default_factory=dict)
+    members: tuple[Member, ...] = ()
+
+    def captions(self) -> dict[str, str]:
+        """Captions by view, stripped, those without a word left out. ValueError where a member cannot be read."""
+        found = dict(self.texts)
+        for member in self.members:
+            found |= _read_texts(member)
+        return {name: text.strip() for name, text in found.items() if text.strip()}
+
+
+class Source(Protocol):
+    """A sequence of samples; `skipped` says what could not be one, and why."""
+
+    @property
+    def skipped(self) -> Mapping[str, str]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+def _read_texts(member: Member) -> dict[str, str]:
+    """The text of a member under its suffix, or the fields of a json object that are text."""
+    suffix = PurePath(member.name).suffix[1:].lower()
+    try:
+        text = member.read().decode("utf-8-sig")
+        if suffix != "json":
+            return {suffix: text}
+        fields = json.loads(text)
+    except ValueError as error:
+        if isinstance(error, MediaError):
+            raise
+        raise MediaError(os.fspath(member), "JSON" if suffix == "json" else "UTF-8 text", str(error)) from error
+    if not isinstance(fields, dict):
+        raise MediaError(os.fspath(member), "a JSON object", type(fields).__name__)
+    return {name: value for name, value in fields.items() if isinstance(value, str)}
+
+
+def candidates(captions: Mapping[str, str], views: Mapping[str, float] | None) -> list[tuple[str, float]]:
+    """(caption, weight) of the views that a sample has; without views, the first of `DEFAULT_VIEWS`."""
+    if views is None:
+        return [(captions[name], 1.0) for name in DEFAULT_VIEWS if name in captions][:1]
+    return [(captions[name], weight) for name, weight in views.items() if name in captions and weight > 0]
+
+
+@contextlib.contextmanager
+def as_file(media: str | Member) -> Iterator[str]:
+    """The name of a file that holds the media; a member of a tar is copied to a temporary one."""
+    if isinstance(media, str):
+        yield media
+        return
+    data = media.read()
+    with tempfile.NamedTemporaryFile(prefix="lbfast-", suffix=PurePath(media.name).suffix) as file:
+        file.write(data)
+        file.flush()
+        with named(media):
+            yield file.name

@@ -1,0 +1,173 @@
+"""Shards as webdataset writes them: uncompressed tars whose members of one basename are a sample, read by offset."""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+from collections.abc import Collection, Iterator
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from lbfast.training.sample import Member, Sample
+
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+_TEXT = ("txt", "json")
+_BLOCK = 512
+
+
+class Shard:
+    """The samples of one tar, indexed once: only headers are read, and what is between them is passed over.
+
+    A sample is what members named "KEY.SUFFIX" have together, the key ending at the first dot of the file name: media,
+    and a txt or json (or both) with captions. A tar that breaks off, or has a broken header, gives the samples that are
+    whole before it.
+
+    Args:
+        file: an uncompressed tar.
+        suffixes: of the media that are wanted, such as (".jpg", ".png"), in order of preference where a sample has
+            several.
+        captions: whether samples need a txt or json.
+
+    Attributes:
+        skipped: what is lost -> why: members or samples as "TAR/NAME", the rest of a broken tar as "TAR".
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: compressed.
+    """
+
+    def __init__(self, file: str | os.PathLike[str], suffixes: Collection[str], captions: bool = True):
+        self.file = os.fspath(file)
+        if not os.path.isfile(self.file):
+            raise FileNotFoundError(2, "shard: no such file", self.file)
+        with open(self.file, "rb") as opened:
+            head = opened.read(8)
+        for magic, name in _COMPRESSED.items():
+            if head.startswith(magic):
+                raise ValueError(
+                    f"{self.file}: expected an uncompressed tar, got one compressed with {name}; decompress it first: "
+                    "samples are read by their offset"
+                )
+        self.skipped: dict[str, str] = {}
+        self._collect([suffix.lower().lstrip(".") for suffix in suffixes], captions)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        key = self._keys[index].as_py()
+        parts = self._parts[index]  # [3, 3]: media, txt, json; each suffix number, offset, size
+
+        def member(part: np.ndarray) -> Member:
+            number, offset, size = part.tolist()
+            return Member(self.file, f"{key}.{self._suffixes[number]}", offset, size)
+
+        texts = tuple(member(part) for part in parts[1:] if part[0] >= 0)
+        return Sample(f"{self.file}/{key}", member(parts[0]), members=texts)
+
+    def _collect(self, wanted: list[str], captions: bool) -> None:
+        import pyarrow as pa
+
+        suffixes: dict[str, int] = {}
+        groups: dict[str, dict[str, tuple[int, int]]] = {}
+        for name, offset, size in self._members():
+            key, suffix = _split(name)
+            group = groups.setdefault(key, {})
+            if suffix in group:
+                self.skipped[f"{self.file}/{name}"] = "the tar has two members of this name; the first is used"
+            else:
+                group[suffix] = (offset, size)
+        keys: list[str] = []
+        parts: list[list[tuple[int, int, int]]] = []
+        for key, group in groups.items():
+            media = _choose(group, wanted)
+            texts = [next((s for s in group if s.rpartition(".")[2].lower() == kind), None) for kind in _TEXT]
+            if media is None:
+                self.skipped[f"{self.file}/{key}"] = f"no media: it has {', '.join(group)} only"
+            elif captions and texts == [None, None]:
+                self.skipped[f"{self.file}/{key}"] = f"no caption: it has {', '.join(group)}, neither txt nor json"
+            else:
+                keys.append(key)
+                chosen = [media, *texts]
+                parts.append(
+                    [(-1, 0, 0) if s is None else (suffixes.setdefault(s, len(suffixes)), *group[s]) for s in chosen]
+                )
+        self._keys = pa.array(keys, pa.large_string())
+        self._parts = np.array(parts, dtype=np.int64).reshape(-1, 3, 3)
+        self._suffixes = list(suffixes)
+
+    def _members(self) -> Iterator[tuple[str, int, int]]:
+        """(name, offset, size) of every regular member that is whole."""
+        length = os.path.getsize(self.file)
+        at, why = 0, ""
+        last = "from the beginning"
+        try:
+            with tarfile.open(self.file, "r:") as tar:
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined]  # or it keeps every one
+                    end = member.offset_data + member.size
+                    if end > length and member.isreg():
+                        why, at = (
+                            f"truncated in {member.name}: {length - member.offset_data} of {member.size} bytes",
+                            end,
+                        )
+                        break
+                    last, at = f"after {member.name}", tar.offset  # type: ignore[attr-defined]
+                    if member.isreg() and not PurePosixPath(member.name).name.startswith("."):
+                        yield member.name, member.offset_data, member.size
+        except (tarfile.TarError, OSError, ValueError) as error:
+            why = f"broken {last}: {error}"
+        if not why:
+            why = self._ending(at, last)
+        if why:
+            self.skipped[self.file] = f"{why}; what follows is lost"
+
+    def _ending(self, at: int, last: str) -> str:
+        """Why what is at the end of the members is not the end of a tar, or an empty string."""
+        with open(self.file, "rb") as file:
+            file.seek(at)
+            block = file.read(_BLOCK)
+        if len(block) < _BLOCK:
+            return f"truncated {last}: the end mark is missing"
+        return "" if not any(block) else f"broken {last}: no header at byte {at}"
+
+
+def _split(name: str) -> tuple[str, str]:
+    """ "a/b.seg.png" -> ("a/b", "seg.png")."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix
+
+
+def _choose(group: Collection[str], wanted: list[str]) -> str | None:
+    """The member that is the media: one named by a whole suffix ("depth.png"), else by its last part ("png")."""
+    for want in wanted:
+        for suffix in group:
+            if suffix.lower() == want:
+                return suffix
+    return next((s for s in group if s.rpartition(".")[2].lower() in wanted), None)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """ "a-{00..02}.tar" -> a-00.tar, a-01.tar, a-02.tar; "{x,y}.tar" -> x.tar, y.tar. Without braces, itself."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    inside, head, tail = found[1], pattern[: found.start()], pattern[found.end() :]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    if span is None and "," not in inside:
+        return [head + found[0] + rest for rest in expand_braces(tail)]
+    if span is None:
+        choices = inside.split(",")
+    else:
+        first, last = int(span[1]), int(span[2])
+        if last < first:
+            raise ValueError(f"data: expected {{FIRST..LAST}} with FIRST <= LAST, got {found[0]} in {pattern}")
+        choices = [str(number).zfill(len(span[1])) for number in range(first, last + 1)]
+    return [name for choice in choices for name in expand_braces(head + choice + tail)]
