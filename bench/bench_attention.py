@@ -1,21 +1,23 @@
 """ops.attention beside the formula, SDPA's backends, torch.compile, flash-attn and xformers.
 
 python -m bench.bench_attention --dtype bfloat16 --samples 256
+python -m bench.bench_attention --shape 1025 16 64
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Annotated
+import sys
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-import typer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench import contest
 from lbfast import ops
 from lbfast.reference.attention import attention as reference
+
+from . import contest, harness
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -60,32 +62,34 @@ def contenders(causal: bool):
     return found
 
 
-def case(name: str, samples: int, device: str, dtype: torch.dtype) -> contest.Case:
+def case(name: str, shape: Sequence[int], causal: bool, samples: int, device: str, dtype: torch.dtype) -> contest.Case:
     """q, k, v as views of one projection (B, N, 3 H D). Moved: q, k, v, out; backward: those, dO, dq, dk, dv."""
-    n, h, d = SHAPES[name]
+    n, h, d = shape
     projection = torch.randn(samples, n, 3, h, d, device=device, dtype=dtype)
     inputs = [x.requires_grad_() for x in projection.unbind(2)]
     one = inputs[0].numel() * inputs[0].element_size()
-    flops = 4 * samples * h * n * n * d / (2 if name.startswith("text") else 1)
+    flops = 4 * samples * h * n * n * d / (2 if causal else 1)
     return contest.Case(f"{name} {samples}x{n}x{h}x{d}", inputs, flops=(flops, 2.5 * flops), bytes=(4 * one, 8 * one))
 
 
-def main(
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
-    samples: Annotated[int, typer.Option(help="Images or captions; default 256 on a GPU, 8 on a CPU.")] = 0,
-    only: Annotated[str, typer.Option(help="Shapes whose name has this in it.")] = "",
-    seconds: Annotated[float, typer.Option(help="Time for each number.")] = 1.0,
-    out: Annotated[str, typer.Option(help="Name of the result file; empty: none.")] = "",
-) -> None:
-    """Forward, backward and both, at the towers' shapes."""
-    device = contest.device()
-    rows = []
-    for name in SHAPES:
-        if only in name:
-            found = case(name, samples or (256 if device == "cuda" else 8), device, getattr(torch, dtype))
-            rows += contest.run([found], contenders(name.startswith("text")), seconds=seconds)
-    contest.show("attention", rows, out)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = contest.arguments(__doc__)
+    parser.add_argument("--samples", type=int, help="images or captions; default 256 on a GPU, 4 on a CPU")
+    parser.add_argument("--only", default="", help="towers whose name has this in it")
+    parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "H", "D"), help="tokens, heads, their width")
+    parser.add_argument("--causal", action="store_true", help="with --shape: as captions are")
+    given = parser.parse_args(argv)
+    record = harness.Record("Attention", harness.device(), given.out)
+    samples = given.samples or (256 if record.device == "cuda" else 4)
+    shapes = {name: (shape, name.startswith("text")) for name, shape in SHAPES.items() if given.only in name}
+    if given.shape:
+        shapes = {"causal" if given.causal else "all": (given.shape, given.causal)}
+    for dtype in given.dtype:
+        for name, (shape, causal) in shapes.items():
+            found = case(name, shape, causal, samples, record.device, getattr(torch, dtype))
+            contest.run([found], contenders(causal), record, given)
+    return contest.show(record)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(main())

@@ -1,19 +1,20 @@
-"""ops.layer_norm beside the formula, torch and torch.compile: plain, with a residual, with a temporal embedding.
+"""ops.layer_norm beside the formula, torch, torch.compile and Liger: plain, with a residual, with a temporal embedding.
 
 python -m bench.bench_layer_norm --dtype bfloat16 --clips 32
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-import typer
 
-from bench import contest
 from lbfast import ops
 from lbfast.reference.layer_norm import layer_norm as reference
+
+from . import contest, harness, peers
 
 
 def eager(x, weight, bias, residual=None):
@@ -30,16 +31,17 @@ def contenders():
         "reference": lambda x, weight, bias, residual=None: reference(x, weight, bias, residual=residual),
         "torch": eager,
         "torch.compile": torch.compile(eager, dynamic=False),
+        "liger": peers.liger_layer_norm,
         "lbfast torch": ours("torch"),
         "lbfast triton": ours("triton"),
     }
 
 
-def cases(device: str, dtype: torch.dtype, clips: int) -> list[contest.Case]:
-    """A video layer's: (clips, 8, 257, D). Moved: x and y; with a residual two more, or its few rows."""
+def cases(device: str, dtype: torch.dtype, clips: int, tokens: int, widths: Sequence[int]) -> list[contest.Case]:
+    """A video layer's: (clips, 8, tokens, D). Moved: x and y; with a residual two more, or its few rows."""
     found = []
-    for d in (1024, 1280):
-        shape = (clips, 8, 257, d)
+    for d in widths:
+        shape = (clips, 8, tokens, d)
 
         def random(*size: int) -> torch.Tensor:
             return torch.randn(size, device=device, dtype=dtype).requires_grad_()
@@ -56,17 +58,19 @@ def cases(device: str, dtype: torch.dtype, clips: int) -> list[contest.Case]:
     return found
 
 
-def main(
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
-    clips: Annotated[int, typer.Option(help="Clips of 8 frames; default 32 on a GPU, 1 on a CPU.")] = 0,
-    seconds: Annotated[float, typer.Option(help="Time for each number.")] = 1.0,
-    out: Annotated[str, typer.Option(help="Name of the result file; empty: none.")] = "",
-) -> None:
-    """Forward, backward and both, at the video towers' shapes."""
-    device = contest.device()
-    found = cases(device, getattr(torch, dtype), clips or (32 if device == "cuda" else 1))
-    contest.show("layer_norm", contest.run(found, contenders(), seconds=seconds), out)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = contest.arguments(__doc__)
+    parser.add_argument("--clips", type=int, help="of 8 frames; default 32 on a GPU, 1 on a CPU")
+    parser.add_argument("--tokens", type=int, default=257, help="of a frame (%(default)s)")
+    parser.add_argument("--width", type=int, nargs="+", default=[1024, 1280], help="default: 1024 1280")
+    given = parser.parse_args(argv)
+    record = harness.Record("Layer norm", harness.device(), given.out)
+    clips = given.clips or (32 if record.device == "cuda" else 1)
+    for dtype in given.dtype:
+        found = cases(record.device, getattr(torch, dtype), clips, given.tokens, given.width)
+        contest.run(found, contenders(), record, given)
+    return contest.show(record)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(main())

@@ -5,16 +5,17 @@ python -m bench.bench_mlp --dtype bfloat16 --clips 32
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from functools import partial
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-import typer
 
-from bench import contest
 from lbfast import ops
 from lbfast.reference.mlp import mlp as reference
+
+from . import contest, harness
 
 
 def eager(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation):
@@ -34,30 +35,36 @@ def contenders(activation: str):
     }
 
 
-def cases(device: str, dtype: torch.dtype, clips: int) -> list[contest.Case]:
-    """L/14's and H/14's perceptron on clips of 8 frames of 257 tokens."""
+def cases(device: str, dtype: torch.dtype, rows: int, widths: Sequence[tuple[int, int]]) -> list[contest.Case]:
+    """Moved: x, the weights and out; backward: x, dout, dx, the weights and their gradients."""
     found = []
-    for d in (1024, 1280):
-        rows, f = clips * 8 * 257, 4 * d
+    for d, f in widths:
         shapes = ((rows, d), (f, d), (f,), (d, f), (d,))
         inputs = [(torch.randn(s, device=device, dtype=dtype) * s[-1] ** -0.5).requires_grad_() for s in shapes]
         flops = 4.0 * rows * d * f
-        found.append(contest.Case(f"{rows}x{d}x{f}", inputs, flops=(flops, 2 * flops)))
+        x, weights = rows * d * dtype.itemsize, 2 * d * f * dtype.itemsize
+        moved = (2 * x + weights, 3 * x + 2 * weights)
+        found.append(contest.Case(f"{rows}x{d}x{f}", inputs, flops=(flops, 2 * flops), bytes=moved))
     return found
 
 
-def main(
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
-    clips: Annotated[int, typer.Option(help="Clips of 8 frames; default 32 on a GPU, 1 on a CPU.")] = 0,
-    activation: Annotated[str, typer.Option(help="gelu or quick_gelu.")] = "gelu",
-    seconds: Annotated[float, typer.Option(help="Time for each number.")] = 1.0,
-    out: Annotated[str, typer.Option(help="Name of the result file; empty: none.")] = "",
-) -> None:
-    """Forward, backward and both, at the video towers' shapes."""
-    device = contest.device()
-    found = cases(device, getattr(torch, dtype), clips or (32 if device == "cuda" else 1))
-    contest.show(f"mlp, {activation}", contest.run(found, contenders(activation), seconds=seconds), out)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = contest.arguments(__doc__)
+    parser.add_argument(
+        "--rows", type=int, help="tokens; default those of 32 clips of 8 frames on a GPU, of 1 on a CPU"
+    )
+    parser.add_argument("--shape", type=int, nargs=2, metavar=("D", "F"), help="width and inner width")
+    parser.add_argument("--activation", default="gelu", choices=("gelu", "quick_gelu"), help="%(default)s")
+    given = parser.parse_args(argv)
+    record = harness.Record(f"MLP, {given.activation}", harness.device(), given.out)
+    rows = given.rows or 8 * 257 * (32 if record.device == "cuda" else 1)
+    widths = [tuple(given.shape)] if given.shape else [(1024, 4096), (1280, 5120)]
+    for dtype in given.dtype:
+        contest.run(
+            cases(record.device, getattr(torch, dtype), rows, widths), contenders(given.activation), record, given
+        )
+    return contest.show(record)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(main())

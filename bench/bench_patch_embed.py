@@ -5,15 +5,17 @@ python -m bench.bench_patch_embed --dtype bfloat16 --clips 32
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import typer
 
-from bench import contest
 from lbfast import ops
 from lbfast.reference.patch_embed import patch_embed as reference
+
+from . import contest, harness
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -46,17 +48,20 @@ def contenders(options: dict[str, Any]):
     }
 
 
-def cases(device: str, dtype: torch.dtype, clips: int, bytes: bool) -> list[contest.Case]:
-    """L/14 and H/14 on clips of 8 frames of 224 x 224; (B, C, T, H, W) views of (B, T, C, H, W), as processors give."""
+def cases(
+    device: str, dtype: torch.dtype, clips: int, bytes: bool, side: int, widths: Sequence[int]
+) -> list[contest.Case]:
+    """Patches of 14 x 14, clips of 8 frames; (B, C, T, H, W) views of (B, T, C, H, W), as processors give."""
     found = []
-    for d in (1024, 1280):
-        shape = (clips, 8, 3, 224, 224)
+    every = (side // 14) ** 2
+    for d in widths:
+        shape = (clips, 8, 3, side, side)
         raw = torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
         pixels = (raw if bytes else (raw / 127.5 - 1).to(dtype)).transpose(1, 2)
-        shapes = ((d, 3, 14, 14), (d,), (257, d))
+        shapes = ((d, 3, 14, 14), (d,), (1 + every, d))
         parameters = [(torch.randn(s, device=device, dtype=dtype) * 0.1).requires_grad_() for s in shapes]
-        half = torch.stack([torch.randperm(256)[:128] for _ in range(clips)]).to(device)
-        for what, kept, k in (("all", [], 256), ("half", [half], 128)):
+        half = torch.stack([torch.randperm(every)[: every // 2] for _ in range(clips)]).to(device)
+        for what, kept, k in (("all", [], every), ("half", [half], every // 2)):
             flops = 2.0 * clips * 8 * k * 588 * d
             moved = clips * 8 * (k * 588 * pixels.element_size() + (1 + k) * d * parameters[0].element_size())
             inputs = (*parameters, pixels, *kept)
@@ -65,19 +70,22 @@ def cases(device: str, dtype: torch.dtype, clips: int, bytes: bool) -> list[cont
     return found
 
 
-def main(
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
-    clips: Annotated[int, typer.Option(help="Clips of 8 frames; default 32 on a GPU, 1 on a CPU.")] = 0,
-    bytes: Annotated[bool, typer.Option(help="From uint8 pixels; --no-bytes: from floats.")] = True,
-    seconds: Annotated[float, typer.Option(help="Time for each number.")] = 1.0,
-    out: Annotated[str, typer.Option(help="Name of the result file; empty: none.")] = "",
-) -> None:
-    """Forward, backward (of the parameters) and both, at the video towers' shapes."""
-    device = contest.device()
-    options = {name: torch.tensor(v, device=device) for name, v in (("mean", MEAN), ("std", STD))} if bytes else {}
-    found = cases(device, getattr(torch, dtype), clips or (32 if device == "cuda" else 1), bytes)
-    contest.show("patch_embed", contest.run(found, contenders(options), seconds=seconds), out)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = contest.arguments(__doc__)
+    parser.add_argument("--clips", type=int, help="of 8 frames; default 32 on a GPU, 1 on a CPU")
+    parser.add_argument("--floats", action="store_true", help="from normalised floats; default: from bytes")
+    parser.add_argument("--side", type=int, default=224, help="of the pictures, in pixels (%(default)s)")
+    parser.add_argument("--width", type=int, nargs="+", default=[1024, 1280], help="default: 1024 1280")
+    given = parser.parse_args(argv)
+    record = harness.Record("Patch embedding", harness.device(), given.out)
+    constants = (("mean", MEAN), ("std", STD))
+    options = {} if given.floats else {name: torch.tensor(v, device=record.device) for name, v in constants}
+    clips = given.clips or (32 if record.device == "cuda" else 1)
+    for dtype in given.dtype:
+        found = cases(record.device, getattr(torch, dtype), clips, not given.floats, given.side, given.width)
+        contest.run(found, contenders(options), record, given)
+    return contest.show(record)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(main())

@@ -6,15 +6,16 @@ python -m bench.bench_temporal_attention --dtype bfloat16 --clips 32
 from __future__ import annotations
 
 import functools
-from typing import Annotated
+import sys
+from collections.abc import Sequence
 
 import torch
-import typer
 
-from bench import contest
-from bench.bench_attention import BACKENDS, eager, sdpa
 from lbfast import ops
 from lbfast.reference.temporal_attention import temporal_attention as reference
+
+from . import contest, harness
+from .bench_attention import BACKENDS, eager, sdpa
 
 
 def moved(attention, q, k, v):
@@ -40,28 +41,29 @@ def contenders():
     return found
 
 
-def case(clips: int, frames: int, d: int, device: str, dtype: torch.dtype) -> contest.Case:
+def case(clips: int, frames: int, n: int, h: int, d: int, device: str, dtype: torch.dtype) -> contest.Case:
     """Three separate projections. Moved: q, k, v, out; backward: q, k, v, dO, dq, dk, dv."""
-    shape = (clips, frames, 257, 16, d)
+    shape = (clips, frames, n, h, d)
     inputs = [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3)]
     one = inputs[0].numel() * inputs[0].element_size()
-    flops = 4 * clips * 257 * 16 * frames**2 * d
+    flops = 4 * clips * n * h * frames**2 * d
     return contest.Case("x".join(map(str, shape)), inputs, flops=(flops, 2.5 * flops), bytes=(4 * one, 7 * one))
 
 
-def main(
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
-    clips: Annotated[int, typer.Option(help="Clips; default 32 on a GPU, 1 on a CPU.")] = 0,
-    frames: Annotated[int, typer.Option(help="Frames of a clip.")] = 8,
-    seconds: Annotated[float, typer.Option(help="Time for each number.")] = 1.0,
-    out: Annotated[str, typer.Option(help="Name of the result file; empty: none.")] = "",
-) -> None:
-    """Forward, backward and both, at the video towers' shapes: L/14 and H/14."""
-    device = contest.device()
-    clips = clips or (32 if device == "cuda" else 1)
-    found = [case(clips, frames, d, device, getattr(torch, dtype)) for d in (64, 80)]
-    contest.show("temporal_attention", contest.run(found, contenders(), seconds=seconds), out)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = contest.arguments(__doc__)
+    parser.add_argument("--clips", type=int, help="default 32 on a GPU, 1 on a CPU")
+    parser.add_argument("--frames", type=int, default=8, help="of a clip (%(default)s)")
+    parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "H", "D"), help="positions, heads, their width")
+    given = parser.parse_args(argv)
+    record = harness.Record("Temporal attention", harness.device(), given.out)
+    clips = given.clips or (32 if record.device == "cuda" else 1)
+    shapes = [given.shape] if given.shape else [(257, 16, 64), (257, 16, 80)]
+    for dtype in given.dtype:
+        found = [case(clips, given.frames, *shape, record.device, getattr(torch, dtype)) for shape in shapes]
+        contest.run(found, contenders(), record, given)
+    return contest.show(record)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Contenders for one op, on cases, pass by pass: they must agree with the first before anything is timed.
+"""Contenders for one op, on cases, pass by pass: they must agree with the first before they are timed.
 
 Above harness.py, for ops whose contenders are functions of the same tensors. GPU passes are captured once and their
 replays are timed: a kernel of 50 us is not drowned by its launch.
@@ -6,14 +6,16 @@ replays are timed: a kernel of 50 us is not drowned by its launch.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from bench import harness
 from lbfast.testing import relative_error
+
+from . import harness
 
 PASSES = ("fwd", "bwd", "both")
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -32,53 +34,98 @@ class Case:
     bytes: tuple[float, float] = (0, 0)
 
 
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options that every bench of an op has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    dtypes = ["bfloat16"] if harness.device() == "cuda" else ["float32", "bfloat16"]
+    known = ("float32", "float16", "bfloat16")
+    parser.add_argument("--dtype", nargs="+", choices=known, default=dtypes, help=f"default: {' '.join(dtypes)}")
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: all")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each number (%(default)s)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--out", help="JSON file of the results; default: none")
+    return parser
 
 
 def run(
     cases: Sequence[Case],
     contenders: Mapping[str, Callable[..., Any]],
-    *,
-    passes: Sequence[str] = PASSES,
-    seconds: float = 1.0,
-) -> list[dict[str, Any]]:
+    record: harness.Record,
+    given: argparse.Namespace,
+) -> None:
     """A row for every contender, case and pass; one that cannot take a case gives a row that says why."""
-    rows = []
     for case in cases:
-        wanted = [t for t in case.inputs if t.requires_grad]
-        about = {"case": case.name, "dtype": str(case.inputs[0].dtype).removeprefix("torch.")}
-        able, expected = {}, None
-        for name, function in contenders.items():
-            try:
-                out = _tuple(function(*case.inputs))[0].detach()
-            except (RuntimeError, ValueError, TypeError, ImportError) as error:
-                rows.append({**about, "name": name, "note": str(error).strip().splitlines()[0]})
-                continue
-            expected = out if expected is None else expected
-            if not relative_error(out, expected) <= _TOLERANCE.get(out.dtype, 1e-6):
-                raise AssertionError(f"{name} disagrees with {next(iter(able))} on {case.name}: nothing is timed")
+        torch.compiler.reset()  # it stops compiling after a few shapes
+        named = {n: c for n, c in contenders.items() if not (given.no_compile and "torch.compile" in n)}
+        if record.device == "cuda":
+            side = torch.cuda.Stream()  # a backward runs where its forward ran: to be captured, not on the default one
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                _run_case(case, named, record, given)
+            torch.cuda.current_stream().wait_stream(side)
+        else:
+            _run_case(case, named, record, given)
+
+
+def _run_case(
+    case: Case, contenders: Mapping[str, Callable[..., Any]], record: harness.Record, given: argparse.Namespace
+) -> None:
+    dtype = case.inputs[0].dtype
+    wanted = [t for t in case.inputs if t.requires_grad]
+    about = {"case": case.name, "dtype": str(dtype).removeprefix("torch.")}
+    able, expected = {}, None
+    for name, function in contenders.items():
+        try:
+            with torch.no_grad():
+                out = _tuple(function(*case.inputs))[0]
+        except Exception as error:  # a peer fails in ways of its own
+            record.add([{**about, "name": name, "note": reason(error)}])
+            continue
+        expected = out if expected is None else expected
+        error = relative_error(out, expected)
+        if error <= _TOLERANCE.get(out.dtype, 1e-6):
             able[name] = function
-        for part in passes:
-            if part != "fwd" and not wanted:
-                continue
-            steps = {name: _step(part, function, case.inputs, wanted) for name, function in able.items()}
-            memory = {name: harness.gpu_extra_mib(step) for name, step in steps.items()} if device() == "cuda" else {}
-            if device() == "cuda":
-                steps = {name: _captured(step) for name, step in steps.items()}
-            flops, moved = (
-                {"fwd": pair[0], "bwd": pair[1], "both": sum(pair)}[part] for pair in (case.flops, case.bytes)
-            )
-            for name, timing in harness.interleaved(steps, device(), seconds).items():
-                row = {**about, "part": part, "name": name, **dataclasses.asdict(timing)}
-                row["tflops"] = round(flops / timing.median_ms / 1e9, 3)
-                row["gbytes"] = round(moved / timing.median_ms / 1e6, 1)
-                rows.append({**row, "extra_MiB": round(memory[name], 1)} if memory else row)
-    return rows
+        else:
+            record.add([{**about, "name": name, "note": f"wrong: {error:.1e} from {next(iter(able))}: not timed"}])
+    rates = record.rates(dtype)
+    for part in given.passes:
+        if part != "fwd" and not wanted:
+            continue
+        which = {"fwd": (0,), "bwd": (1,), "both": (0, 1)}[part]
+        flops, moved = (sum(pair[i] for i in which) for pair in (case.flops, case.bytes))
+        steps, memory = {}, {}
+        for name, function in able.items():
+            try:
+                step = _step(part, function, case.inputs, wanted)
+                memory[name] = _extra_mib(step, record.device)
+                steps[name] = _captured(step) if record.device == "cuda" else step
+            except Exception as error:  # a backward that it has not, memory that is not there
+                record.add([{**about, "part": part, "name": name, "note": reason(error)}])
+        rows = []
+        for name, timing in harness.interleaved(steps, record.device, given.seconds).items():
+            row = {**about, "part": part, "name": name, **dataclasses.asdict(timing)}
+            row["tflops"] = round(flops / timing.median_ms / 1e9, 3)
+            row["gbytes"] = round(moved / timing.median_ms / 1e6, 1)
+            row["of_floor"] = round(rates.floor_ms(flops, moved) / timing.median_ms, 3)
+            rows.append({**row, "extra_MiB": round(memory[name], 1)})
+        record.add(rows)
+
+
+def reason(error: BaseException) -> str:
+    """An error's first line, for a row's note."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:300]
 
 
 def _tuple(outs: Any) -> tuple[torch.Tensor, ...]:
     return (outs,) if isinstance(outs, torch.Tensor) else tuple(outs)
+
+
+def _extra_mib(step: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        return harness.gpu_extra_mib(step)
+    step()
+    return harness.cpu_memory_here(step).extra
 
 
 def _step(
@@ -100,37 +147,35 @@ def _step(
 
 
 def _captured(step: Callable[[], Any]) -> Callable[[], Any]:
-    """The step as a CUDA graph's replay."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
+    """The step as a CUDA graph's replay, captured on the current stream, where the step's forward ran."""
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         step()
     return graph.replay
 
 
-def show(title: str, rows: Sequence[Mapping[str, Any]], out: str = "") -> None:
-    """A table; with `out` also bench/results/<out>.json."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title)
-    names = ("case", "dtype", "part", "name", "median ms", "p20", "p80", "TFLOP/s", "GB/s", "extra MiB")
-    for name in names:
-        table.add_column(name, justify="left" if name in names[:4] else "right")
-    for row in rows:
-        if "part" in row:
+def show(record: harness.Record) -> int:
+    """Prints the device, a table and what was not timed, and why. 1 where one of ours is wrong, else 0."""
+    print(harness.describe(record.header))
+    names = ("case", "dtype", "part", "name", "median ms", "p20", "p80", "TFLOP/s", "GB/s", "of floor", "extra MiB")
+    rows = []
+    for row in record.rows:
+        if "median_ms" in row:
             times = [f"{row[key]:.3f}" for key in ("median_ms", "p20_ms", "p80_ms")]
             rates = [f"{row[key]:.2f}" if row[key] else "" for key in ("tflops", "gbytes")]
-            table.add_row(*(row[key] for key in names[:4]), *times, *rates, str(row.get("extra_MiB", "")))
-    console = Console(width=150)
-    console.print(str(harness.header(device())), highlight=False)
-    console.print(table)
-    for reason in dict.fromkeys(f"{row['name']}: not timed: {row['note']}" for row in rows if "note" in row):
-        console.print(reason, markup=False, highlight=False)
-    if out:
-        console.print(str(harness.write(out, device(), [dict(row) for row in rows])))
+            share = f"{row['of_floor']:.0%}" if row["of_floor"] else ""
+            rows.append((*(row[key] for key in names[:4]), *times, *rates, share, row["extra_MiB"]))
+    print(f"\n{record.title}\n\n{harness.table(names, rows, left=4)}\n")
+    for note in dict.fromkeys(f"{row['name']}: not timed: {row['note']}" for row in record.rows if "note" in row):
+        print(note)
+    if record.out:
+        print(record.out)
+    return int(any(is_wrong(row) for row in record.rows))
+
+
+def is_wrong(row: Mapping[str, Any]) -> bool:
+    """One of ours that does not compute what the reference does."""
+    return row["name"].startswith("lbfast") and str(row.get("note", "")).startswith("wrong")

@@ -2,28 +2,35 @@
 
 A candidate is a callable without arguments that does its work once; what it needs is made before. GPU times are those
 of events around a call with a cold L2 cache; CPU times are wall clock. Extra memory is what a call needs beyond what
-was there before it: on a GPU by the allocator's peak, on a CPU by the peak resident size of a process of its own.
+was there before it: on a GPU by the allocator's peak, on a CPU by the peak resident size, of this process or, where
+that matters, of one of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
+import datetime
 import json
 import multiprocessing
 import os
-import platform
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lbfast.doctor import cpu_name
+from lbfast.profiling import machine
 
-RESULTS = Path(__file__).resolve().parent / "results"
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
 MIB = 2**20
+TESTS = "LBFAST_BENCH_TESTS"
+"""Environment variable by which bench.run tells its benches how the tests went: "passed"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +43,83 @@ class Timing:
     rounds: int
 
 
-def header(device: str) -> dict[str, Any]:
-    """What was measured on: device, versions, threads."""
-    facts: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version()}
-    if device == "cuda":
-        import triton
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
-        properties = torch.cuda.get_device_properties(0)
-        facts |= {"device": properties.name, "memory_GiB": round(properties.total_memory / 2**30, 1)}
-        facts |= {"triton": triton.__version__, "cuda": torch.version.cuda}
-    else:
-        facts |= {"device": cpu_name(), "threads": torch.get_num_threads()}
-        facts["capability"] = torch.backends.cpu.get_cpu_capability()
-    return facts
+
+def header(device: str) -> dict[str, Any]:
+    """What was measured on, and when: device, versions, threads or clocks, commit, and how the tests went."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    found = {**machine.facts(device), "commit": _commit(), "date": now.strftime("%Y-%m-%d")}
+    return {**found, "tests": os.environ.get(TESTS, "not run")}
+
+
+def _commit() -> str:
+    """The checkout's commit, "+" behind it where files differ from it; "unknown" outside a checkout."""
+    try:
+        git = ["git", "-C", str(HERE)]
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        # results are written while benches run: they are no difference
+        changed = [*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)bench/results"]
+        dirty = subprocess.run(changed, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + ("+" if dirty else "")
+
+
+class Record:
+    """Rows of one bench, written to a file as they come, so that what ends early loses only what it had not done.
+
+    Args:
+        title: of the table.
+        device: "cpu" or "cuda".
+        out: the JSON file, or None: none is written.
+    """
+
+    def __init__(self, title: str, device: str, out: str | Path | None = None):
+        self.title, self.device, self.out = title, device, Path(out) if out else None
+        self.header = {"title": title, **header(device)}
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        self.rows += [dict(row) for row in rows]
+        self.write()
+
+    def rates(self, dtype: torch.dtype) -> machine.Rates:
+        """Of this machine, in this run; noted in the header."""
+        found, name = machine.rates(self.device, dtype), str(dtype).removeprefix("torch.")
+        self.header[f"matmul_tflops_{name}"] = round(found.flops / 1e12, 3)
+        self.header["copy_gbytes"] = round(found.bytes / 1e9, 1)
+        return found
+
+    def write(self) -> None:
+        if self.out is None:
+            return
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        written = self.out.with_suffix(".tmp")
+        written.write_text(json.dumps({"header": self.header, "rows": self.rows}, indent=1) + "\n")
+        os.replace(written, self.out)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> str:
+    """A Markdown table with aligned columns: the first `left` to the left, the rest to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(3, len(name), *(len(row[i]) for row in cells)) for i, name in enumerate(columns)]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (f"{c:<{w}}" if i < left else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths)))
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2) if i < left else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(columns), rule, *map(line, cells)])
+
+
+def describe(header: Mapping[str, Any]) -> str:
+    """A header as one line: the device first."""
+    first = ("device", "threads")
+    rest = (f"{key} {value}" for key, value in header.items() if key not in (*first, "title"))
+    threads = [f"{header['threads']} threads"] if "threads" in header else []
+    return ", ".join([str(header["device"]), *threads, *rest])
 
 
 def interleaved(
@@ -56,7 +127,8 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Times candidates in turns, so that a machine that slows down slows all; one call each to warm up first.
 
-    Rounds go on until each candidate has had `seconds` on average, `least` rounds at least and `most` at most.
+    Rounds go on until each candidate has had `seconds` on average, `least` rounds at least and `most` at most. Where
+    one round takes longer than twice that, `least` is 2.
     """
     for run in candidates.values():
         run()
@@ -64,6 +136,8 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in candidates}
     begun = time.perf_counter()
     for done in range(most):
+        if done == 1 and time.perf_counter() - begun > 2 * seconds * len(candidates):
+            least = min(least, 2)
         if done >= least and time.perf_counter() - begun > seconds * len(candidates):
             break
         for name, run in candidates.items():
@@ -109,13 +183,19 @@ def gpu_extra_mib(run: Callable[[], Any]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
-def cpu_extra_mib(
-    make: Callable[..., Callable[[], Any]], *arguments: Any, warm: tuple[Any, ...] | None = None
-) -> float:
-    """Peak resident size during `make(*arguments)()`, above what was resident before the call, in a new process.
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """MiB. extra: peak resident size above what was resident before the call. peak: all of it, libraries too."""
+
+    extra: float
+    peak: float
+
+
+def cpu_memory(make: Callable[..., Callable[[], Any]], *arguments: Any, warm: tuple[Any, ...] | None = None) -> Memory:
+    """Resident size at its peak during `make(*arguments)()`, in a new process.
 
     make must be importable (a module's function), and makes the inputs. `warm`: arguments of a small call that loads
-    libraries and thread pools first, so that they are not counted. Linux only.
+    libraries and thread pools first, so that they are not counted as extra. Linux only.
     """
     context = multiprocessing.get_context("spawn")
     parent, child = context.Pipe()
@@ -125,7 +205,7 @@ def cpu_extra_mib(
     try:
         return parent.recv()
     except EOFError as error:
-        raise RuntimeError(f"cpu_extra_mib: {make.__name__}{arguments}: the process ended early") from error
+        raise RuntimeError(f"cpu_memory: {make.__name__}{arguments}: the process ended early") from error
     finally:
         process.join()
 
@@ -133,12 +213,20 @@ def cpu_extra_mib(
 def _measure(pipe: Any, make: Callable[..., Callable[[], Any]], arguments: Any, warm: Any) -> None:
     if warm is not None:
         make(*warm)()
-    run = make(*arguments)
+    pipe.send(cpu_memory_here(make(*arguments)))
+
+
+def cpu_memory_here(run: Callable[[], Any]) -> Memory:
+    """Resident size at its peak during a call, in this process: what a call before it left to the allocator is not
+    counted again, so that small sizes come out too small. Linux only."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = _resident_kib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls back to the present size
     result = run()
-    pipe.send((_resident_kib("VmHWM") - before) / 1024)
+    peak = _resident_kib("VmHWM")
     del result
+    return Memory((peak - before) / 1024, peak / 1024)
 
 
 def _resident_kib(field: str) -> int:
@@ -146,13 +234,3 @@ def _resident_kib(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1])
     raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def write(name: str, device: str, rows: list[dict[str, Any]]) -> Path:
-    """Writes bench/results/<name>.json: header and rows."""
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    written = path.with_suffix(".tmp")
-    written.write_text(json.dumps({"header": header(device), "rows": rows}, indent=1) + "\n")
-    os.replace(written, path)
-    return path

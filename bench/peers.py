@@ -65,4 +65,17 @@ def inf_cl_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) ->
     return (cal_flash_loss(image, text, scale=scale) + cal_flash_loss(text, image, scale=scale)).mean() / 2
 
 
+def liger_layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Liger-Kernel's, which knows no residual."""
+    if residual is not None:
+        raise ValueError("liger: layer norm with a residual is not there")
+    if why := missing("liger_kernel"):
+        raise ImportError(why)
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    return LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
+
+
 SCALE = 14.3  # logit scale of CLIP's initial temperature, about 1 / 0.07
