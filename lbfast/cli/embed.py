@@ -61,7 +61,7 @@ def embed(
 
     if native.will_compile():
         errors.print("compiling the native CPU kernels, once for each version: this takes a minute")
-    with plain_errors(), _progress_bars() as (progress, on_failure):
+    with plain_errors(), progress_bars() as (progress, on_failure):
         try:
             summary = embed_files(
                 files,
@@ -100,7 +100,7 @@ def _summarise(summary: Summary) -> None:
 
 
 @contextlib.contextmanager
-def _progress_bars() -> Iterator[tuple[Progress, Callable[[Failure], None]]]:
+def progress_bars() -> Iterator[tuple[Progress, Callable[[Failure], None]]]:
     """A bar for each modality on stderr, where that is a terminal; failures are printed above them either way."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 

@@ -101,8 +101,8 @@ def embed_files(
     if not inputs:
         raise ValueError("inputs: expected at least one file or folder, got none")
     out = _check_out(Path(out), overwrite)
-    target = _device(device)
-    precision = _dtype(dtype, target)
+    target = pick_device(device)
+    precision = pick_dtype(dtype, target)
     checkpoints = open_checkpoints(models, cache_dir=cache_dir, revision=revision, token=token)
     summary = Summary()
 
@@ -259,7 +259,7 @@ def _check_out(out: Path, overwrite: bool) -> Path:
     return out
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -274,7 +274,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
     if name == "auto":

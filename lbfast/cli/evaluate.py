@@ -1,0 +1,142 @@
+"""`lbfast eval zero-shot` and `lbfast eval retrieval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from lbfast.cli.app import Precision, app, errors, plain_errors
+from lbfast.cli.embed import progress_bars
+
+if TYPE_CHECKING:
+    from lbfast.embedding.checkpoints import Checkpoint
+    from lbfast.evaluation.encoder import Encoder, Progress
+    from lbfast.evaluation.report import Report
+
+evaluate = typer.Typer(no_args_is_help=True, help="Zero-shot classification and retrieval on your files.")
+app.add_typer(evaluate, name="eval")
+
+BatchSize = Annotated[int, typer.Option(min=1, help="Files, clips or captions at a time.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that decode ahead. 0: none.")]
+Dtype = Annotated[Precision, typer.Option(help="Of the weights. auto: bfloat16 where it is fast, else float32.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results there too.")]
+
+
+@evaluate.command("zero-shot")
+def zero_shot(
+    model: Annotated[str, typer.Option(metavar="[MODALITY=]DIR_OR_NAME", help="A checkpoint: directory or hub name.")],
+    data: Annotated[Path, typer.Option(help="A folder with one folder a class, or a manifest: path,label.")],
+    templates: Annotated[Path | None, typer.Option(help="Text file: one sentence a line, {} for the class.")] = None,
+    classes: Annotated[Path | None, typer.Option(help="Text file: every class, one a line. Else: the data's.")] = None,
+    batch_size: BatchSize = 32,
+    workers: Workers = 0,
+    dtype: Dtype = Precision["auto"],
+    device: Device = "auto",
+    json: Json = None,
+) -> None:
+    """Top-1 and top-5 accuracy, each class being the mean of its prompts' embeddings."""
+    from lbfast.embedding.checkpoints import open_checkpoints
+    from lbfast.evaluation.prompts import templates_for
+    from lbfast.evaluation.zero_shot import classify_files
+
+    with plain_errors():
+        (checkpoint,) = open_checkpoints([model]).values()
+        prompts = templates_for(checkpoint.modality, templates)
+        named = None if classes is None else [line.strip() for line in classes.read_text("utf-8").splitlines()]
+        with progress_bars() as (progress, _):
+            encoder = _open(checkpoint, batch_size, workers, dtype, device, progress)
+            report = classify_files(
+                encoder, data, templates=prompts, classes=None if named is None else [name for name in named if name]
+            )
+        _show(report, json, data=str(data), models={checkpoint.modality: checkpoint.name})
+
+
+@evaluate.command()
+def retrieval(
+    model: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[MODALITY=]DIR_OR_NAME",
+            help="A checkpoint: between its modality and text. Two: between their modalities, from a manifest with a "
+            "column of paths named after each.",
+        ),
+    ],
+    data: Annotated[list[str], typer.Option(help="Manifest (path,caption), shards or folder; may be repeated.")],
+    caption: Annotated[
+        list[str] | None, typer.Option(help="Column or field with captions; repeated: each is one more caption.")
+    ] = None,
+    media: Annotated[str | None, typer.Option(help="Column of paths, or suffix of a shard's members.")] = None,
+    batch_size: BatchSize = 32,
+    workers: Workers = 0,
+    dtype: Dtype = Precision["auto"],
+    device: Device = "auto",
+    json: Json = None,
+) -> None:
+    """R@1, R@5, R@10, median and mean rank, in both directions.
+
+    Rows with one file are one item with several captions; a query's rank is that of its best match, and what ties with
+    it counts as before it.
+    """
+    from lbfast.embedding.checkpoints import open_checkpoints
+    from lbfast.evaluation.retrieval import pair_files, retrieve_files
+
+    with plain_errors():
+        opened = open_checkpoints(model)
+        if len(opened) > 2:
+            raise ValueError(f"model: expected one or two, got {len(opened)}")
+        if len(opened) == 2 and (len(data) > 1 or caption or media):
+            raise ValueError("data, caption, media: expected one manifest and no columns with two models")
+        with progress_bars() as (progress, _):
+
+            def encoder(modality: str) -> Encoder:
+                return _open(opened[modality], batch_size, workers, dtype, device, progress)
+
+            if len(opened) == 2:
+                report = pair_files(list(opened), encoder, data[0])
+            else:
+                views = dict.fromkeys(caption, 1.0) if caption else None
+                report = retrieve_files(encoder(*opened), data, captions=views, media=media)
+        _show(report, json, data=data, models={name: checkpoint.name for name, checkpoint in opened.items()})
+
+
+def _open(
+    checkpoint: Checkpoint, batch_size: int, workers: int, dtype: Precision, device: str, progress: Progress
+) -> Encoder:
+    from lbfast import native
+    from lbfast.evaluation.encoder import Encoder
+
+    if native.will_compile():
+        errors.print("compiling the native CPU kernels, once for each version: this takes a minute")
+    return Encoder.open(
+        checkpoint, device=device, dtype=dtype.value, batch_size=batch_size, workers=workers, progress=progress
+    )
+
+
+def _show(report: Report, json: Path | None, **more: object) -> None:
+    """The table on stdout; what was skipped on stderr."""
+    from rich.table import Table
+
+    for key, reason in report.skipped.items():
+        said = reason if key in reason else f"{key}: {reason}"
+        errors.print(f"[yellow]skipped[/] {escape(said)}", highlight=False)
+    counts = ", ".join(f"{count} {name}" for name, count in report.counts.items())
+    table = Table(title=report.task, caption=f"{counts}, {len(report.skipped)} skipped")
+    classified = report.task == "zero-shot"
+    ks = list(next(iter(report.rankings.values())).recall)
+    table.add_column("", no_wrap=True)
+    for k in ks:
+        table.add_column(f"top-{k}" if classified else f"R@{k}", justify="right")
+    for name in ("median rank", "mean rank", "queries"):
+        table.add_column(name, justify="right")
+    for name, ranking in report.rankings.items():
+        cells = [f"{100 * ranking.recall[k]:.1f} %" for k in ks]
+        cells += [f"{ranking.median_rank:g}", f"{ranking.mean_rank:.1f}", str(ranking.queries)]
+        table.add_row("accuracy" if classified else name, *cells)
+    Console().print(table)
+    if json is not None:
+        report.write(json, **more)

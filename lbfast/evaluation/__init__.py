@@ -1,0 +1,40 @@
+"""How good embeddings are: zero-shot classification and retrieval, from tensors or from files.
+
+from lbfast.evaluation import Encoder, retrieve_files
+
+encoder = Encoder.open("LanguageBind/LanguageBind_Video_FT")
+print(retrieve_files(encoder, "msrvtt.csv").rankings)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_WHERE = {
+    "Encoder": "encoder",
+    "Ranking": "retrieval",
+    "Report": "report",
+    "class_embeddings": "zero_shot",
+    "classify": "zero_shot",
+    "classify_files": "zero_shot",
+    "pair_files": "retrieval",
+    "ranks": "ranks",
+    "retrieve": "retrieval",
+    "retrieve_files": "retrieval",
+    "templates_for": "prompts",
+}
+
+__all__ = [*_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'lbfast.evaluation' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"lbfast.evaluation.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

@@ -1,0 +1,130 @@
+"""A model with its processor and tokenizer: samples and captions -> unit embeddings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from lbfast.embedding.checkpoints import Checkpoint, open_checkpoints
+from lbfast.embedding.decode import Decoder, Undecodable
+from lbfast.embedding.pipeline import pick_device, pick_dtype
+from lbfast.training.data import Draw, Reader
+from lbfast.training.sample import Sample
+
+Progress = Callable[[str, int, int], None]
+"""progress(what, done, total)"""
+
+
+class Encoder:
+    """Embeds one modality and text.
+
+    Args:
+        model: in eval mode, on the device and in the dtype it is to run in.
+        processor: of the modality.
+        tokenizer: for captions.
+        batch_size: samples or captions at a time.
+        workers: processes that decode ahead; 0: none.
+        progress: called after each batch.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        tokenizer: Any,
+        *,
+        batch_size: int = 32,
+        workers: int = 0,
+        progress: Progress | None = None,
+    ):
+        if batch_size < 1 or workers < 0:
+            raise ValueError(f"batch_size, workers: expected at least 1 and 0, got {batch_size} and {workers}")
+        self.model, self.processor, self.tokenizer = model, processor, tokenizer
+        self.batch_size, self.workers, self.progress = batch_size, workers, progress or (lambda *_: None)
+
+    @classmethod
+    def open(
+        cls,
+        given: str | os.PathLike[str] | Checkpoint,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        batch_size: int = 32,
+        **options: Any,
+    ) -> Encoder:
+        """The encoder of a checkpoint: "DIR_OR_NAME" or "MODALITY=DIR_OR_NAME".
+
+        Args:
+            device, dtype: as in `lbfast.embedding.embed_files`.
+            options: of the encoder, see above.
+        """
+        from lbfast.processing.processor import transform_dict
+
+        checkpoint = given if isinstance(given, Checkpoint) else next(iter(open_checkpoints([given]).values()))
+        target = pick_device(device)
+        model = checkpoint.load(pick_dtype(dtype, target), target, batch_size)
+        processor = transform_dict[checkpoint.modality](checkpoint.config)
+        return cls(model, processor, checkpoint.tokenizer(), batch_size=batch_size, **options)
+
+    @property
+    def modality(self) -> str:
+        return self.processor.modality
+
+    def media(
+        self, samples: Sequence[Sample], on_skip: Callable[[str, str], None] | None = None
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Unit embeddings (n, E) float32 on the CPU, and the numbers of the n samples that could be embedded."""
+        kept: list[int] = []
+        rows: list[torch.Tensor] = []
+        reader = Reader(self.processor, captions=False)
+        tasks = [Draw(sample.path, sample, 0) for sample in samples]
+        weight = next(self.model.parameters())
+        with Decoder(reader, tasks, self.workers, ahead=2 * self.batch_size + self.workers) as decoder:
+            results = iter(decoder)
+            for first in range(0, len(samples), self.batch_size):
+                numbers = range(first, min(first + self.batch_size, len(samples)))
+                good: list[int] = []
+                pixels: list[torch.Tensor] = []
+                for number in numbers:
+                    result = next(results)
+                    if not isinstance(result, Undecodable):
+                        good.append(number)
+                        pixels.append(torch.from_numpy(result.pixels))
+                    elif on_skip is not None:
+                        on_skip(samples[number].path, result.reason)
+                if good:
+                    batch = torch.stack(pixels).to(weight.device, weight.dtype)
+                    with torch.inference_mode():
+                        embeds = _unit(self.model.get_image_features(pixel_values=batch))
+                    finite = torch.isfinite(embeds).all(-1)
+                    for number, fine in zip(good, finite.tolist()):
+                        if fine:
+                            kept.append(number)
+                        elif on_skip is not None:
+                            on_skip(samples[number].path, f"its embedding is not finite in {weight.dtype}")
+                    rows.append(embeds[finite])
+                self.progress(self.modality, numbers[-1] + 1, len(samples))
+        return (torch.cat(rows) if kept else torch.empty(0, self.model.config.projection_dim)), kept
+
+    def texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Unit embeddings (n, E) float32 on the CPU. Longer texts are cut, as in training."""
+        longest = self.model.config.text_config.max_position_embeddings
+        device = next(self.model.parameters()).device
+        rows = [torch.empty(0, self.model.config.projection_dim)]
+        for first in range(0, len(texts), self.batch_size):
+            batch = list(texts[first : first + self.batch_size])
+            tokens = self.tokenizer(batch, max_length=longest, padding=True, truncation=True, return_tensors="pt")
+            with torch.inference_mode():
+                embeds = self.model.get_text_features(
+                    input_ids=tokens["input_ids"].to(device), attention_mask=tokens["attention_mask"].to(device)
+                )
+            rows.append(_unit(embeds))
+            self.progress("text", first + len(batch), len(texts))
+        return torch.cat(rows)
+
+
+def _unit(embeds: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(embeds.float(), dim=-1).cpu()
