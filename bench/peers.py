@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +65,23 @@ def inf_cl_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) ->
 
     image, text = image.float(), text.float()
     return (cal_flash_loss(image, text, scale=scale) + cal_flash_loss(text, image, scale=scale)).mean() / 2
+
+
+def languagebind_model(model: Any) -> Any:
+    """PyPI's `languagebind` with the weights of one of our models, whose parameters it shares; in eval mode.
+
+    Raises ImportError where it, or one of the many packages it imports, is not there.
+    """
+    try:
+        upstream = importlib.import_module("languagebind")
+    except Exception as error:  # it breaks on current versions of what it imports, in many ways
+        raise ImportError(f"absent: languagebind: {type(error).__name__}: {error}") from error
+    name = model.config.modality.name
+    made = upstream.model_dict[name](upstream.config_dict[name].from_dict(model.config.to_dict()))
+    missing = made.load_state_dict(model.state_dict(), strict=False, assign=True).missing_keys
+    if missing := [key for key in missing if not key.endswith("position_ids")]:
+        raise ValueError(f"languagebind: parameters of other names: {', '.join(missing[:3])}")
+    return made.eval()
 
 
 def liger_layer_norm(

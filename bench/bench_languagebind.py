@@ -1,0 +1,332 @@
+"""Whole encoders against upstream's arithmetic: items/s, latency, peak memory, cosine to float32, and MFU.
+
+    python -m bench.bench_languagebind video --batch 1
+    python -m bench.bench_languagebind image --layers 2 --batch 1 2 4 8 16 32 64
+    python -m bench.bench_languagebind --arch H/14 --dtype bfloat16
+
+Random weights, the same in every candidate. Depth and thermal pictures run image's arithmetic, and are not measured
+apart. Text is captions of 5 to 20 tokens, padded to 77 as tokenizers are asked to. Pixels come as float32, and
+casting them is inside what is timed.
+
+Candidates: lbfast as a change of the import gives it ("drop-in"), and after `optimize_for_inference` in float32, in the
+shorter dtype and, on a GPU that has it, in float8; the eager reference, which is upstream's arithmetic, in float32 and
+under autocast of float32 weights, which is how upstream runs in a shorter dtype; PyPI's `languagebind` where it can be
+imported; the latter two under torch.compile, on a CPU layer by layer, whose compilation ends. They take turns, in one
+run.
+MFU: FLOP of the reference's arithmetic (text: of the captions without padding) over time, as a part of the rate of
+the library's matrix product, measured in the same run. Peak memory: on a CPU the resident size of a process that does
+nothing else, libraries and weights included; on a GPU weights and what the call allocates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import functools
+import gc
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lbfast.model import checkpoint
+from lbfast.model.config import published_config
+from lbfast.model.inference import optimize_for_inference
+from lbfast.model.languagebind import LanguageBindModel, model_dict, normalised
+from lbfast.reference import languagebind as reference
+
+from . import contest, harness, peers
+
+ARCHS = {"L/14": "large", "H/14": "huge"}
+MODALITIES = ("image", "video", "audio", "text")
+BATCHES = {  # what fits a CPU's time, and a GPU's
+    "cpu": {"image": [1, 8], "video": [1], "audio": [2], "text": [64]},
+    "cuda": {"image": [1, 8, 64, 256], "video": [1, 8, 32], "audio": [1, 8, 64], "text": [1, 64, 1024]},
+}
+LEAST_COSINE = {"float32": 0.99999, "float16": 0.999, "bfloat16": 0.999, "fp8": 0.98}
+
+Inputs = Mapping[str, torch.Tensor]
+Embed = Callable[[Inputs], torch.Tensor]
+
+
+@dataclasses.dataclass
+class Subject:
+    """One modality's encoder with random weights: what candidates are made of. They share its float32 weights.
+
+    Attributes:
+        modality: "image", "video", "audio" or "text".
+        model: in float32, in eval mode; the tower that is not looked at has one layer.
+        short: the shorter dtype.
+        alone: there is one candidate, which may have `model` itself.
+    """
+
+    modality: str
+    model: LanguageBindModel
+    short: torch.dtype
+    alone: bool = False
+
+    @property
+    def method(self) -> str:
+        return "get_text_features" if self.modality == "text" else "get_image_features"
+
+    def optimized(self, dtype: torch.dtype, **more: Any) -> LanguageBindModel:
+        return optimize_for_inference(self.model if self.alone else copy.deepcopy(self.model), dtype=dtype, **more)
+
+    def eager(self) -> reference.LanguageBind:
+        modality = self.model.config.modality
+        with torch.device("meta"):
+            made = reference.LanguageBind(self.model.config, modality.temporal_mlp, modality.mel_grid)
+        made.load_state_dict(self.model.state_dict(), strict=True, assign=True)
+        return made.eval()
+
+
+def subject(modality: str, arch: str, layers: int | None, short: str, device: str) -> Subject:
+    name = "image" if modality == "text" else modality
+    config = published_config(name, ARCHS[arch])
+    towers = {"text": config.text_config, "vision": config.vision_config}
+    looked_at = towers.pop("text" if modality == "text" else "vision")
+    looked_at.num_hidden_layers = layers or looked_at.num_hidden_layers
+    next(iter(towers.values())).num_hidden_layers = 1
+    with torch.device("meta"):
+        model = model_dict[name](config)
+    checkpoint.assign(model, _random(model.state_dict(), device), torch.float32)
+    return Subject(modality, model.eval(), getattr(torch, short))
+
+
+def _random(state: Mapping[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
+    """Weights as at the start of a training, more or less: of one long draw, for drawing takes longer than the rest."""
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.randn(1_000_003, generator=generator).to(device)
+    made = {}
+    for key, like in state.items():
+        if "norm" in key and key.endswith("weight"):
+            made[key] = torch.ones(like.shape, device=device)
+        elif like.ndim < 2:
+            made[key] = torch.zeros(like.shape, device=device) if like.ndim else torch.tensor(2.6592, device=device)
+        else:
+            repeats = -(-like.numel() // len(draw))
+            spread = 0.02 if "embedding" in key else 0.7 * like.flatten(1).shape[1] ** -0.5
+            made[key] = (draw.repeat(repeats)[: like.numel()] * spread).view(like.shape)
+    return made
+
+
+def inputs(about: Subject, batch: int, device: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    if about.modality == "text":
+        lengths = torch.randint(5, 21, (batch, 1), generator=generator)
+        columns = torch.arange(77)
+        ids = torch.randint(320, 49000, (batch, 77), generator=generator)
+        ids = ids.masked_fill(columns >= lengths - 1, 49407)
+        ids[:, 0] = 49406
+        return {"input_ids": ids.to(device), "attention_mask": (columns < lengths).long().to(device)}
+    height, width = about.model.vision_model.embeddings.pixel_shape[1:]
+    frames = (about.model.config.vision_config.num_frames,) if about.modality == "video" else ()
+    pixels = torch.randn(batch, 3, *frames, height, width, generator=generator)
+    return {"pixel_values": pixels.to(device)}
+
+
+def flops(about: Subject, given: Inputs) -> float:
+    """Of the reference's arithmetic on these inputs, counted on the meta device; captions without their padding."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config, modality = about.model.config, about.model.config.modality
+    with torch.device("meta"):
+        model = reference.LanguageBind(config, modality.temporal_mlp, modality.mel_grid)
+        if about.modality == "text":
+            lengths = given["attention_mask"].sum(1).tolist()
+            parts = [{"input_ids": torch.zeros(lengths.count(n), n, dtype=torch.long)} for n in sorted(set(lengths))]
+        else:
+            parts = [{"pixel_values": torch.empty(given["pixel_values"].shape)}]
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            for part in parts:
+                getattr(model, about.method)(**part)
+    return float(counter.get_total_flops())
+
+
+# Candidates: name -> a function that makes what embeds inputs, or raises why there is none.
+
+
+def _ours(make: Callable[[Subject], LanguageBindModel]) -> Callable[[Subject], Embed]:
+    return lambda about: _as_is(getattr(make(about), about.method))
+
+
+def _fp8(about: Subject) -> LanguageBindModel:
+    if harness.device() == "cpu":
+        raise RuntimeError("absent: float8 is only emulated on a CPU")
+    return about.optimized(about.short, precision="fp8")
+
+
+def _autocast(method: Callable[..., torch.Tensor], short: torch.dtype) -> Embed:
+    def embed(given: Inputs) -> torch.Tensor:
+        with torch.autocast(next(iter(given.values())).device.type, dtype=short):
+            return method(**given)
+
+    return embed
+
+
+def _as_is(method: Callable[..., torch.Tensor]) -> Embed:
+    return lambda given: method(**given)
+
+
+def _theirs(make: Callable[[Subject], Any], compiled: bool, short: bool) -> Any:
+    def build(about: Subject) -> Embed:
+        model = make(about)
+        method = getattr(model, about.method)
+        if compiled and harness.device() == "cpu":
+            tower = model.text_model if about.modality == "text" else model.vision_model
+            for layer in tower.encoder.layers:
+                layer.compile(dynamic=False)
+        elif compiled:
+            method = torch.compile(method, dynamic=False)
+        return _autocast(method, about.short) if short else _as_is(method)
+
+    return build
+
+
+def _upstream(about: Subject) -> Any:
+    return peers.languagebind_model(about.model)
+
+
+CANDIDATES: dict[str, Callable[[Subject], Embed]] = {
+    "reference float32": _theirs(Subject.eager, compiled=False, short=False),
+    "reference autocast": _theirs(Subject.eager, compiled=False, short=True),
+    "lbfast drop-in float32": _ours(lambda about: about.model),
+    "lbfast float32": _ours(lambda about: about.optimized(torch.float32)),
+    "lbfast short": _ours(lambda about: about.optimized(about.short)),
+    "lbfast fp8": _ours(_fp8),
+    "reference torch.compile float32": _theirs(Subject.eager, compiled=True, short=False),
+    "reference torch.compile autocast": _theirs(Subject.eager, compiled=True, short=True),
+    "languagebind float32": _theirs(_upstream, compiled=False, short=False),
+    "languagebind autocast": _theirs(_upstream, compiled=False, short=True),
+    "languagebind torch.compile autocast": _theirs(_upstream, compiled=True, short=True),
+}
+"""The first is what all are compared with. "short" stands for the shorter dtype's name."""
+
+
+def dtype_of(name: str, short: str) -> str:
+    return next((dtype for dtype in ("float32", "fp8") if name.endswith(dtype)), short)
+
+
+def once(name: str, modality: str, arch: str, layers: int | None, short: str, batch: int) -> Callable[[], torch.Tensor]:
+    """One candidate alone on the CPU, with one call behind it: for harness.cpu_memory."""
+    about = subject(modality, arch, layers, short, "cpu")
+    about.alone = True
+    given = inputs(about, batch, "cpu")
+    embed = CANDIDATES[name](about)
+    gc.collect()
+    call = torch.inference_mode()(functools.partial(embed, given))
+    call()
+    return call
+
+
+def measure(modality: str, batch: int, record: harness.Record, given: argparse.Namespace) -> None:
+    """Rows of one modality at one batch size."""
+    device, short = record.device, given.dtype
+    about = subject(modality, given.arch, given.layers, short, device)
+    fields, layers = inputs(about, batch, device), given.layers or "all"
+    case = {"case": f"{modality} {given.arch}, batch {batch}", "modality": modality, "batch": batch, "layers": layers}
+    work = flops(about, fields)
+    able: dict[str, Callable[[], torch.Tensor]] = {}
+    cosines: dict[str, float] = {}
+    expected = None
+    torch.compiler.reset()
+    for name in chosen(given):
+        row = {**case, "dtype": dtype_of(name, short), "name": name.replace("short", short)}
+        try:
+            embed = CANDIDATES[name](about)
+            call = torch.inference_mode()(functools.partial(embed, fields))
+            out = normalised(call().double())
+        except Exception as error:  # absent, or not able to
+            record.add([{**row, "note": contest.reason(error)}])
+            continue
+        expected = out if expected is None else expected
+        cosines[name] = float((out * expected).sum(-1).min())
+        if cosines[name] >= LEAST_COSINE[row["dtype"]]:
+            able[name] = call
+        else:
+            record.add([{**row, "note": f"wrong: a cosine of {cosines[name]:.5f} to float32: not timed"}])
+    rows = []
+    for name, timing in harness.interleaved(able, device, given.seconds).items():
+        dtype = dtype_of(name, short)
+        row = {**case, "dtype": dtype, "name": name.replace("short", short), **dataclasses.asdict(timing)}
+        row["items_s"] = round(1e3 * batch / timing.median_ms, 2)
+        row["tflops"] = round(work / timing.median_ms / 1e9, 3)
+        rate = record.rates(about.short if dtype == "fp8" else getattr(torch, dtype)).flops
+        row["mfu"] = round(work / (timing.median_ms / 1e3) / rate, 3)
+        row["cosine"] = round(cosines[name], 6)
+        rows.append(row)
+    record.add(rows)
+    if given.no_memory:
+        return
+    weights = {"float32": 4, short: about.short.itemsize, "fp8": 1}
+    numbers = sum(p.numel() for p in about.model.parameters())
+    extra = {name: harness.gpu_extra_mib(call) for name, call in able.items()} if device == "cuda" else {}
+    timed = list(able)
+    able.clear()
+    del about, expected
+    gc.collect()
+    for name, row in zip(timed, rows):
+        if device == "cuda":
+            held = weights["float32" if "autocast" in name else row["dtype"]] * numbers / harness.MIB
+            row["peak_MiB"] = round(held + extra[name])
+        elif "torch.compile" not in name:  # whose compiler would be counted
+            arguments = (name, modality, given.arch, given.layers, short, batch)
+            row["peak_MiB"] = round(harness.cpu_memory(once, *arguments).peak)
+    record.rows[-len(rows) :] = rows
+    record.write()
+
+
+def chosen(given: argparse.Namespace) -> list[str]:
+    return [
+        name
+        for name in CANDIDATES
+        if not (given.no_compile and "torch.compile" in name)
+        and not (given.no_upstream and name.startswith("languagebind"))
+    ]
+
+
+def show(record: harness.Record) -> int:
+    print(harness.describe(record.header))
+    columns = ("case", "layers", "name", "dtype", "median ms", "p20", "p80", "items/s", "MFU", "cosine", "peak MiB")
+    rows = []
+    for row in record.rows:
+        if "median_ms" in row:
+            times = [f"{row[key]:.1f}" for key in ("median_ms", "p20_ms", "p80_ms")]
+            numbers = [f"{row['items_s']:.2f}", f"{row['mfu']:.0%}", f"{row['cosine']:.6f}", row.get("peak_MiB", "")]
+            rows.append((row["case"], row["layers"], row["name"], row["dtype"], *times, *numbers))
+    print(f"\n{record.title}\n\n{harness.table(columns, rows, left=4)}\n")
+    for note in dict.fromkeys(f"{row['name']}: not timed: {row['note']}" for row in record.rows if "note" in row):
+        print(note)
+    if record.out:
+        print(record.out)
+    return int(any(contest.is_wrong(row) for row in record.rows))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "modality", nargs="*", default=list(MODALITIES), help=f"of {', '.join(MODALITIES)}; default all"
+    )
+    parser.add_argument("--arch", default="L/14", choices=tuple(ARCHS), help="%(default)s")
+    parser.add_argument("--batch", type=int, nargs="+", help="default: a few that fit the machine")
+    parser.add_argument("--layers", type=int, help="of the encoder; default all")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"), help="the shorter one")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time for each number (%(default)s)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-upstream", action="store_true", help="leave PyPI's languagebind out")
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    parser.add_argument("--out", help="JSON file of the results; default: none")
+    given = parser.parse_args(argv)
+    if unknown := sorted(set(given.modality) - set(MODALITIES)):
+        parser.error(f"modality: expected some of {', '.join(MODALITIES)}, got {', '.join(unknown)}")
+    record = harness.Record("LanguageBind encoders, random weights", harness.device(), given.out)
+    for modality in given.modality:
+        for batch in given.batch or BATCHES[record.device][modality]:
+            measure(modality, batch, record, given)
+    return show(record)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
