@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from lbfast.cli import about, embed, evaluate
+from lbfast.cli import about, embed, evaluate, train
 from lbfast.cli.app import INTERRUPTED, app, errors
 
-__all__ = ["about", "app", "embed", "evaluate", "main"]
+__all__ = ["about", "app", "embed", "evaluate", "main", "train"]
 
 
 def main() -> None:

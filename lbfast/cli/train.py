@@ -1,0 +1,173 @@
+"""`lbfast train` and `lbfast export`."""
+
+from __future__ import annotations
+
+import signal
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from lbfast.cli.app import INTERRUPTED, app, errors, plain_errors
+
+if TYPE_CHECKING:
+    from lbfast.training.recipes import Recipe
+    from lbfast.training.trainer import Summary
+
+Engine = Enum("Engine", {name: name for name in ("auto", "ddp", "fsdp")})  # type: ignore[misc]
+Style = Enum("Style", {name: name for name in ("upstream", "plain", "merged", "peft")})  # type: ignore[misc]
+
+
+@app.command(
+    help="Binds a modality to language.\n\n"
+    "The gradient is that of the whole global batch; memory depends on the micro-batch alone. A run that was stopped "
+    "or killed goes on from its last checkpoint when the same command is given again. Several processes: "
+    "[bold]torchrun --nproc-per-node N -m lbfast train ...[/]\n\n"
+    "OUT gets checkpoints/, metrics.jsonl, tensorboard/, training.png and, at the end, model/ (as upstream writes it) "
+    "and adapter/ (as peft does). Exit status: 0, after SIGTERM too; 1 after an error; 130 after Ctrl-C."
+)
+def train(
+    recipe: Annotated[
+        str,
+        typer.Option(metavar="NAME_OR_FILE", help="video-lora, video-full, audio, depth, thermal, or a .yaml file."),
+    ],
+    model: Annotated[
+        str, typer.Option(metavar="DIR_OR_NAME", help="What to start from: LanguageBind of any modality, or CLIP.")
+    ],
+    data: Annotated[
+        list[str], typer.Option(metavar="PATH", help="Manifest, shards or folder of them. May be given again.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where everything of this run goes.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe.")
+    ] = None,
+    resume: Annotated[str, typer.Option(help="auto, never, or the directory of a checkpoint.")] = "auto",
+    random: Annotated[bool, typer.Option("--random", help="Draw the weights; MODEL may be a config.json.")] = False,
+    text: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_NAME", help="Take language (tower, tokenizer) from here.")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Go on from these adapters, in peft's format.")
+    ] = None,
+    media: Annotated[str | None, typer.Option(help="The data's column or suffix of media; see the README.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Keep pixels as bytes until they are embedded.")] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    engine: Annotated[Engine, typer.Option(help="How several processes share the work.")] = Engine["auto"],
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
+    keep: Annotated[int, typer.Option(min=1, help="Checkpoints that stay.")] = 2,
+    steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps in all.")] = None,
+    text_cache: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep caption embeddings here, for this run and others.")
+    ] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of checkpoints on the hub.")] = None,
+) -> None:
+    from lbfast.processing.processor import transform_dict
+    from lbfast.training import recipes, trainer
+    from lbfast.training.data import Batches
+    from lbfast.training.engine import processes
+    from lbfast.training.start import initial_model, tokenizer_of
+
+    with plain_errors(), processes(device) as place:
+        plan = recipes.recipe(recipe, **changes(set_ or []))
+        hub: dict[str, Any] = {"cache_dir": cache_dir, "revision": revision}
+        made = initial_model(model, plan, random=random, text=text, adapter=adapter, **hub)
+        tokenizer, files = tokenizer_of(text or model, plan.modality, **hub)
+
+        def skipped(key: str, reason: str) -> None:
+            errors.print(
+                f"[yellow]skipped[/] {escape(reason if key in reason else f'{key}: {reason}')}", highlight=False
+            )
+
+        batches = Batches(
+            list(data),
+            transform_dict[plan.modality](made.config, tokenizer),
+            tokenizer,
+            batch_size=plan.batch_size,
+            rank=place.rank,
+            world_size=place.world,
+            workers=workers,
+            seed=plan.seed,
+            captions=plan.captions,
+            media=media,
+            raw=raw,
+            context_length=plan.context_length,
+            on_skip=skipped,
+        )
+        where = str(Path(model).resolve()) if Path(model).exists() else model
+        summary = trainer.train(
+            plan,
+            made.to(place.device),  # type: ignore[arg-type]
+            batches,
+            out,
+            resume=resume,
+            save_every=save_every,
+            keep=keep,
+            engine=engine.value,
+            place=place,
+            text_cache=text_cache,
+            steps=steps,
+            files=files,
+            origin={
+                "where": where,
+                "random": random,
+                "text": text,
+                "adapter": adapter and str(adapter),
+                **{key: value and str(value) for key, value in hub.items()},
+            },
+            console=errors,
+        )
+        if place.first:
+            _summarise(summary, plan, len(batches.skipped))
+    if summary.stopped == signal.SIGINT:
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command(
+    help="Writes the model of a training run.\n\n"
+    "RUN is a run's directory, for its newest checkpoint, or one of its checkpoints. Styles: [bold]upstream[/], "
+    "adapters apart, as upstream saves; [bold]plain[/], our names; [bold]merged[/], adapters added into the weights; "
+    "[bold]peft[/], adapters alone, with the other trained parameters beside them."
+)
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Replaced if it exists.")],
+    style: Annotated[Style, typer.Option()] = Style["upstream"],
+) -> None:
+    from lbfast.training.export import export as write, rebuilt
+
+    with plain_errors():
+        made, checkpoint, files = rebuilt(run)
+        write(made, out, style.value, files=files)
+    typer.echo(f"{checkpoint} -> {out}")
+
+
+def changes(given: list[str]) -> dict[str, Any]:
+    """Fields and values from FIELD=VALUE; values as YAML reads them."""
+    import yaml
+
+    found = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"--set: expected FIELD=VALUE, got {item!r}")
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set: {item!r}: {error}") from None
+    return found
+
+
+def _summarise(summary: Summary, plan: Recipe, skipped: int) -> None:
+    rate = summary.samples / summary.seconds if summary.seconds else 0.0
+    line = f"{summary.steps} of {summary.total} steps, {summary.samples} samples now at {rate:.1f}/s"
+    if summary.loss is not None:
+        line += f", loss {summary.loss:.4f}"
+    if skipped:
+        line += f", {skipped} samples skipped"
+    if summary.stopped:
+        line += f"; stopped by {signal.Signals(summary.stopped).name}: the same command goes on"
+    typer.echo(f"{line} -> {summary.model or summary.checkpoint}")

@@ -1,0 +1,198 @@
+"""Checkpoints of a training run: whole or absent, whenever the power goes.
+
+checkpoints/step-00000200/trained.safetensors   the parameters that are trained
+                          state.pt              optimiser, scaler, generators, position (plain values and tensors)
+                          manifest.json         sizes and hashes of both
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lbfast.model.checkpoint import CheckpointError
+
+WEIGHTS, STATE, MANIFEST = "trained.safetensors", "state.pt", "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint that could not be written: a full disk, say. What was there before is still there."""
+
+
+def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], keep: int) -> Path:
+    """Writes folder/step-N and then removes all but the newest `keep`.
+
+    The files are written elsewhere, flushed to the disk and renamed, so that a checkpoint by its name is complete.
+
+    Raises CheckpointWriteError; then nothing has changed but that the step's own checkpoint is absent.
+    """
+    from safetensors.torch import save_file
+
+    final = path_of(folder, step)
+    staged = folder / f".{final.name}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+        staged.mkdir()
+        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, staged / WEIGHTS)
+        torch.save(dict(state), staged / STATE)
+        manifest = {name: _facts(staged / name) for name in (WEIGHTS, STATE)}
+        (staged / MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1) + "\n")
+        for name in (WEIGHTS, STATE, MANIFEST):
+            _flush(staged / name)
+        _flush(staged)
+        if final.exists():  # of a run that went on from an earlier step
+            _remove(final)
+        os.rename(staged, final)
+        _flush(folder)
+    except Exception as error:  # safetensors and torch have errors of their own for a full disk
+        shutil.rmtree(staged, ignore_errors=True)
+        raise CheckpointWriteError(_why_not_written(folder, final, error)) from error
+    for old in existing(folder)[:-keep]:
+        _remove(old)
+    return final
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def existing(folder: Path) -> list[Path]:
+    """Checkpoints by their names, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint that is complete, its hashes right; None where there is none."""
+    for path in reversed(existing(folder)):
+        if not problem(path):
+            return path
+    return None
+
+
+def problem(path: Path) -> str:
+    """Why a checkpoint cannot be used; empty if it can."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())["files"]
+        for name in (WEIGHTS, STATE):
+            found, wanted = _facts(path / name), manifest[name]
+            if found["bytes"] != wanted["bytes"]:
+                return f"{name}: expected {wanted['bytes']} bytes, got {found['bytes']}"
+            if found != wanted:
+                return f"{name}: its contents have changed since it was written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"it is incomplete ({error})"
+    return ""
+
+
+def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the state of a checkpoint. Raises CheckpointError where it is not complete, or foreign."""
+    from safetensors.torch import load_file
+
+    wrong = problem(path)
+    if wrong:
+        raise CheckpointError(f"{path}: not a complete checkpoint of a training run: {wrong}")
+    return load_file(path / WEIGHTS), torch.load(path / STATE, map_location="cpu", weights_only=True)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed runs left half written or half removed."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new directory to fill, which then takes the place of `folder`; on an error `folder` stays as it was."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staged = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    try:
+        yield staged
+        for path in sorted(staged.rglob("*")):
+            _flush(path)
+        _flush(staged)
+        if folder.exists():
+            _remove(folder)
+        os.rename(staged, folder)
+        _flush(folder.parent)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def generators() -> dict[str, Any]:
+    """The state of every random generator of this process, as plain values."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "python": (version, list(words), gauss),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
+    }
+
+
+def restore_generators(state: Mapping[str, Any]) -> None:
+    """Sets the generators to what `generators` gave."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+
+
+def _step(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while part := file.read(1 << 22):
+            digest.update(part)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or a directory's entries, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    """Removes a directory; it loses its name first, so that half of it is never taken for a checkpoint."""
+    gone = path.with_name(f".{path.name}.{os.getpid()}.old")
+    os.rename(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _why_not_written(folder: Path, final: Path, error: Exception) -> str:
+    last = newest(folder)
+    kept = f"the last complete checkpoint is {last}" if last else "there is no earlier checkpoint"
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(folder).free
+        reason += f" ({free / 2**20:.0f} MiB are free there)"
+    return f"{final}: cannot write the checkpoint: {reason}; {kept}"

@@ -1,0 +1,135 @@
+"""Trained models for others: directories as upstream writes them, merged ones, and peft's adapters."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from lbfast.model import checkpoint
+from lbfast.model.languagebind import LanguageBindModel
+from lbfast.model.lora import lora_modules
+from lbfast.training.checkpoints import load, newest, replacing
+from lbfast.training.engine import full
+from lbfast.training.parameters import trained
+from lbfast.training.recipes import from_dict
+from lbfast.training.start import ADAPTER_ROOT, OTHERS, initial_model, tokenizer_of
+
+Style = Literal["upstream", "plain", "merged", "peft"]
+STYLES = ("upstream", "plain", "merged", "peft")
+
+CHECKPOINTS = "checkpoints"
+START = "start.json"
+"""In a run's directory: the recipe, and what its model was made from."""
+
+
+def export(
+    model: LanguageBindModel,
+    folder: str | os.PathLike[str],
+    style: Style = "upstream",
+    *,
+    files: Sequence[Path] = (),
+    write: bool = True,
+) -> None:
+    """Writes a model into a directory, which is whole or as it was before.
+
+    Args:
+        model: as trained.
+        folder: replaced if it exists.
+        style: "upstream": what upstream's own save writes, adapters apart; "plain": the same under our names; "merged":
+            adapters added into the weights; "peft": adapters alone, as peft's PeftModel of the vision encoder saves
+            them, with the other trained parameters beside them in trained.safetensors.
+        files: copied beside the weights, but for "peft".
+        write: False on every process but one, where parameters are sharded: all must call.
+
+    Raises:
+        ValueError: an unknown style, or "peft" for a model without adapters. OSError: the disk.
+    """
+    if style not in STYLES:
+        raise ValueError(f"style: expected one of {', '.join(STYLES)}, got {style!r}")
+    if style == "peft":
+        _export_adapter(model, Path(folder), write)
+        return
+    if style == "merged":
+        model = copy.deepcopy(model).merge_lora()
+    state = checkpoint.upstream_keys(model) if style == "upstream" else model.state_dict()
+    state = {name: full(value).cpu() if write else full(value) for name, value in state.items()}
+    if not write:
+        return
+    with replacing(Path(folder)) as staged:
+        checkpoint.save_state_dict(state, staged, True, "5GB")
+        config = copy.deepcopy(model.config)
+        config.architectures = [_class_name(model)]
+        config.save_pretrained(staged)
+        for file in files:
+            shutil.copy(file, staged)
+
+
+def rebuilt(run: Path) -> tuple[LanguageBindModel, Path, list[Path]]:
+    """The model of a training run, from its directory or one of its checkpoints; the checkpoint; a tokenizer's files.
+
+    Raises FileNotFoundError where there is no run or no complete checkpoint, and what `initial_model` raises.
+    """
+    folder = run.parent.parent if run.parent.name == CHECKPOINTS else run
+    start = folder / START
+    if not start.is_file():
+        raise FileNotFoundError(f"{run}: expected the directory of a training run, with {START}, or its checkpoint")
+    found = run if run != folder else newest(folder / CHECKPOINTS)
+    if found is None:
+        raise FileNotFoundError(f"{folder / CHECKPOINTS}: expected a complete checkpoint there, found none")
+    tensors, _ = load(found)
+    fields = json.loads(start.read_text())
+    recipe, where = from_dict(fields.pop("recipe"), str(start)), fields.pop("where")
+    model = initial_model(where, recipe, **fields)
+    own = model.state_dict()
+    checkpoint.check_state(model, {**own, **tensors}, str(found))
+    model.load_state_dict({**own, **tensors}, strict=True)
+    hub = {key: fields[key] for key in ("cache_dir", "revision")}
+    return model, found, tokenizer_of(fields["text"] or where, recipe.modality, **hub)[1]
+
+
+def _class_name(model: nn.Module) -> str:
+    return next(c.__name__ for c in type(model).__mro__ if c.__module__ == LanguageBindModel.__module__)
+
+
+def _export_adapter(model: LanguageBindModel, folder: Path, write: bool) -> None:
+    from safetensors.torch import save_file
+
+    encoder = model.vision_model.encoder
+    adapters, targets = {}, set()
+    for name, module in lora_modules(encoder):
+        targets.add(name.split(".", 2)[2])  # layers.N.<...>
+        for part in ("lora_A", "lora_B"):
+            weight = full(getattr(module, part).weight)
+            adapters[f"{ADAPTER_ROOT}{name}.{part}.weight"] = weight.cpu().contiguous()
+    if not adapters:
+        raise ValueError("style: expected a model with adapters for 'peft', got one without")
+    others = {
+        name: full(parameter).cpu().contiguous() for name, parameter in trained(model).items() if ".lora_" not in name
+    }
+    if not write:
+        return
+    fields = model.config.vision_config
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "r": fields.lora_r,
+        "lora_alpha": fields.lora_alpha,
+        "lora_dropout": fields.lora_dropout,
+        "target_modules": sorted(targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+    with replacing(folder) as staged:
+        (staged / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file(adapters, staged / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(others, staged / OTHERS, metadata={"format": "pt"})

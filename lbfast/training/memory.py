@@ -1,0 +1,125 @@
+"""What a micro-batch holds for its backward, and ways to hold less: recomputing activations, or moving them away."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from lbfast.training.recipes import Recipe
+
+MIB = 2**20
+CPU_BUDGET_MIB = 2048
+GPU_SHARE = 0.6
+"""Of the memory that is free: gradients, the optimiser's state and what the backward holds meanwhile need the rest."""
+
+_SMALL = MIB  # not worth a copy
+
+
+class Offload:
+    """Tensors that are saved for the backward wait in the CPU's memory: `with offload(): ...forward...`.
+
+    Parameters stay where they are, and so does what is small or on the CPU already.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self) -> saved_tensors_hooks:
+        parameters = _storages(self.module)
+
+        def pack(x: torch.Tensor) -> Any:
+            if x.device.type == "cpu" or x.nbytes < _SMALL or x.untyped_storage().data_ptr() in parameters:
+                return x
+            kept = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            kept.copy_(x, non_blocking=True)
+            return x.device, kept
+
+        def unpack(packed: Any) -> torch.Tensor:
+            if isinstance(packed, torch.Tensor):
+                return packed
+            device, kept = packed
+            return kept.to(device, non_blocking=True)
+
+        return saved_tensors_hooks(pack, unpack)
+
+
+def saved_bytes(module: nn.Module, run: Callable[[], Any]) -> int:
+    """Bytes that run()'s graph keeps for the backward, each tensor's memory once, parameters not counted."""
+    parameters = _storages(module)
+    seen: dict[int, int] = {}
+    alive = []
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            seen[storage.data_ptr()] = storage.nbytes()
+        alive.append(x)  # so that no address is used again
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        run()
+    return sum(seen.values())
+
+
+def recompute(encoder: Any, what: str) -> None:
+    """Makes a tower's encoder recompute, in the backward, "attention", whole "layers", or "none" of it."""
+    encoder.gradient_checkpointing = what == "layers"
+    for layer in encoder.layers:
+        for attention in (layer.self_attn, getattr(layer, "temporal_attn", None)):
+            if attention is None:
+                continue
+            attention.__dict__.pop("forward", None)
+            if what == "attention":
+                attention.forward = functools.partial(checkpoint, attention.forward, use_reentrant=False)
+
+
+def fitting_rows(towers: Any, recipe: Recipe, device: torch.device, arithmetic: Callable[[], Any], most: int) -> int:
+    """The largest micro-batch, 1 to `most` rows, whose activations fit the recipe's memory budget.
+
+    What one and two rows keep for the backward is counted, on rows of zeros; what recomputation holds for a moment is
+    added, a layer's worth.
+
+    Args:
+        towers: of the model, on its device, in training mode.
+        arithmetic: a context for the forward: autocast.
+    """
+    budget = recipe.memory_budget_mib
+    if budget is not None:
+        limit = budget * MIB
+    elif device.type == "cuda":
+        limit = torch.cuda.mem_get_info(device)[0] * GPU_SHARE
+    else:
+        limit = CPU_BUDGET_MIB * MIB
+    if most < 2:
+        return 1
+    model = towers.model
+    vision, encoder = model.vision_model, model.vision_model.encoder
+    channels, height, width = vision.embeddings.pixel_shape
+    frames = (model.config.vision_config.num_frames,) if model.config.vision_config.add_time_attn else ()
+
+    def measure(rows: int) -> int:
+        pixels = torch.zeros(rows, channels, *frames, height, width, device=device)
+        ids = torch.zeros(rows, model.config.text_config.max_position_embeddings, dtype=torch.int64, device=device)
+        ids[:, -1] = 1  # the end of a text as long as there can be
+        with arithmetic(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return saved_bytes(towers, lambda: towers(pixels, ids, torch.ones_like(ids), None))
+
+    one, two = measure(1), measure(2)
+    if recipe.checkpointing == "layers" or recipe.offload:
+        recompute(encoder, "none")
+        layer = (measure(2) - measure(1)) // len(encoder.layers)
+        recompute(encoder, recipe.checkpointing)
+        one, two = (0, 0) if recipe.offload else (one, two)
+        one, two = one + layer, two + 2 * layer
+    each = max(two - one, 1)
+    return max(1, min(most, int((limit - (one - each)) // each)))
+
+
+def _storages(module: nn.Module) -> set[int]:
+    return {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}

@@ -1,0 +1,121 @@
+"""Which parameters a recipe trains, and in which groups of the optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from lbfast.model.languagebind import LanguageBindModel
+from lbfast.model.lora import add_lora, lora_modules
+from lbfast.training.recipes import Recipe
+
+
+def prepare(model: LanguageBindModel, recipe: Recipe) -> LanguageBindModel:
+    """Puts adapters into the vision tower where the recipe asks for them, and chooses what is trained. In place.
+
+    Trained: the adapters, or all of the vision tower; its class embedding, temporal embeddings and norms, last norm and
+    projection; the temperature; the text tower if asked. Never the position embedding; with lock_image neither the
+    patch embedding nor the norm after it.
+
+    Raises ValueError where the model has adapters of another rank, or is of another modality.
+    """
+    if model.config.modality.name != recipe.modality:
+        raise ValueError(
+            f"model: expected one for {recipe.modality}, as the recipe says, got {model.config.modality.name}"
+        )
+    vision, fields = model.vision_model, model.config.vision_config
+    encoder = vision.encoder
+    if recipe.lora_r and not fields.lora_r:
+        fields.lora_r, fields.lora_alpha, fields.lora_dropout = recipe.lora_r, recipe.lora_alpha, recipe.lora_dropout
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.seed)
+            add_lora(encoder, recipe.lora_r, recipe.lora_alpha, recipe.lora_dropout, fields.add_time_attn)
+    if (recipe.lora_r or 0) != (fields.lora_r or 0):
+        raise ValueError(f"lora_r: expected {fields.lora_r}, the rank of the model's adapters, got {recipe.lora_r}")
+
+    model.requires_grad_(False)
+    vision.requires_grad_(not recipe.lora_r)
+    for _, module in lora_modules(encoder):
+        module.lora_A.requires_grad_(True)
+        module.lora_B.requires_grad_(True)
+    for name, parameter in encoder.named_parameters():
+        if ".temporal_layer_norm" in name:
+            parameter.requires_grad_(True)
+        elif name.endswith(".temporal_embedding"):
+            parameter.requires_grad_(fields.num_frames > vision.embeddings.tube_size)  # one frame has none
+    for part in (vision.embeddings, vision.pre_layrnorm):
+        part.requires_grad_(not recipe.lock_image)
+    vision.embeddings.position_embedding.requires_grad_(False)
+    vision.embeddings.class_embedding.requires_grad_(True)
+    vision.post_layernorm.requires_grad_(True)
+    model.visual_projection.requires_grad_(True)
+    for text in (model.text_model, model.text_projection):
+        text.requires_grad_(recipe.train_text)
+    model.logit_scale.requires_grad_(recipe.learn_temperature)
+    vision.patch_dropout.prob = fields.force_patch_dropout = recipe.patch_dropout
+    return training_mode(model)
+
+
+def training_mode(model: LanguageBindModel) -> LanguageBindModel:
+    """Training mode, but for a text tower that is not trained."""
+    model.train()
+    model.text_model.train(any(p.requires_grad for p in model.text_model.parameters()))
+    return model
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Groups for AdamW: adapters have the recipe's lr, others lr * coef_lr; what has one dimension does not decay."""
+    found: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
+    for name, parameter in trained(model).items():
+        adapter = ".lora_" in name
+        decays = parameter.ndim > 1 and not name.endswith("logit_scale")
+        sharded = isinstance(parameter, DTensor)
+        group = found.setdefault(
+            (adapter, decays, sharded),
+            {
+                "params": [],
+                "names": [],
+                "share": 1.0 if adapter else recipe.coef_lr,  # of the scheduled lr
+                "weight_decay": recipe.weight_decay if decays else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(found.values())
+
+
+def local(x: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], group: Any) -> torch.Tensor:
+    """The 2-norm of all gradients, float32, on every process of the group."""
+    import torch.distributed as dist
+
+    whole: list[torch.Tensor] = []
+    sharded: list[torch.Tensor] = []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            (sharded if isinstance(parameter.grad, DTensor) else whole).append(local(parameter.grad))
+    total = _squares(whole)
+    if sharded:
+        part = _squares(sharded)
+        dist.all_reduce(part, group=group)
+        total = total.to(part.device) + part
+    return total.sqrt()
+
+
+def _squares(tensors: list[torch.Tensor]) -> torch.Tensor:
+    if not tensors:
+        return torch.zeros(())
+    return torch.stack(torch._foreach_norm(tensors)).float().square().sum()

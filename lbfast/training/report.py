@@ -1,0 +1,145 @@
+"""What a run shows: a line that moves on a terminal, metrics.jsonl, TensorBoard's files, and a plot at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+METRICS = "metrics.jsonl"
+PLAIN_SECONDS = 30.0
+"""Where stderr is no terminal, a line this often."""
+
+
+class Report:
+    """Takes the numbers of each step. `with report: report.step({...})`.
+
+    Args:
+        folder: of metrics.jsonl, the folder tensorboard and the plot; None: nothing is written.
+        total: steps of the run. start: steps done before; what later ones an earlier run has written is dropped.
+        console: where progress is shown; None: nowhere.
+    """
+
+    def __init__(self, folder: Path | None, total: int, start: int, console: Console | None = None):
+        self.folder, self.total, self.console = folder, total, console
+        self._start, self._shown = start, float("-inf")
+        self._file: Any = None
+        self._board: Any = None
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Report:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            keep_until(self.folder / METRICS, self._start)
+            self._file = open(self.folder / METRICS, "a", encoding="utf-8")
+            if importlib.util.find_spec("tensorboard") is not None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                # events of steps that are taken again are hidden
+                self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._start + 1)
+        if self.console is not None and self.console.is_terminal:
+            self._bar = _bar(self.console)
+            self._task = self._bar.add_task("training", total=self.total, completed=self._start, numbers="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def step(self, numbers: Mapping[str, float]) -> None:
+        """One step's numbers: step, epoch, loss, lr, scale, samples_per_second, memory_mib and the like."""
+        if self._file is not None:
+            self._file.write(json.dumps(dict(numbers)) + "\n")
+            self._file.flush()
+        if self._board is not None:
+            for name, value in numbers.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, int(numbers["step"]))
+        line = (
+            f"loss {numbers['loss']:.4f}  {numbers['samples_per_second']:.1f}/s  lr {numbers['lr']:.2e}  "
+            f"scale {numbers['scale']:.2f}  {numbers['memory_mib'] / 1024:.2f} GiB"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=numbers["step"], numbers=line)
+        elif self.console is not None and time.monotonic() - self._shown > PLAIN_SECONDS:
+            self._shown = time.monotonic()
+            self.console.print(f"step {int(numbers['step'])}/{self.total}  {line}", highlight=False)
+
+    def plot(self) -> Path | None:
+        """Draws loss, learning rate and scale of the whole run; None without matplotlib or metrics."""
+        if self.folder is None or importlib.util.find_spec("matplotlib") is None:
+            return None
+        rows = read(self.folder / METRICS)
+        return _plot(rows, self.folder / "training.png") if rows else None
+
+
+def read(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl; a last line that a crash cut short is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drops the rows after a step: a resumed run takes these steps again."""
+    rows = [row for row in read(path) if row["step"] <= step]
+    if path.is_file():
+        written = path.with_suffix(".tmp")
+        written.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(written, path)
+
+
+def memory_mib(device: torch.device) -> float:
+    """The most that has been in use: of the GPU's memory, or of this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _bar(console: Console) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _plot(rows: list[dict[str, float]], path: Path) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(3, sharex=True)
+    for axes, name in zip(panels, ("loss", "lr", "scale")):
+        axes.plot([row["step"] for row in rows], [row[name] for row in rows], linewidth=1)
+        axes.set_ylabel({"lr": "learning rate", "scale": "logit scale"}.get(name, name))
+        axes.grid(alpha=0.3)
+    panels[-1].set_xlabel("step")
+    figure.savefig(path, dpi=120)
+    return path
