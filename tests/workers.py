@@ -1,12 +1,15 @@
-"""Workers that die, for the decoder's tests. Nothing heavy is imported: each worker process imports this module."""
+"""What worker processes run in tests. Nothing heavy is imported: each of them imports this module."""
 
 from __future__ import annotations
 
 import os
 import signal
 from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 
 def poisoned(connection: Connection, work: object) -> None:
@@ -21,3 +24,23 @@ def poisoned(connection: Connection, work: object) -> None:
 def stillborn(connection: Connection, work: object) -> None:
     """It ends before it is ready."""
     os._exit(7)
+
+
+class Noise:
+    """A processor whose pixels are the file's first byte and a draw; the file "deadly" ends the process."""
+
+    modality = "image"
+    transform = None
+    tokenizer = None
+    config = SimpleNamespace(vision_config=SimpleNamespace(image_size=2))
+
+    def train(self, mode, generator=None):
+        self.training, self.generator = mode, generator
+
+    def __call__(self, files, raw):
+        assert not raw and len(files) == 1
+        if Path(files[0]).name == "deadly":
+            os._exit(3)
+        first = Path(files[0]).read_bytes()[0]
+        draw = torch.rand((), generator=self.generator) if self.training else torch.zeros(())
+        return {"pixel_values": torch.stack([torch.full((3, 2, 2), float(first)) + draw])}

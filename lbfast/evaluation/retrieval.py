@@ -120,7 +120,7 @@ def pair_files(
     links: list[tuple[str, str]] = []
     for index in range(len(manifest)):
         sample = manifest[index]
-        links.append((str(sample.media), os.path.join(Path(data).parent, sample.texts[modalities[1]].strip())))
+        links.append((str(sample.media), os.path.join(Path(data).parent, sample.texts[modalities[1]])))
     embeds: list[torch.Tensor] = []
     places: list[dict[Hashable, int]] = []
     for side, modality in enumerate(modalities):

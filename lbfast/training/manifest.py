@@ -76,7 +76,7 @@ class Manifest:
             )
 
     def _read(self) -> dict[str, Any]:
-        """Column -> array of strings or nulls."""
+        """Column -> array of strings or nulls. Rows that cannot be read are nulls, and put down in `skipped`."""
         if self.file.suffix.lower() == ".parquet":
             return self._read_parquet()
         import pyarrow as pa
@@ -125,11 +125,17 @@ class Manifest:
                 return
             self._check_columns(header)
             places = [header.index(name) for name in self._names]
-            for row in (row for row in reader if row):
-                yield tuple(row[place] if place < len(row) else None for place in places)
+            for number, row in enumerate(row for row in reader if row):
+                if len(row) != len(header):
+                    self._skip(
+                        number, f"{len(row)} fields, expected {len(header)} (is a text with {delimiter!r} unquoted?)"
+                    )
+                    yield (None,) * len(places)
+                else:
+                    yield tuple(row[place] for place in places)
 
     def _rows_of_json(self) -> Iterator[tuple[str | None, ...]]:
-        """Broken lines, and values that are no text, count as rows without a path or caption: they are skipped."""
+        """Values that are no text count as missing."""
         seen: set[str] = set()
         nothing = (None,) * len(self._names)
         with open(self.file, encoding="utf-8-sig") as file:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from lbfast.processing.media import MediaError, named
 
-DEFAULT_VIEWS = ("caption", "txt", "text")
+DEFAULT_VIEWS = ("txt", "caption", "text")
 """Where no views are asked for, the first of these that a sample has is its caption."""
 
 

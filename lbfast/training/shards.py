@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import tarfile
 from collections.abc import Collection, Iterator
-from pathlib import PurePosixPath
 
 import numpy as np
 
 from lbfast.training.sample import Member, Sample
+from lbfast.training.tar import BrokenTarError, members
 
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -19,7 +18,6 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd",
 }
 _TEXT = ("txt", "json")
-_BLOCK = 512
 
 
 class Shard:
@@ -85,57 +83,36 @@ class Shard:
                 group[suffix] = (offset, size)
         keys: list[str] = []
         parts: list[list[tuple[int, int, int]]] = []
+        roles: dict[tuple[str, ...], tuple[str | None, ...]] = {}  # suffixes of a sample -> media, txt, json
         for key, group in groups.items():
-            media = _choose(group, wanted)
-            texts = [next((s for s in group if s.rpartition(".")[2].lower() == kind), None) for kind in _TEXT]
+            kinds = tuple(group)
+            if kinds not in roles:
+                roles[kinds] = (_choose(kinds, wanted), *(_choose(kinds, [kind]) for kind in _TEXT))
+            media, *texts = roles[kinds]
             if media is None:
                 self.skipped[f"{self.file}/{key}"] = f"no media: it has {', '.join(group)} only"
             elif captions and texts == [None, None]:
                 self.skipped[f"{self.file}/{key}"] = f"no caption: it has {', '.join(group)}, neither txt nor json"
             else:
                 keys.append(key)
-                chosen = [media, *texts]
                 parts.append(
-                    [(-1, 0, 0) if s is None else (suffixes.setdefault(s, len(suffixes)), *group[s]) for s in chosen]
+                    [
+                        (-1, 0, 0) if s is None else (suffixes.setdefault(s, len(suffixes)), *group[s])
+                        for s in (media, *texts)
+                    ]
                 )
         self._keys = pa.array(keys, pa.large_string())
         self._parts = np.array(parts, dtype=np.int64).reshape(-1, 3, 3)
         self._suffixes = list(suffixes)
 
     def _members(self) -> Iterator[tuple[str, int, int]]:
-        """(name, offset, size) of every regular member that is whole."""
-        length = os.path.getsize(self.file)
-        at, why = 0, ""
-        last = "from the beginning"
+        """(name, offset, size) of the members that are whole; hidden ones are passed over."""
         try:
-            with tarfile.open(self.file, "r:") as tar:
-                while (member := tar.next()) is not None:
-                    tar.members.clear()  # type: ignore[attr-defined]  # or it keeps every one
-                    end = member.offset_data + member.size
-                    if end > length and member.isreg():
-                        why, at = (
-                            f"truncated in {member.name}: {length - member.offset_data} of {member.size} bytes",
-                            end,
-                        )
-                        break
-                    last, at = f"after {member.name}", tar.offset  # type: ignore[attr-defined]
-                    if member.isreg() and not PurePosixPath(member.name).name.startswith("."):
-                        yield member.name, member.offset_data, member.size
-        except (tarfile.TarError, OSError, ValueError) as error:
-            why = f"broken {last}: {error}"
-        if not why:
-            why = self._ending(at, last)
-        if why:
-            self.skipped[self.file] = f"{why}; what follows is lost"
-
-    def _ending(self, at: int, last: str) -> str:
-        """Why what is at the end of the members is not the end of a tar, or an empty string."""
-        with open(self.file, "rb") as file:
-            file.seek(at)
-            block = file.read(_BLOCK)
-        if len(block) < _BLOCK:
-            return f"truncated {last}: the end mark is missing"
-        return "" if not any(block) else f"broken {last}: no header at byte {at}"
+            for name, offset, size in members(self.file):
+                if not name.rpartition("/")[2].startswith("."):
+                    yield name, offset, size
+        except BrokenTarError as error:
+            self.skipped[self.file] = f"{error}; what follows is lost"
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -146,7 +123,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _choose(group: Collection[str], wanted: list[str]) -> str | None:
-    """The member that is the media: one named by a whole suffix ("depth.png"), else by its last part ("png")."""
+    """Of a sample's suffixes, the first that is wanted: as a whole ("depth.png"), else by its last part ("png")."""
     for want in wanted:
         for suffix in group:
             if suffix.lower() == want:

@@ -1,0 +1,571 @@
+"""Training data: the same batches whatever the ranks, workers and interruptions; and bad data is never fatal."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from lbfast.processing import default_tokenizer, transform_dict
+from lbfast.training.data import Batches, open_sources
+from lbfast.training.manifest import Manifest
+from lbfast.training.sample import Sample
+from lbfast.training.shards import Shard, expand_braces
+from lbfast.training.tar import BrokenTarError, members
+from tests import tiny
+from tests.workers import Noise
+
+COUNT = 22
+PICTURES = (".jpg", ".png")
+
+
+class Tokenizer:
+    """A token for each letter."""
+
+    def __call__(self, texts, max_length, padding, truncation, return_tensors):
+        assert (padding, truncation, return_tensors) == ("max_length", True, "pt")
+        rows = [[ord(letter) for letter in text[:max_length]] for text in texts]
+        ids = torch.tensor([row + [0] * (max_length - len(row)) for row in rows])
+        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+def write(file: Path, header: list[str], rows: list[list]) -> Path:
+    with open(file, "w", newline="", encoding="utf-8") as opened:
+        csv.writer(opened).writerows([header, *rows])
+    return file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Files of one byte, and a manifest of them."""
+    where = tmp_path_factory.mktemp("data")
+    for i in range(COUNT):
+        (where / f"{i:02}").write_bytes(bytes([i]))
+    write(where / "all.csv", ["path", "caption"], [[f"{i:02}", f"caption {i}"] for i in range(COUNT)])
+    return where
+
+
+def noise(data, **options) -> Batches:
+    return Batches(data, Noise(), Tokenizer(), **{"batch_size": 5, "context_length": 8, **options})
+
+
+def joined(batches) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
+    batches = list(batches)
+    keys = [key for batch in batches for key in batch.keys]
+    tensors = [(b.pixel_values, b.input_ids, b.groups) for b in batches]
+    return keys, *(torch.cat(parts) for parts in zip(*tensors))
+
+
+def assert_same(ours, theirs) -> None:
+    assert ours[0] == theirs[0]
+    for a, b in zip(ours[1:], theirs[1:], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_epoch_is_a_permutation_drawn_from_seed_and_epoch(folder):
+    batches = noise(folder / "all.csv", batch_size=COUNT, seed=3)
+    epochs = [next(batches.epoch(epoch)) for epoch in (0, 1, 0)]
+    assert [sorted(batch.keys) for batch in epochs] == [[f"{i:02}" for i in range(COUNT)]] * 3
+    assert epochs[0].keys == epochs[2].keys and torch.equal(epochs[0].pixel_values, epochs[2].pixel_values)
+    other = next(noise(folder / "all.csv", batch_size=COUNT, seed=4).epoch(0))
+    assert len({tuple(batch.keys) for batch in (epochs[0], epochs[1], other)}) == 3
+    draws = [dict(zip(batch.keys, (batch.pixel_values[:, 0, 0, 0] % 1).tolist())) for batch in (*epochs, other)]
+    assert all(draws[0][key] == draws[2][key] for key in draws[0])
+    assert not any(draws[0][key] == draws[i][key] for key in draws[0] for i in (1, 3))
+    assert len(set(draws[0].values())) == COUNT
+
+
+def test_a_batch_holds_what_belongs_together(folder):
+    batches = noise(folder / "all.csv")
+    assert (len(batches), batches.steps_per_epoch) == (COUNT, COUNT // 5)
+    for batch in batches.epoch(2):
+        assert len(batch) == 5 == len(batch.keys)
+        numbers = [int(key) for key in batch.keys]
+        assert batch.pixel_values[:, 0, 0, 0].int().tolist() == numbers
+        assert batch.captions == [f"caption {i}" for i in numbers]
+        assert batch.input_ids.tolist() == [[ord(letter) for letter in text[:8]] for text in batch.captions]
+        assert batch.pixel_values.shape == (5, 3, 2, 2) and batch.attention_mask.all()
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_ranks_share_each_step(folder, world):
+    """Rank after rank, the rows are those of one process; 5 rows on 7 ranks leave some without."""
+    whole = noise(folder / "all.csv")
+    ranks = [noise(folder / "all.csv", rank=r, world_size=world) for r in range(world)]
+    assert {b.steps_per_epoch for b in ranks} == {whole.steps_per_epoch}
+    for step, *parts in zip(whole.epoch(1), *(b.epoch(1) for b in ranks), strict=True):
+        assert_same(joined(parts), joined([step]))
+        assert {len(part) for part in parts} <= {5 // world, -(-5 // world)}
+        assert all(part.pixel_values.shape[1:] == (3, 2, 2) and part.input_ids.shape[1] == 8 for part in parts)
+
+
+def test_workers_change_nothing_and_a_file_that_kills_them_is_skipped(folder, tmp_path):
+    (tmp_path / "deadly").write_bytes(b"x")
+    rows = [[str(folder / f"{i:02}"), f"caption {i}"] for i in range(7)]
+    manifest = write(tmp_path / "m.csv", ["path", "caption"], [*rows, ["deadly", "no"]])
+    plain = noise(write(tmp_path / "plain.csv", ["path", "caption"], rows), shuffle=False, training=False, batch_size=4)
+    batches = noise(manifest, shuffle=False, training=False, batch_size=4, workers=2, prefetch=3)
+    assert_same(joined(batches.epoch(0)), joined(plain.epoch(0)))
+    assert batches.skipped == {"deadly": "deadly: the worker process ended with status 3 while decoding it"}
+    training = noise(folder / "all.csv", workers=2)
+    assert_same(joined(training.epoch(4, start=1)), joined(noise(folder / "all.csv").epoch(4, start=1)))
+    for _ in training.epoch(5):
+        break  # leaving early ends the workers
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 4])
+def test_a_resumed_epoch_equals_an_undisturbed_one(folder, start, monkeypatch):
+    whole = list(noise(folder / "all.csv").epoch(3))
+    read = []
+    call = Noise.__call__
+    monkeypatch.setattr(Noise, "__call__", lambda self, files, raw: read.append(files) or call(self, files, raw))
+    rest = list(noise(folder / "all.csv").epoch(3, start=start))
+    assert len(rest) == len(whole) - start and len(read) == 5 * len(rest)
+    for ours, theirs in zip(rest, whole[start:], strict=True):
+        assert_same(joined([ours]), joined([theirs]))
+
+
+def test_without_training_the_order_and_every_row_are_kept(folder):
+    batches = noise(folder / "all.csv", shuffle=False, training=False)
+    assert batches.steps_per_epoch == 5
+    keys, pixels, _, _ = joined(batches.epoch(0))
+    assert keys == [f"{i:02}" for i in range(COUNT)]
+    assert torch.equal(pixels[:, 0, 0, 0], torch.arange(COUNT).float())
+
+
+def test_views_are_drawn_by_weight(tmp_path):
+    count, weights = 2000, {"title": 1.0, "polished": 3.0, "spatial": 0.0}
+    (tmp_path / "a").write_bytes(b"a")
+    rows = [["a", f"title {i}", f"polished {i}", "never"] for i in range(count)]
+    manifest = write(tmp_path / "m.csv", ["path", "title", "polished", "spatial"], rows)
+    batches = noise(manifest, batch_size=count, captions=weights, shuffle=False)
+    first, second = (next(batches.epoch(epoch)).captions for epoch in (0, 1))
+    for captions in (first, second):
+        assert [text.split()[1] for text in captions] == [str(i) for i in range(count)]
+        share = sum(text.startswith("polished") for text in captions) / count
+        assert abs(share - 0.75) < 4 * (0.75 * 0.25 / count) ** 0.5
+    changed = sum(a != b for a, b in zip(first, second)) / count
+    assert abs(changed - 2 * 0.75 * 0.25) < 4 * (0.375 * 0.625 / count) ** 0.5
+
+
+def test_a_missing_view_leaves_the_others(tmp_path):
+    (tmp_path / "a").write_bytes(b"a")
+    manifest = write(
+        tmp_path / "m.csv", ["path", "title", "spatial"], [["a", "", "two"], ["a", "one", " "], ["a", "", ""]]
+    )
+    batches = noise(manifest, captions={"title": 1, "spatial": 5}, batch_size=2, shuffle=False)
+    for epoch in range(5):
+        assert next(batches.epoch(epoch)).captions == ["two", "one"]
+    assert batches.skipped == {f"{manifest}, row 3": "no caption in title, spatial"}
+
+
+ROWS = [("x/a.jpg", "one, two"), ("x/b.jpg", "zwei\nZeilen 'ü'"), ("/c.jpg", "three")]
+
+
+def manifests(where: Path) -> list[Path]:
+    table = pa.table({"path": [p for p, _ in ROWS], "other": [1, 2, 3], "caption": [c for _, c in ROWS]})
+    pq.write_table(table, where / "m.parquet")
+    lines = [json.dumps({"caption": c, "path": p, "other": {}}, ensure_ascii=False) for p, c in ROWS]
+    (where / "m.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    write(where / "m.csv", ["path", "other", "caption"], [[p, 1, c] for p, c in ROWS])
+    (where / "m.tsv").write_text(
+        '\ufeffcaption\tpath\n"one, two"\tx/a.jpg\n"zwei\nZeilen \'ü\'"\tx/b.jpg\nthree\t/c.jpg\n'
+    )
+    return [where / f"m.{suffix}" for suffix in ("parquet", "jsonl", "csv", "tsv")]
+
+
+def test_every_kind_of_manifest(tmp_path):
+    files = manifests(tmp_path)
+    expected = [Sample(p, os.path.join(tmp_path, p), {"caption": c}) for p, c in ROWS]
+    for file in files:
+        manifest = Manifest(file)
+        assert [manifest[i] for i in range(len(manifest))] == expected and not manifest.skipped
+        assert manifest.column("caption") == [c for _, c in ROWS]
+    assert expected[2].media == "/c.jpg"
+    together = open_sources(files, "image")
+    assert [len(source) for source in together] == [3] * 4
+    assert len(open_sources(tmp_path, "image")) == 4
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("m.csv", "", "got an empty manifest"),
+        ("m.csv", "path,caption\n", "expected rows with columns path, caption, got an empty manifest"),
+        ("m.jsonl", "\n", "got an empty manifest"),
+        ("m.csv", "file,caption\na,b\n", r"expected columns path, caption, got file, caption \(missing: path\)"),
+        ("m.jsonl", '{"path": "a"}\n', r"got path \(missing: caption\)"),
+        ("m.csv", b"path,caption\na,\xff\xfe\n", "expected UTF-8 text"),
+        ("m.parquet", "no", "expected a Parquet file, cannot read it"),
+        ("m.xlsx", "no", r"expected a manifest \(.*\), got \.xlsx"),
+    ],
+)
+def test_bad_manifests(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+        Manifest(tmp_path / name)
+
+
+def test_more_bad_manifests(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such file.*nowhere\.csv"):
+        noise(tmp_path / "nowhere.csv")
+    pq.write_table(pa.table({"path": ["a"], "caption": [["x"]]}), tmp_path / "lists.parquet")
+    with pytest.raises(ValueError, match=r"caption: expected text, got list"):
+        Manifest(tmp_path / "lists.parquet")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"expected a folder with shards \(\.tar\) or manifests"):
+        noise(tmp_path / "empty")
+    with pytest.raises(ValueError, match="expected at least one manifest or shard"):
+        noise([])
+
+
+def test_rows_that_are_no_samples_are_counted(tmp_path):
+    (tmp_path / "a").write_bytes(b"a")
+    lines = [
+        '{"path": "a", "caption": "good"}',
+        "{broken",
+        '["a"]',
+        '{"path": "a", "caption": 3}',
+        '{"path": " ", "caption": "x"}',
+    ]
+    lines += ['{"path": null, "caption": "x"}', '{"path": "a", "caption": "  "}', '{"path": "a", "caption": "good"}']
+    file = tmp_path / "m.jsonl"
+    file.write_text("\n".join(lines))
+    batches = noise(file, batch_size=2, shuffle=False)
+    assert [reason.partition(":")[0] for reason in batches.skipped.values()] == [
+        "no JSON",
+        "expected a JSON object, got list",
+        "no caption in caption",
+        "no path",
+        "no path",
+        "no caption in caption",
+    ]
+    assert next(iter(batches.skipped)) == f"{file}, row 2"
+    (batch,) = batches.epoch(0)
+    assert batch.captions == ["good", "good"] and batch.groups[0] == batch.groups[1]
+    (tmp_path / "m.csv").write_text("path,caption\na,one, two\na\n\na,fine\n")
+    manifest = Manifest(tmp_path / "m.csv")
+    assert len(manifest) == 1 and [why[:8] for why in manifest.skipped.values()] == ["3 fields", "1 fields"]
+    (tmp_path / "none.csv").write_text("path,caption\na,\n")
+    with pytest.raises(ValueError, match=r"expected samples, got none; 1 skipped, the first: .*row 1: no caption"):
+        noise(tmp_path / "none.csv")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    where = tmp_path_factory.mktemp("pictures")
+    for i in range(6):
+        tiny.picture(where / f"{i}.jpg", seed=i)
+    (where / "cut.jpg").write_bytes((where / "0.jpg").read_bytes()[:700])
+    (where / "text.jpg").write_text("no picture")
+    (where / "empty.jpg").write_bytes(b"")
+    (where / "folder.jpg").mkdir()
+    return where
+
+
+BAD = {
+    "cut.jpg": "got a JPEG image",
+    "text.jpg": "expected an image, got text",
+    "empty.jpg": "an empty file",
+    "folder.jpg": "a folder",
+    "missing.jpg": "no such file",
+}
+
+
+def test_bad_media_are_skipped_and_reported_once(pictures, tmp_path):
+    good = [f"{i}.jpg" for i in range(6)]
+    rows = [[str(pictures / name), f"a {name}"] for name in (*good, *BAD)]
+    manifest = write(tmp_path / "m.csv", ["path", "caption"], rows)
+    told: list[tuple[str, str]] = []
+    processor = transform_dict["image"](tiny.config("image"))
+    batches = Batches(
+        manifest, processor, default_tokenizer(), batch_size=4, training=False, on_skip=lambda *skip: told.append(skip)
+    )
+    for epoch in range(2):
+        keys, pixels, ids, _ = joined(batches.epoch(epoch))
+        assert sorted(keys) == sorted(str(pictures / name) for name in good)
+        assert ids.shape == (6, 77) and ids[0, 0] == 49406
+        assert torch.equal(pixels, processor(keys)["pixel_values"])
+    assert {Path(key).name for key in batches.skipped} == set(BAD) and dict(told) == batches.skipped and len(told) == 5
+    for key, reason in batches.skipped.items():
+        assert key in reason and BAD[Path(key).name] in reason
+    ranks = [
+        Batches(manifest, processor, Tokenizer(), batch_size=11, world_size=11, rank=r, shuffle=False)
+        for r in range(11)
+    ]
+    sizes = [next(b.epoch(0)).pixel_values.shape for b in ranks]
+    assert sizes == [(1, 3, 64, 64)] * 6 + [(0, 3, 64, 64)] * 5
+
+
+def test_nothing_but_bad_media_is_an_error(pictures, tmp_path):
+    processor = transform_dict["image"](tiny.config("image"))
+    rows = [[str(pictures / name), "x"] for name in BAD]
+    batches = Batches(write(tmp_path / "m.csv", ["path", "caption"], rows), processor, Tokenizer(), batch_size=5)
+    with pytest.raises(ValueError, match="none of 5 samples could be read; the last: "):
+        list(batches.epoch(0))
+
+
+def test_a_video_without_frames(tmp_path):
+    av = pytest.importorskip("av")
+    good = tiny.clip(tmp_path / "good.mp4")
+    with av.open(str(tmp_path / "empty.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 80, "yuv420p"
+        container.start_encoding()
+    tiny.sound(tmp_path / "sound.mp4")
+    (tmp_path / "cut.mp4").write_bytes(good.read_bytes()[:2000])
+    names = ("good.mp4", "empty.mp4", "sound.mp4", "cut.mp4")
+    manifest = write(tmp_path / "m.csv", ["path", "caption"], [[name, "x"] for name in names])
+    processor = transform_dict["video"](tiny.config("video"))
+    batches = Batches(manifest, processor, Tokenizer(), batch_size=4)
+    (batch,) = batches.epoch(0)
+    assert batch.keys == ["good.mp4"] and batch.pixel_values.shape == (1, 3, 2, 64, 64)
+    assert set(batches.skipped) == set(names[1:]) and all("expected a video" in why for why in batches.skipped.values())
+
+
+def test_flips_and_segments_come_from_the_sample(tmp_path):
+    """Clips are mirrored in half of the epochs, sounds begin elsewhere: again so in the next run, and on raw pixels."""
+    pytest.importorskip("av")
+    rows = [[str(tiny.clip(tmp_path / f"{i}.mp4", i)), "x"] for i in range(4)]
+    manifest = write(tmp_path / "m.csv", ["path", "caption"], rows)
+    processor = transform_dict["video"](tiny.config("video"))
+    options = {"batch_size": 4, "shuffle": False}
+    plain = next(Batches(manifest, processor, Tokenizer(), training=False, **options).epoch(0)).pixel_values
+    mirrored = []
+    for epoch in range(16):
+        again = [next(Batches(manifest, processor, Tokenizer(), **options).epoch(epoch)).pixel_values for _ in range(2)]
+        assert torch.equal(*again)
+        flips = [torch.equal(ours, theirs.flip(-1)) for ours, theirs in zip(again[0], plain)]
+        assert all(flip or torch.equal(ours, theirs) for flip, ours, theirs in zip(flips, again[0], plain))
+        mirrored.append(flips)
+    assert 16 <= sum(map(sum, mirrored)) <= 48 and len(set(map(tuple, mirrored))) > 4
+    raw = next(Batches(manifest, processor, Tokenizer(), raw=True, **options).epoch(3)).pixel_values
+    straight = processor([path for path, _ in rows], raw=True)["pixel_values"]
+    assert raw.dtype == torch.uint8
+    assert [torch.equal(ours, theirs.flip(-1)) for ours, theirs in zip(raw, straight)] == mirrored[3]
+    assert processor.training is False and torch.equal(processor([rows[0][0]])["pixel_values"][0], plain[0])
+
+
+def test_segments_of_long_sounds(tmp_path):
+    pytest.importorskip("av")
+    pytest.importorskip("kaldi_native_fbank")
+    processor = transform_dict["audio"](tiny.config("audio", target_length=28))
+    manifest = write(tmp_path / "m.csv", ["path", "caption"], [[str(tiny.sound(tmp_path / "a.wav")), "x"]])
+    batches = [Batches(manifest, processor, Tokenizer(), batch_size=1, workers=0) for _ in range(2)]
+    drawn = [[next(b.epoch(epoch)).pixel_values for epoch in range(4)] for b in batches]
+    assert all(torch.equal(*pair) for pair in zip(*drawn))
+    assert len({tuple(pixels.flatten()[:200].tolist()) for pixels in drawn[0]}) > 1
+    assert drawn[0][0].shape == (1, 3, 112, 28)
+    with pytest.raises(ValueError, match="raw: expected a modality with pixels, got audio"):
+        Batches(manifest, processor, Tokenizer(), batch_size=1, raw=True)
+
+
+def shard(file: Path, content: dict[str, bytes], **options) -> Path:
+    with tarfile.open(file, "w", **options) as tar:
+        for name, data in content.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return file
+
+
+def test_shards_give_what_files_give(pictures, tmp_path):
+    content = {}
+    for i in range(6):
+        content[f"dir/{i}.jpg"] = (pictures / f"{i}.jpg").read_bytes()
+        content[f"dir/{i}.txt"] = f"a picture {i}\n".encode()
+    names = list(content)
+    for part in range(2):
+        shard(tmp_path / f"{part:03}.tar", {name: content[name] for name in names[6 * part : 6 * part + 6]})
+    manifest = write(
+        tmp_path / "m.csv", ["path", "caption"], [[str(pictures / f"{i}.jpg"), f"a picture {i}"] for i in range(6)]
+    )
+    processor = transform_dict["image"](tiny.config("image"))
+    given = (tmp_path, str(tmp_path / "{000..001}.tar"), [tmp_path / "000.tar", tmp_path / "001.tar"])
+    runs = [list(Batches(data, processor, Tokenizer(), batch_size=4).epoch(0)) for data in (manifest, *given)]
+    for run in runs[1:]:
+        assert [b.captions for b in run] == [b.captions for b in runs[0]]
+        assert all(torch.equal(a.pixel_values, b.pixel_values) for a, b in zip(run, runs[0], strict=True))
+    assert runs[1][0].keys[0].startswith(str(tmp_path / "00")) and "tar/dir/" in runs[1][0].keys[0]
+    with pytest.raises(FileNotFoundError, match=r"no such file.*002\.tar"):
+        noise(str(tmp_path / "{000..002}.tar"))
+
+
+def test_what_a_shard_holds(tmp_path):
+    fields = {"title": "T", "polished": "P", "caption": "C", "frames": 3}
+    content = {
+        "a.jpg": b"a",
+        "a.depth.png": b"d",
+        "a.json": json.dumps(fields).encode(),
+        "b.JPG": b"b",
+        "b.txt": b"text",
+        "b.json": json.dumps(fields).encode(),
+        "c.jpg": b"c",  # no caption
+        "d.txt": b"no media",
+        "e.jpg": b"e",
+        "e.txt": b"  ",
+        "f.jpg": b"f",
+        "f.json": b"{",
+        "g.jpg": b"g",
+        "g.txt": b"\xff",
+        ".hidden.jpg": b"h",
+    }
+    file = shard(tmp_path / "s.tar", content)
+    with tarfile.open(file, "a") as tar:
+        again = tarfile.TarInfo("a.jpg")
+        again.size = 1
+        tar.addfile(again, io.BytesIO(b"z"))
+    batches = noise(file, batch_size=5, shuffle=False)
+    (batch,) = batches.epoch(0)
+    assert batch.keys == [f"{file}/a", f"{file}/b"] and batch.captions == ["C", "text"]
+    assert batch.pixel_values[:, 0, 0, 0].int().tolist() == [ord("a"), ord("b")]
+    skipped = {key.removeprefix(f"{file}/"): why for key, why in batches.skipped.items()}
+    assert {key: why.partition(":")[0] for key, why in skipped.items() if key not in "fg"} == {
+        "a.jpg": "the tar has two members of this name; the first is used",
+        "c": "no caption",
+        "d": "no media",
+        "e": f"{file}/e",
+    }
+    assert "expected JSON, got" in skipped["f"] and "expected UTF-8 text" in skipped["g"]
+    views = noise(file, batch_size=5, shuffle=False, captions={"title": 1, "polished": 1})
+    seen = {tuple(next(views.epoch(epoch)).captions) for epoch in range(12)}
+    assert seen == {(a, b) for a in "TP" for b in "TP"}
+    depth = noise(file, batch_size=1, media="depth.png", shuffle=False)
+    assert next(depth.epoch(0)).pixel_values[0, 0, 0, 0].int() == ord("d") and len(depth) == 1
+
+
+LONG = "folder/" + "long" * 40
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_those_of_the_standard_library(tmp_path, kind):
+    name = "folder" * 15 + "/" + "x" * 80 if kind == tarfile.USTAR_FORMAT else LONG
+    names = ["a.txt", name + ".txt", "ümlaut.txt", "empty.txt", "last.txt"]
+    file = tmp_path / "s.tar"
+    with tarfile.open(file, "w", format=kind) as tar:
+        for i, one in enumerate(names):
+            info = tarfile.TarInfo(one)
+            info.size = 0 if one == "empty.txt" else 500 + 300 * i
+            info.mtime = 1234.5
+            tar.addfile(info, io.BytesIO(bytes([i]) * info.size))
+            for extra, type_ in ((f"d{i}", tarfile.DIRTYPE), (f"l{i}", tarfile.SYMTYPE), (f"h{i}", tarfile.LNKTYPE)):
+                link = tarfile.TarInfo(extra)
+                link.type, link.linkname = type_, "long" * 40 if kind != tarfile.USTAR_FORMAT else "a.txt"
+                tar.addfile(link)
+    with tarfile.open(file) as tar:
+        expected = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
+    assert list(members(file)) == expected and [name for name, _, _ in expected] == names
+
+
+def test_a_shard_that_breaks_off_gives_what_is_whole(tmp_path):
+    """Cut at every 100 bytes: never an error, every sample that is left is whole, and the loss is said."""
+    content = {}
+    for i in range(4):
+        content[f"{i}.jpg"] = bytes([i]) * 700
+        content[f"{i}.txt"] = f"caption {i}".encode()
+    whole = shard(tmp_path / "whole.tar", content)
+    data, ends = whole.read_bytes(), [offset + size for _, offset, size in members(whole)]
+    assert not Shard(whole, PICTURES).skipped
+    cut = tmp_path / "cut.tar"
+    for length in range(0, ends[-1] + 512, 100):
+        cut.write_bytes(data[:length])
+        left = Shard(cut, PICTURES)
+        assert len(left) == sum(end <= length for end in ends[1::2])
+        for i in range(len(left)):
+            sample = left[i]
+            assert sample.media.read() == content[f"{i}.jpg"] and sample.captions() == {"txt": f"caption {i}"}
+        assert "what follows is lost" in left.skipped[str(cut)]
+        halves = sum(end <= length for end in ends) % 2
+        assert len(left.skipped) == 1 + halves  # media whose caption is beyond the cut
+    cut.write_bytes(data[: ends[4] - 10])
+    batches = noise([cut], batch_size=2)
+    assert sorted(next(batches.epoch(0)).captions) == ["caption 0", "caption 1"]
+    assert batches.skipped == {str(cut): "truncated in 2.jpg: 690 of 700 bytes are there; what follows is lost"}
+    broken = bytearray(data)
+    broken[ends[1] // 512 * 512 + 512 : ends[1] // 512 * 512 + 600] = b"\x07" * 88
+    cut.write_bytes(broken)
+    left = Shard(cut, PICTURES)
+    assert len(left) == 1 and left.skipped[str(cut)].startswith("broken after 0.txt: no header at byte")
+    cut.write_bytes(data)
+    batches = noise([cut], batch_size=4)
+    cut.write_bytes(data[: ends[2] - 1])  # after it was indexed
+    next(batches.epoch(0))
+    assert len(batches.skipped) == 3 and all("has the tar changed?" in why for why in batches.skipped.values())
+
+
+def test_shards_that_are_none(tmp_path):
+    whole = shard(tmp_path / "a.tar", {"a.jpg": b"a", "a.txt": b"a"})
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(whole.read_bytes()))
+    with pytest.raises(ValueError, match=r"a\.tar\.gz: expected an uncompressed tar, got one compressed with gzip"):
+        noise(tmp_path / "a.tar.gz")
+    (tmp_path / "text.tar").write_text("This is no tar at all. " * 100)
+    with pytest.raises(
+        ValueError, match=r"expected samples, got none; 1 skipped.*broken from the beginning: no header"
+    ):
+        noise(tmp_path / "text.tar")
+    with pytest.raises(BrokenTarError, match="no header at byte 0"):
+        list(members(tmp_path / "text.tar"))
+    assert len(noise([tmp_path / "text.tar", whole], batch_size=1)) == 1
+
+
+@pytest.mark.parametrize(
+    "pattern, names",
+    [
+        ("a.tar", ["a.tar"]),
+        ("s-{08..11}.tar", ["s-08.tar", "s-09.tar", "s-10.tar", "s-11.tar"]),
+        ("{a,b}/{0..1}", ["a/0", "a/1", "b/0", "b/1"]),
+        ("{x}{1,2}", ["{x}1", "{x}2"]),
+    ],
+)
+def test_braces(pattern, names):
+    assert expand_braces(pattern) == names
+    with pytest.raises(ValueError, match=r"FIRST <= LAST, got \{2\.\.1\}"):
+        expand_braces("{2..1}")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 0}, "batch_size: expected a whole number of at least 1, got 0"),
+        ({"batch_size": COUNT + 1}, f"batch_size: expected at most {COUNT}, the samples there are, got {COUNT + 1}"),
+        ({"rank": 2, "world_size": 2}, "rank: expected 0 <= rank < world_size = 2, got 2"),
+        ({"workers": -1}, "workers: expected"),
+        ({"captions": {}}, "captions: expected views with weights"),
+        ({"captions": {"caption": -1}}, "captions: expected views with weights"),
+        ({"captions": {"title": 1}}, r"missing: title"),
+        ({"media": "file"}, r"missing: file"),
+    ],
+)
+def test_wrong_arguments(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        noise(folder / "all.csv", **options)
+
+
+def test_a_start_beyond_the_epoch(folder):
+    batches = noise(folder / "all.csv")
+    with pytest.raises(ValueError, match="start: expected a step from 0 to 4, got 5"):
+        batches.epoch(0, start=5)
+
+
+def test_sources_may_be_objects():
+    class Letters:
+        skipped: dict[str, str] = {}  # noqa: RUF012
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return Sample("ab"[index], __file__, {"caption": "ab"[index]})
+
+    assert sorted(next(noise(Letters(), batch_size=2).epoch(0)).keys) == ["a", "b"]
+    assert np.unique(next(noise([Letters(), Letters()], batch_size=4).epoch(0)).groups).size == 2
