@@ -80,11 +80,11 @@ def wrap(towers: Towers, engine: Engine, place: Place) -> nn.Module:
 
 def _shard(towers: Towers, place: Place) -> nn.Module:
     """FSDP2, a unit for each encoder layer; a text tower that is not trained stays whole, and so does the scale."""
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     model = towers.model
-    mesh = init_device_mesh(place.device.type, (place.world,))
+    mesh = DeviceMesh.from_group(place.group, place.device.type)
     whole = {model.logit_scale}  # has no dimension to shard
     encoders = [model.vision_model.encoder]
     if towers.text_trained:

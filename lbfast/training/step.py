@@ -190,7 +190,9 @@ class LargeBatchStep:
 
     def embed_captions(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(b, L) -> unit embeddings (b, E) without gradients, some at a time; those in the cache are not computed."""
-        out = torch.empty(len(ids), self.inner.model.config.projection_dim, device=self.device)
+        model = self.inner.model
+        dtype = torch.promote_types(model.text_projection.weight.dtype, torch.float32)
+        out = torch.empty(len(ids), model.config.projection_dim, dtype=dtype, device=self.device)
         missing = torch.arange(len(ids))
         if self.cache is not None:
             missing = self.cache.read(ids, out)
