@@ -13,13 +13,13 @@ from typing import Any
 
 _WHERE = {
     "Encoder": "encoder",
-    "Ranking": "retrieval",
+    "Ranking": "ranking",
     "Report": "report",
     "class_embeddings": "zero_shot",
     "classify": "zero_shot",
     "classify_files": "zero_shot",
     "pair_files": "retrieval",
-    "ranks": "ranks",
+    "ranks": "ranking",
     "retrieve": "retrieval",
     "retrieve_files": "retrieval",
     "templates_for": "prompts",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lbfast.evaluation.ranks import Ranking
+from lbfast.evaluation.ranking import Ranking
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lbfast.evaluation.encoder import Encoder
-from lbfast.evaluation.ranks import Ranking, ranks, summarise
+from lbfast.evaluation.ranking import Ranking, ranks, summarise
 from lbfast.evaluation.report import Report, nothing_left
 from lbfast.training.data import check_views, open_sources
 from lbfast.training.manifest import Manifest

@@ -11,7 +11,7 @@ import torch
 from lbfast.embedding.items import suffixes_of
 from lbfast.evaluation.encoder import Encoder
 from lbfast.evaluation.prompts import check_templates, templates_for
-from lbfast.evaluation.ranks import Ranking, ranks, summarise
+from lbfast.evaluation.ranking import Ranking, ranks, summarise
 from lbfast.evaluation.report import Report, nothing_left
 from lbfast.training.manifest import SUFFIXES, Manifest
 from lbfast.training.sample import Sample
