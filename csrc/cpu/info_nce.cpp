@@ -16,6 +16,10 @@
 #include <ATen/cpu/vec/vec.h>
 #include <torch/library.h>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -33,6 +37,7 @@ using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kRows = 128;        // rows of a tile
 constexpr int64_t kCols = 64;         // columns of a tile
 constexpr int64_t kDepth = 256;       // columns of dS that one product of the second backward phase takes
+constexpr int64_t kStrips = 2;        // of rows that one packed part of y serves there: their dX stays in cache
 constexpr int64_t kMaxGroups = 64;    // of columns in the forward: bounds the partial row statistics
 constexpr float kSpread = 16.0f;      // exp(z - K) of what matters stays within rounding of exp's argument
 constexpr float kNone = -std::numeric_limits<float>::max();  // logit of a pair that is left out
@@ -43,6 +48,38 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Items of `work` multiply-adds each that are worth a thread's while.
 int64_t grain(int64_t work) { return std::max<int64_t>(1, (int64_t{1} << 22) / std::max<int64_t>(1, work)); }
+
+// Zeroed scratch that goes back to the system at once: a heap would keep it while the results are being written.
+template <typename T>
+class Scratch {
+ public:
+#if defined(__unix__) || defined(__APPLE__)
+  explicit Scratch(int64_t size) : bytes_(size * sizeof(T)) {
+    if (bytes_ > 0) {
+      data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      TORCH_CHECK_WITH(OutOfMemoryError, data_ != MAP_FAILED, "info_nce: no memory for ", bytes_, " bytes of scratch");
+    }
+  }
+  ~Scratch() {
+    if (bytes_ > 0) {
+      munmap(data_, bytes_);
+    }
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* data() { return static_cast<T*>(data_); }
+
+ private:
+  size_t bytes_;
+  void* data_ = nullptr;
+#else
+  explicit Scratch(int64_t size) : values_(size) {}
+  T* data() { return values_.data(); }
+
+ private:
+  std::vector<T> values_;
+#endif
+};
 
 // What describes the rectangle of logits beside its operands.
 struct Block {
@@ -273,24 +310,16 @@ void grads_kernel(const T* x, const T* y, int64_t m, int64_t n, int64_t d, const
   const int64_t fit = workspace / (ld * static_cast<int64_t>(sizeof(T))) / kRows * kRows;
   const int64_t chunk = std::min(std::max(fit, kRows), ceil_div(m, kRows) * kRows);
   constexpr bool packs = kPair<T> == 2;
-  std::vector<T> ds(dx != nullptr ? chunk * ld : 0);                                 // [chunk, ld]
-  std::vector<T> x_pairs(packs && dy != nullptr ? chunk * d : 0);                    // [chunk / 2, D, 2]
-  std::vector<T> y_pairs(packs && dx != nullptr ? round_to_pair<T>(n) * d : 0);      // [n / 2, D, 2]
-  if constexpr (packs) {
-    if (dx != nullptr) {
-      at::parallel_for(0, tiles, grain(kCols * d), [&](int64_t begin, int64_t end) {
-        const int64_t first = begin * kCols, last = std::min(n, end * kCols);
-        pack_pairs(y + first * d, d, last - first, d, y_pairs.data() + first * d);
-      });
-    }
-  }
+  Scratch<T> ds_scratch(dx != nullptr ? chunk * ld : 0), pairs_scratch(packs && dy != nullptr ? chunk * d : 0);
+  T* ds = ds_scratch.data();          // [chunk, ld]
+  T* x_pairs = pairs_scratch.data();  // [chunk / 2, D, 2]
   for (int64_t c = 0; c < m; c += chunk) {
     const int64_t high = std::min(chunk, m - c);
     if constexpr (packs) {
       if (dy != nullptr) {
         at::parallel_for(0, ceil_div(high, kRows), grain(kRows * d), [&](int64_t begin, int64_t end) {
           const int64_t first = begin * kRows, last = std::min(high, end * kRows);
-          pack_pairs(x + (c + first) * d, d, last - first, d, x_pairs.data() + first * d);
+          pack_pairs(x + (c + first) * d, d, last - first, d, x_pairs + first * d);
         });
       }
     }
@@ -320,7 +349,7 @@ void grads_kernel(const T* x, const T* y, int64_t m, int64_t n, int64_t d, const
             const T* b;
             if constexpr (packs) {
               convert(out, turned.data(), kCols * kRows);
-              b = x_pairs.data() + (i - c) * d;
+              b = x_pairs + (i - c) * d;
               gemm(width, d, depth, turned.data(), kRows, b, d, dy + j * d, d, true);
             } else {
               b = x + i * d;
@@ -332,14 +361,21 @@ void grads_kernel(const T* x, const T* y, int64_t m, int64_t n, int64_t d, const
       gemm_release<T>();
     });
     if (dx != nullptr) {
-      const int64_t strips = ceil_div(high, kRows);
-      at::parallel_for(0, strips, grain(kRows * n * d), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin * kRows; i < std::min(high, end * kRows); i += kRows) {
-          const int64_t height = std::min(kRows, high - i);
+      at::parallel_for(0, ceil_div(high, kRows), grain(kRows * n * d), [&](int64_t begin, int64_t end) {
+        std::vector<T> pairs(packs ? kDepth * d : 0);  // [kDepth / 2, D, 2] of y
+        const int64_t stop = std::min(high, end * kRows);
+        for (int64_t group = begin * kRows; group < stop; group += kStrips * kRows) {
           for (int64_t j = 0; j < n; j += kDepth) {
-            const int64_t depth = round_to_pair<T>(std::min(kDepth, n - j));
-            const T* b = packs ? y_pairs.data() + j * d : y + j * d;
-            gemm(height, d, depth, &ds[i * ld + j], ld, b, d, dx + (c + i) * d, d, true);
+            const int64_t depth = std::min(kDepth, n - j);
+            const T* b = y + j * d;
+            if constexpr (packs) {
+              pack_pairs(b, d, depth, d, pairs.data());
+              b = pairs.data();
+            }
+            for (int64_t i = group; i < std::min(stop, group + kStrips * kRows); i += kRows) {
+              gemm(std::min(kRows, stop - i), d, round_to_pair<T>(depth), &ds[i * ld + j], ld, b, d,
+                   dx + (c + i) * d, d, true);
+            }
           }
         }
         gemm_release<T>();

@@ -11,7 +11,10 @@ import torch
 from lbfast import dispatch, distributed
 
 _ROUNDING_HEADROOM = 4096.0  # fp16 rounds dS scaled up by this, so that probabilities of 1/B stay normal numbers
-_DEFAULT_WORKSPACE_MIB = {"cpu": 32, "cuda": 256}
+_ROWS_AT_ONCE = 4096
+"""Of 16-bit embeddings, in the backward: their gradients are summed in float32, and then rounded."""
+
+_DEFAULT_WORKSPACE_MIB = {"cpu": 20, "cuda": 256}
 
 
 def info_nce(
@@ -49,7 +52,7 @@ def info_nce(
         gather: "all" collects every rank's texts on each rank; "ring" passes them round, so that no rank ever holds
             more than two ranks' worth of them.
         impl: "triton", "native" or "torch"; None chooses.
-        workspace_mib: bound on the scratch memory for tiles; default 256 on a GPU, 32 elsewhere. Speed, not results
+        workspace_mib: bound on the scratch memory for tiles; default 256 on a GPU, 20 elsewhere. Speed, not results
             to more than rounding, depends on it.
 
     Returns:
@@ -70,7 +73,7 @@ def info_nce(
     image_embeds, text_embeds = image_embeds.to(dtype), text_embeds.to(dtype)
     name = dispatch.choose("info_nce", impl, IMPLEMENTATIONS, image_embeds, text_embeds)
     if workspace_mib is None:
-        workspace_mib = _DEFAULT_WORKSPACE_MIB.get(device.type, 32)
+        workspace_mib = _DEFAULT_WORKSPACE_MIB.get(device.type, 20)
     world = distributed.world(group)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         shards = distributed.Shards.agree(image_embeds, group, world, scale.requires_grad, text_embeds.requires_grad)
@@ -138,6 +141,11 @@ class Block:
     """(m,) and (n,) int32: a pair with equal labels that is no positive is left out."""
     workspace: int
     """Scratch memory, bytes."""
+
+    def rows(self, part: slice) -> Block:
+        """The same for some of the rows."""
+        diag = None if self.diag is None else self.diag + part.start
+        return Block(diag, None if self.row_labels is None else self.row_labels[part], self.col_labels, self.workspace)
 
 
 class Implementation(Protocol):
@@ -221,26 +229,53 @@ class _InfoNCE(torch.autograd.Function):
     def backward(ctx, grad):
         image_embeds, y, scale, rows, cols, positives, *kept = ctx.saved_tensors
         plan, (need_x, need_y, need_s) = ctx.plan, ctx.needs_input_grad[:3]
-        shards, implementation = plan.shards, plan.implementation
+        shards = plan.shards
         with torch.autocast(image_embeds.device.type, enabled=False):
             acc = _accumulation(image_embeds.dtype)
             s = scale.to(acc)
+            factor = grad.to(acc) / (2 * shards.total)
             dx: Any = None
-            if need_x or not need_y:  # the scale's gradient comes from either side's
-                dx = image_embeds.new_zeros(image_embeds.shape, dtype=acc)
+            dy: Any = None
             if shards.world == 1 or plan.gather == "all":
-                dy: Any = y.new_zeros(y.shape, dtype=acc) if need_y else None
-                implementation.grads(image_embeds, y, s, rows, cols, positives, plan.block(None), kept, dx, dy)
-                ds = None if not need_s else _dot(image_embeds, dx) if dx is not None else _dot(y, dy)
+                dy = y.new_zeros(y.shape, dtype=acc) if need_y else None
+                dx, ds = _row_grads(image_embeds, y, s, rows, cols, positives, plan, kept, need_x, dy, factor * s)
+                if ds is None:
+                    ds = _dot(y, dy)
                 dy = shards.scatter_rows(dy) if need_y else None
             else:
+                if need_x or not need_y:  # the scale's gradient comes from either side's
+                    dx = image_embeds.new_zeros(image_embeds.shape, dtype=acc)
                 dy = _ring_grads(image_embeds, y, s, rows, cols, positives, plan, dx, need_y)
-                ds = None if not need_s else _dot(image_embeds, dx) if dx is not None else _dot(y, dy)
-            factor = grad.to(acc) / (2 * shards.total)
-            dx = dx.mul_(factor * s).to(image_embeds.dtype) if need_x else None
+                ds = _dot(image_embeds, dx) if dx is not None else _dot(y, dy)
+                dx = dx.mul_(factor * s).to(image_embeds.dtype) if need_x else None
             dy = dy.mul_(factor * s).to(y.dtype) if need_y else None
             ds = (shards.sum(ds) * factor).to(scale.dtype) if need_s else None
         return dx, dy, ds, None
+
+
+def _row_grads(x, y, s, rows, cols, positives, plan, kept, need_x, dy, factor):
+    """dx (b, D) of x's dtype, times factor, or None; the scale's gradient before it, or None where only dy is made.
+
+    Adds to dy. Of 16-bit rows only so many at a time have their gradient in float32.
+    """
+    if not need_x and dy is not None:
+        plan.implementation.grads(x, y, s, rows, cols, positives, plan.block(None), kept, None, dy)
+        return None, None
+    wide = x.dtype == s.dtype
+    dx = x.new_zeros(x.shape) if wide else x.new_empty(x.shape)
+    ds: Any = _wide(s.new_zeros(()))
+    step = max(1, len(x)) if wide or kept else min(len(x), _ROWS_AT_ONCE)
+    scratch = dx if wide else x.new_empty((step, *x.shape[1:]), dtype=s.dtype)
+    for a in range(0, len(x), max(1, step)):
+        part = slice(a, a + step)
+        dx_c = scratch if wide else scratch[: len(x[part])].zero_()
+        some, block = rows[:, part].contiguous(), plan.block(None).rows(part)
+        plan.implementation.grads(x[part], y, s, some, cols, positives[part], block, kept, dx_c, dy)
+        ds = ds + _dot(x[part], dx_c)
+        if need_x:
+            torch.mul(dx_c, factor, out=dx_c)
+            dx[part] = dx_c
+    return dx if need_x else None, ds
 
 
 def _ring_stats(x, y, s, plan):
@@ -269,9 +304,10 @@ def _ring_grads(x, y, s, rows, cols, positives, plan, dx, need_y):
 
 def _dot(x: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
     """sum(x * dx) in float64, some rows at a time: sum(dS * x @ y.T), for dx = dS @ y."""
+    rows = 128 if x.device.type == "cpu" else 4096  # a CPU's allocator keeps what is freed: little
     total = _wide(dx.new_zeros(()))
-    for x_c, dx_c in zip(x.split(512), dx.split(512)):
-        total = total + (_wide(dx_c) * x_c).sum()
+    for x_c, dx_c in zip(x.split(rows), dx.split(rows)):
+        total = total + torch.dot(_wide(dx_c).flatten(), x_c.flatten().to(total.dtype))
     return total
 
 
