@@ -184,7 +184,7 @@ def test_a_loss_that_is_no_number(tmp_path):
 def test_a_gradient_that_is_no_number(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "gradient_norm", lambda parameters, group: torch.tensor(math.inf))
     with pytest.raises(
-        TrainingError, match=r"norm of the gradient is inf at step 1 of 9: .*there is no checkpoint yet"
+        TrainingError, match=r"gradient is inf at step 1 of 9: .*there is no checkpoint yet"
     ):
         run(tmp_path, save_every=1)
     assert not checkpoints.existing(tmp_path / "checkpoints")
