@@ -49,7 +49,7 @@ def oracle(queries, gallery, matches) -> list[int]:
     return found
 
 
-vectors = st.lists(st.tuples(*[st.integers(-2, 2)] * 3).filter(any), min_size=1, max_size=9)
+vectors = st.lists(st.tuples(*[st.integers(-3, 3)] * 3).filter(any), min_size=1, max_size=9)
 
 
 @settings(max_examples=300, deadline=None)
