@@ -50,7 +50,7 @@ class bdist_wheel_native(bdist_wheel):
 
 
 setup(
-    packages=sorted({*find_packages(include=["lbfast", "lbfast.*"]), "lbfast.kernels"}),  # an sdist has no signpost
-    package_dir={"lbfast.kernels": "kernels"},
+    packages=sorted({*find_packages(include=["lbfast", "lbfast.*"]), "lbfast.kernels", "lbfast.bench"}),
+    package_dir={"lbfast.kernels": "kernels", "lbfast.bench": "bench"},  # an sdist has no signposts
     cmdclass={"build_py": build_py_native, "bdist_wheel": bdist_wheel_native},
 )

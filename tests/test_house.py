@@ -72,6 +72,8 @@ def breach(module, name, in_function):
     """Why `module` may not import `name`, or an empty string."""
     if within(name, "triton") and not within(module, "lbfast.kernels") and not in_function:
         return "Triton is for functions only"
+    if within(name, "lbfast.bench"):
+        return "" if module == "lbfast.cli.bench" and in_function else "benches are for `lbfast bench` alone"
     if within(name, "tests", "bench"):
         return "the product knows neither tests nor benches"
     if not within(name, "lbfast"):
@@ -113,6 +115,8 @@ def test_imports_run_downwards():
         ("lbfast.dispatch", "lbfast.ops", True),
         ("lbfast.dispatch", "triton", False),
         ("lbfast.cli", "bench.resources", True),
+        ("lbfast.cli.bench", "lbfast.bench.harness", False),
+        ("lbfast.embedding", "lbfast.bench.harness", True),
         ("lbfast.reference.mlp", "lbfast.ops.mlp", False),
     ],
 )

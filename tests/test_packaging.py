@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("lbfast", "kernels", "csrc", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
+PARTS = ("lbfast", "kernels", "bench", "csrc", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
 
 
 def python(*arguments: str, cwd: Path, **environment: str) -> str:
@@ -65,7 +65,7 @@ def test_the_wheel_has_every_file(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     wanted = sources("lbfast", "*.py") - {"lbfast/kernels/__init__.py"}  # a signpost for checkouts only
-    wanted |= {f"lbfast/{name}" for name in sources("kernels", "*.py")}
+    wanted |= {f"lbfast/{name}" for name in (*sources("kernels", "*.py"), *sources("bench", "*.py"))}
     wanted |= {f"lbfast/{name}" for name in sources("csrc", "*.*")}
     wanted |= {"lbfast/py.typed", "lbfast/processing/clip_vocabulary/merges.txt.gz"}
     assert wanted <= names
@@ -77,16 +77,19 @@ def test_an_installed_wheel_runs(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     program = """
 import importlib.util
+import lbfast.bench.bench_attention
 import lbfast.kernels.primitives
 from lbfast import native
 from lbfast.processing.text import clip_vocabulary
 print(lbfast.kernels.primitives.__file__, len(native._sources()), len(clip_vocabulary()[0]))
 print(importlib.util.find_spec("kernels") is None or importlib.util.find_spec("kernels").origin)
+print(lbfast.bench.bench_attention.__file__)
 """
-    place, kernels = python("-c", program, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).splitlines()
+    place, kernels, bench = python("-c", program, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).splitlines()
     file, found, tokens = place.split()
     assert file == str(tmp_path / "site" / "lbfast" / "kernels" / "primitives.py")
     assert int(found) == len(list((ROOT / "csrc" / "cpu").glob("*.cpp"))) and tokens == "49408"
+    assert bench == str(tmp_path / "site" / "lbfast" / "bench" / "bench_attention.py")
     assert kernels == "True" or "site-packages" in kernels  # Hugging Face's own, where it is installed
 
 
