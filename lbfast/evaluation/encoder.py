@@ -73,6 +73,10 @@ class Encoder:
     def modality(self) -> str:
         return self.processor.modality
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def media(
         self, samples: Sequence[Sample], on_skip: Callable[[str, str], None] | None = None
     ) -> tuple[torch.Tensor, list[int]]:
@@ -96,7 +100,7 @@ class Encoder:
                     elif on_skip is not None:
                         on_skip(samples[number].path, result.reason)
                 if good:
-                    batch = torch.stack(pixels).to(weight.device, weight.dtype)
+                    batch = torch.stack(pixels).to(self.device, weight.dtype)
                     with torch.inference_mode():
                         embeds = _unit(self.model.get_image_features(pixel_values=batch))
                     finite = torch.isfinite(embeds).all(-1)
@@ -112,14 +116,14 @@ class Encoder:
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Unit embeddings (n, E) float32 on the CPU. Longer texts are cut, as in training."""
         longest = self.model.config.text_config.max_position_embeddings
-        device = next(self.model.parameters()).device
         rows = [torch.empty(0, self.model.config.projection_dim)]
         for first in range(0, len(texts), self.batch_size):
             batch = list(texts[first : first + self.batch_size])
             tokens = self.tokenizer(batch, max_length=longest, padding=True, truncation=True, return_tensors="pt")
             with torch.inference_mode():
                 embeds = self.model.get_text_features(
-                    input_ids=tokens["input_ids"].to(device), attention_mask=tokens["attention_mask"].to(device)
+                    input_ids=tokens["input_ids"].to(self.device),
+                    attention_mask=tokens["attention_mask"].to(self.device),
                 )
             rows.append(_unit(embeds))
             self.progress("text", first + len(batch), len(texts))

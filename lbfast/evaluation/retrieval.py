@@ -88,7 +88,7 @@ def retrieve_files(
         raise nothing_left(data, skipped)
     known = {text: i for i, text in enumerate(dict.fromkeys(text for _, text in links))}
     matches = torch.tensor(sorted({(place[item], known[text]) for item, text in links}))
-    there, back = retrieve(embeds, encoder.texts(list(known)), matches, ks=ks)
+    there, back = retrieve(embeds, encoder.texts(list(known)).to(embeds.device), matches, ks=ks)
     counts = {"items": len(embeds), "captions": len(known), "pairs": len(matches)}
     name = encoder.modality
     return Report("retrieval", {f"{name} -> text": there, f"text -> {name}": back}, counts, skipped)
@@ -141,7 +141,7 @@ def pair_files(
 def _embed(
     encoder: Encoder, items: Mapping[Hashable, Sample], skipped: dict[str, str]
 ) -> tuple[torch.Tensor, dict[Hashable, int]]:
-    """Embeddings (n, E) of the items that can be embedded, and the row of each."""
+    """Embeddings (n, E) of the items that can be embedded, on the encoder's device, and the row of each."""
     embeds, kept = encoder.media(list(items.values()), skipped.__setitem__)
     names = list(items)
-    return embeds, {names[number]: row for row, number in enumerate(kept)}
+    return embeds.to(encoder.device), {names[number]: row for row, number in enumerate(kept)}
