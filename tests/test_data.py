@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from lbfast.cli import app
 from lbfast.processing import default_tokenizer, transform_dict
 from lbfast.training.data import Batches, open_sources
 from lbfast.training.manifest import Manifest
@@ -569,3 +571,35 @@ def test_sources_may_be_objects():
 
     assert sorted(next(noise(Letters(), batch_size=2).epoch(0)).keys) == ["a", "b"]
     assert np.unique(next(noise([Letters(), Letters()], batch_size=4).epoch(0)).groups).size == 2
+
+
+def test_bad_data_and_the_command(tmp_path):
+    """An empty manifest and one without a caption are one line of error; of a broken shard the whole samples train."""
+    model = tiny.checkpoint(tmp_path, "depth")
+    content = {}
+    for i in range(5):
+        content |= {f"{i}.png": tiny.depth_map(tmp_path / "map.png", i).read_bytes(), f"{i}.txt": f"map {i}".encode()}
+    broken = shard(tmp_path / "broken.tar", content)
+    at = list(members(broken))[6][1]  # where the media of the fourth sample begins
+    broken.write_bytes(broken.read_bytes()[: at + 1000])
+
+    def train(data):
+        given = ["train", "--recipe", "depth", "--model", model, "--data", data, "--out", tmp_path / "out"]
+        given += ["--set", "batch_size=3", "--device", "cpu"]
+        return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, [str(each) for each in given])
+
+    ends = {
+        write(tmp_path / "empty.csv", ["path", "caption"], []): "got an empty manifest",
+        write(tmp_path / "silent.csv", ["path", "caption"], [["map.png", " "]]): "1 skipped, the first: ",
+        write(tmp_path / "gone.csv", ["path", "caption"], [["no.png", "x"]] * 3): "none of 3 samples could be read",
+        tmp_path / "nowhere.tar": "shard: no such file",
+    }
+    for data, message in ends.items():
+        result = train(data)
+        assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+        last = result.stderr.splitlines()[-1]
+        assert last.startswith("error: ") and message in last
+    result = train(broken)
+    assert result.exit_code == 0, result.stderr
+    assert "broken.tar: truncated in 3.png: 1000 of" in result.stderr and "what follows is lost" in result.stderr
+    assert (tmp_path / "out" / "model" / "config.json").exists()
