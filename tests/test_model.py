@@ -397,7 +397,7 @@ def test_large_batches_are_embedded_piece_by_piece(case):
     pixels = torch.cat([tensors["pixel_values"]] * 3)
     text = {key: torch.cat([tensors[key]] * 3) for key in ("input_ids", "attention_mask")}
     seen = []
-    model.vision_model.encoder.layers[0].mlp.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
+    model.vision_model.encoder.layers[0].mlp.register_forward_hook(lambda *call: seen.append(len(call[2])))
     frames = pixels.shape[2] if pixels.ndim == 5 else 1
     budget = 2.5 * model.vision_model.activation_bytes(pixels[:1]) / 2**20
     small = lbfast.LanguageBind.from_models({name: model}, memory_budget_mib=budget)

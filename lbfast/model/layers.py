@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lbfast import ops
 from lbfast.model.frozen import FrozenLinear
 from lbfast.ops._linear import linear
+from lbfast.ops._prenorm import norm_linears, norm_mlp
 
 
 class LayerNorm(nn.LayerNorm):
@@ -22,9 +23,48 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
+    @property
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        return self.weight, self.bias, self.eps
+
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (normalised sum, sum) of x and a residual that broadcasts against it, in one pass."""
         return ops.layer_norm(x, self.weight, self.bias, self.eps, residual=residual)
+
+
+class PreNorm:
+    """The norm of x + residual, for one reader; `total`, the sum, is there after it was read.
+
+    A reader in training gets it unread, for products that compute the norm again in the backward instead of keeping it.
+    """
+
+    def __init__(self, norm: LayerNorm, x: torch.Tensor, residual: torch.Tensor | None = None):
+        self.norm, self.x, self.residual = norm, x, residual
+        self.total = x
+
+    def output(self) -> torch.Tensor:
+        """The norm itself."""
+        if self.residual is None:
+            return self.norm(self.x)
+        y, self.total = self.norm.add(self.x, self.residual)
+        return y
+
+    def read_by(self, *layers: nn.Module | None) -> torch.Tensor | PreNorm:
+        """What to give a module that reads it through these layers: in training, where all are plain, itself."""
+        trained = torch.is_grad_enabled() and all(type(layer) is Linear for layer in layers)
+        return self if trained else self.output()
+
+    def linears(self, *layers: nn.Linear) -> list[torch.Tensor]:
+        """What each of the layers makes of it."""
+        pairs = [(layer.weight, layer.bias) for layer in layers]
+        outs, self.total = norm_linears(self.x, self.norm.parts, pairs, self.residual)
+        return outs
+
+    def mlp(self, fc1: nn.Linear, fc2: nn.Linear, activation: str) -> torch.Tensor:
+        """`ops.mlp` of it."""
+        pairs = ((fc1.weight, fc1.bias), (fc2.weight, fc2.bias))
+        out, self.total = norm_mlp(self.x, self.norm.parts, *pairs, activation, self.residual)
+        return out
 
 
 class Linear(nn.Linear):
@@ -55,32 +95,34 @@ class Attention(nn.Module):
         self.out_proj = Linear(width, width)
         self.qkv: FrozenLinear | None = None  # in place of q_proj, k_proj and v_proj, by optimize_for_inference
 
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def reading(self, h: PreNorm) -> torch.Tensor | PreNorm:
+        """What to call this with."""
+        return h.output() if self.qkv is not None else h.read_by(self.q_proj, self.k_proj, self.v_proj)
+
+    def project(self, x: torch.Tensor | PreNorm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (..., D) -> q, k, v, each a view (..., H, D / H)."""
         if self.qkv is not None:
             q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
             return q, k, v
-        heads = (self.heads, -1)
-        return (
-            self.q_proj(x).unflatten(-1, heads),
-            self.k_proj(x).unflatten(-1, heads),
-            self.v_proj(x).unflatten(-1, heads),
-        )
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        outs = x.linears(*layers) if isinstance(x, PreNorm) else [layer(x) for layer in layers]
+        q, k, v = (out.unflatten(-1, (self.heads, -1)) for out in outs)
+        return q, k, v
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | PreNorm,
         causal: bool = False,
         key_padding_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x (B, N, D) -> (B, N, D), and with output_attentions the probabilities (B, H, N, N)."""
+        """x (B, N, D), or a norm to be read -> (B, N, D), and with output_attentions the probabilities (B, H, N, N)."""
         q, k, v = self.project(x)
         y = ops.attention(q, k, v, causal=causal, key_padding_mask=key_padding_mask)
         weights = attention_weights(q, k, causal, key_padding_mask) if output_attentions else None
         return self.out_proj(y.flatten(-2)), weights
 
-    def packed(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
+    def packed(self, x: torch.Tensor | PreNorm, packing: Packing) -> torch.Tensor:
         """Causal attention within each caption: x (tokens, D) -> (tokens, D)."""
         q, k, v = (packing.pad(item) for item in self.project(x))
         return self.out_proj(packing.pack(ops.attention(q, k, v, causal=True).flatten(-2)))
@@ -99,8 +141,8 @@ class Attention(nn.Module):
 class TemporalAttention(Attention):
     """The same over the T frames of each token position."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """x (B, T, N, D) -> (B, T, N, D)."""
+    def forward(self, x: torch.Tensor | PreNorm) -> torch.Tensor:  # type: ignore[override]
+        """x (B, T, N, D), or a norm to be read -> (B, T, N, D)."""
         return self.out_proj(ops.temporal_attention(*self.project(x)).flatten(-2))
 
 
@@ -168,8 +210,10 @@ class MLP(nn.Module):
         if config.hidden_act not in _ACTIVATIONS:
             raise ValueError(f"hidden_act: expected one of {', '.join(_ACTIVATIONS)}, got {config.hidden_act!r}")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | PreNorm) -> torch.Tensor:
         fc1, fc2, activation = self.fc1, self.fc2, self.config.hidden_act
+        if isinstance(x, PreNorm):
+            return x.mlp(fc1, fc2, activation)
         if type(fc1) is Linear and type(fc2) is Linear:
             return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=activation)
         if isinstance(fc1, FrozenLinear):
@@ -221,43 +265,45 @@ class EncoderLayer(nn.Module):
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x (B * T, N, D), the T frames of a clip adjacent -> the same shape, and the tokens' attention if asked."""
-        h, x = self._before_attention(x, frames)
-        a, weights = self.self_attn(h, causal, key_padding_mask, output_attentions)
-        return self._after_attention(a, x), weights
+        h = self._before_attention(x, frames)
+        read = self.self_attn.reading(h)
+        a, weights = self.self_attn(read, causal, key_padding_mask, output_attentions)
+        return self._after_attention(a, h.total), weights
 
     def packed(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         """The same, causal, for captions laid end to end: x (tokens, D) -> (tokens, D)."""
-        h, x = self._before_attention(x, frames=1)
-        return self._after_attention(self.self_attn.packed(h, packing), x)
+        h = self._before_attention(x, frames=1)
+        a = self.self_attn.packed(self.self_attn.reading(h), packing)
+        return self._after_attention(a, h.total)
 
     def pooled(self, x: torch.Tensor, frames: int = 1, packing: Packing | None = None) -> torch.Tensor:
         """The same for the pooled tokens alone: x (B * T, N, D) or (tokens, D) -> (B * T, 1, D) or (B, 1, D)."""
-        h, x = self._before_attention(x, frames)
-        return self._after_attention(self.self_attn.pooled(h, packing), pooled_tokens(x, packing))
+        h = self._before_attention(x, frames)
+        a = self.self_attn.pooled(h.output(), packing)
+        return self._after_attention(a, pooled_tokens(h.total, packing))
 
-    def _before_attention(self, x: torch.Tensor, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The normalised input of self_attn, and what its output is added to."""
+    def _before_attention(self, x: torch.Tensor, frames: int) -> PreNorm:
+        """The input of self_attn; its total is what the output is added to."""
         if not self.add_time_attn:
-            return self.layer_norm1(x), x
+            return PreNorm(self.layer_norm1, x)
         a, x = self._across_frames(x.unflatten(0, (-1, frames)))
-        return self.layer_norm1.add(a.flatten(0, 1), x.flatten(0, 1))
+        return PreNorm(self.layer_norm1, a.flatten(0, 1), x.flatten(0, 1))
 
     def _after_attention(self, a: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        h, x = self.layer_norm2.add(a, x)
-        return x + self.mlp(h)
+        h = PreNorm(self.layer_norm2, a, x)
+        y = self.mlp(h.read_by(self.mlp.fc1, self.mlp.fc2))
+        return h.total + y
 
     def _across_frames(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (B, T, N, D) -> what attention over frames adds, and what it is to be added to."""
         frames = x.shape[1]
-        if frames > 1:
-            h, x = self.temporal_layer_norm1.add(x, self.temporal_embedding[:, :frames, None])
-        else:
-            h = self.temporal_layer_norm1(x)
-        a = self.temporal_attn(h)
+        h = PreNorm(self.temporal_layer_norm1, x, self.temporal_embedding[:, :frames, None] if frames > 1 else None)
+        a = self.temporal_attn(self.temporal_attn.reading(h))
         if self.temporal_mlp is None or self.temporal_layer_norm2 is None:
-            return a, x
-        h, x = self.temporal_layer_norm2.add(a, x)
-        return self.temporal_mlp(h), x
+            return a, h.total
+        h = PreNorm(self.temporal_layer_norm2, a, h.total)
+        y = self.temporal_mlp(h.read_by(self.temporal_mlp.fc1, self.temporal_mlp.fc2))
+        return y, h.total
 
 
 class Encoder(nn.Module):
