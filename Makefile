@@ -2,10 +2,11 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
+GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench clean
+.PHONY: help venv demo test lint bench gpu floors clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -23,8 +24,14 @@ lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/.bench ## every benchmark of bench/
-	set -e; for file in bench/bench_*.py; do $(BIN)/python -m bench.$$(basename $$file .py); done
+bench: venv $(VENV)/.bench ## tests, then benchmarks of the CPU in ten minutes; ARGS="--only languagebind" and the like
+	$(BIN)/python -m bench.run cpu $(ARGS)
+
+gpu: ## tests, then benchmarks of an NVIDIA GPU in eight minutes; installs nothing; PYTHON=... chooses the Python
+	PYTHONPATH=. $(GPU_PYTHON) -m bench.run gpu $(ARGS)
+
+floors: venv ## a few ratios of speed, measured now, against those in bench/floors.json
+	$(BIN)/python -m bench.compare --floors
 
 clean: ## removes what the commands above made, the virtual environment too
 	rm -rf $(VENV) demo-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -77,7 +77,7 @@ def _run_case(
     for name, function in contenders.items():
         try:
             with torch.no_grad():
-                out = _tuple(function(*case.inputs))[0]
+                out = as_tuple(function(*case.inputs))[0]
         except Exception as error:  # a peer fails in ways of its own
             record.add([{**about, "name": name, "note": reason(error)}])
             continue
@@ -98,7 +98,7 @@ def _run_case(
             try:
                 step = _step(part, function, case.inputs, wanted)
                 memory[name] = _extra_mib(step, record.device)
-                steps[name] = _captured(step) if record.device == "cuda" else step
+                steps[name] = captured(step) if record.device == "cuda" else step
             except Exception as error:  # a backward that it has not, memory that is not there
                 record.add([{**about, "part": part, "name": name, "note": reason(error)}])
         rows = []
@@ -117,7 +117,7 @@ def reason(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__)[:300]
 
 
-def _tuple(outs: Any) -> tuple[torch.Tensor, ...]:
+def as_tuple(outs: Any) -> tuple[torch.Tensor, ...]:
     return (outs,) if isinstance(outs, torch.Tensor) else tuple(outs)
 
 
@@ -139,14 +139,14 @@ def _step(
                 return function(*inputs)
 
         return fwd
-    outs = _tuple(function(*inputs))
+    outs = as_tuple(function(*inputs))
     along = [torch.randn_like(out) for out in outs]
     if part == "bwd":
         return lambda: torch.autograd.grad(outs, wanted, along, retain_graph=True)
-    return lambda: torch.autograd.grad(_tuple(function(*inputs)), wanted, along)
+    return lambda: torch.autograd.grad(as_tuple(function(*inputs)), wanted, along)
 
 
-def _captured(step: Callable[[], Any]) -> Callable[[], Any]:
+def captured(step: Callable[[], Any]) -> Callable[[], Any]:
     """The step as a CUDA graph's replay, captured on the current stream, where the step's forward ran."""
     for _ in range(3):
         step()

@@ -50,7 +50,12 @@ def device() -> str:
 def header(device: str) -> dict[str, Any]:
     """What was measured on, and when: device, versions, threads or clocks, commit, and how the tests went."""
     now = datetime.datetime.now(datetime.timezone.utc)
-    found = {**machine.facts(device), "commit": _commit(), "date": now.strftime("%Y-%m-%d")}
+    found = {
+        **machine.facts(device),
+        "slug": machine.slug(device),
+        "commit": _commit(),
+        "date": now.strftime("%Y-%m-%d"),
+    }
     return {**found, "tests": os.environ.get(TESTS, "not run")}
 
 
@@ -117,7 +122,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) 
 def describe(header: Mapping[str, Any]) -> str:
     """A header as one line: the device first."""
     first = ("device", "threads")
-    rest = (f"{key} {value}" for key, value in header.items() if key not in (*first, "title"))
+    rest = (f"{key} {value}" for key, value in header.items() if key not in (*first, "title", "slug"))
     threads = [f"{header['threads']} threads"] if "threads" in header else []
     return ", ".join([str(header["device"]), *threads, *rest])
 

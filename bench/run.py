@@ -85,6 +85,7 @@ PIECES = {
             for dtype in ("float32", "bfloat16")
         ),
         _encoder("video", "--seconds", "2", limit=400, name="video-compile", extra=True),
+        Piece("training", "bench_training", ("--seconds", "3"), limit=300, extra=True),
     ),
     "gpu": (
         _encoder("image", "--batch", "1", "8", "64", "--seconds", "0.5", limit=90),
@@ -103,6 +104,7 @@ PIECES = {
         _encoder("audio", "--batch", "8", "--seconds", "0.5", limit=60),
         _encoder("text", "--batch", "64", "1024", "--seconds", "0.5", limit=60),
         _encoder("image", "--seconds", "0.3", *ROW, limit=60, name="row"),
+        Piece("training", "bench_training", ("--seconds", "3"), limit=300, extra=True),
         Piece("info-nce-sweep", "bench_info_nce", ("--seconds", "0.5"), limit=400, extra=True),
         _encoder("image", "--batch", "256", "--arch", "H/14", limit=200, name="image-huge", extra=True),
         _encoder("video", "--batch", "8", "--arch", "H/14", limit=200, name="video-huge", extra=True),

@@ -1,0 +1,291 @@
+"""The README's tables and bench/results/README.md with its pictures, out of the results that git has:
+
+    python -m bench.report            writes them
+    python -m bench.report --check    exit status 1 where what is there differs
+
+Tables go between the README's markers <!-- bench:NAME --> and <!-- bench:end -->; a test runs the check. Results count
+once git knows them (git add); outside a checkout all in bench/results do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import harness, headline, plot
+
+ROOT = harness.HERE.parent
+NO_GPU = "**GPU numbers: not measured yet.** `make gpu` measures them on any machine with an NVIDIA GPU."
+ENCODERS = ("image", "video", "audio", "text")
+SHOWN = {"image": "image (depth, thermal)", "video": "video, 8 frames", "audio": "audio", "text": "text, 5-20 tokens"}
+OPS = ("attention", "temporal-attention", "patch-embed", "layer-norm", "mlp")
+_MARKER = re.compile(r"(<!-- bench:(?!end)([a-z-]+) -->\n).*?(<!-- bench:end -->)", re.DOTALL)
+
+Row = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One file: what was measured ("attention", "languagebind-video", ...), on what, and the rows."""
+
+    what: str
+    header: Mapping[str, Any]
+    rows: Sequence[Row]
+
+    @property
+    def on_gpu(self) -> bool:
+        return "cuda" in self.header
+
+
+Machine = Mapping[str, Result]
+
+
+def load(folder: Path) -> dict[str, dict[str, Result]]:
+    """slug of the device -> what -> result."""
+    found: dict[str, dict[str, Result]] = {}
+    for path in _files(folder):
+        content = json.loads(path.read_text())
+        slug = content["header"]["slug"]
+        what = path.stem.removeprefix(slug + "-")
+        found.setdefault(slug, {})[what] = Result(what, content["header"], content["rows"])
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        command = ["git", "-C", str(folder), "ls-files", "--", "*.json"]
+        known = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        return sorted(path for name in known if (path := folder / name).exists())
+    except (OSError, subprocess.CalledProcessError):
+        return sorted(folder.glob("*.json"))
+
+
+def _best(rows: Iterable[Row], name: str, case: str) -> Row | None:
+    return next((r for r in rows if r["name"] == name and r["case"] == case and "median_ms" in r), None)
+
+
+def _ms(row: Row | None) -> str:
+    """Median, 20th and 80th percentile."""
+    if row is None:
+        return "-"
+    digits = 0 if row["median_ms"] >= 100 else 1 if row["median_ms"] >= 10 else 2
+    return f"{row['median_ms']:.{digits}f} ({row['p20_ms']:.{digits}f}-{row['p80_ms']:.{digits}f})"
+
+
+def _over(slow: Row | None, fast: Row | None) -> str:
+    return f"{slow['median_ms'] / fast['median_ms']:.2f} x" if slow and fast else "-"
+
+
+def _cases(machine: Machine) -> Iterable[tuple[str, Sequence[Row], str]]:
+    """(name to show, rows, case) of the whole encoders."""
+    for modality in ENCODERS:
+        result = machine.get(f"languagebind-{modality}")
+        if result is None:
+            continue
+        for case in dict.fromkeys(row["case"] for row in result.rows):
+            yield f"{SHOWN[modality]}, batch {case.rsplit(' ', 1)[1]}", result.rows, case
+
+
+def encoders(machine: Machine) -> str:
+    """What a user gains: both precisions beside upstream's arithmetic."""
+    table = []
+    for name, rows, case in _cases(machine):
+        theirs, cast = (_best(rows, f"reference {kind}", case) for kind in ("float32", "autocast"))
+        ours, short = (_best(rows, f"lbfast {kind}", case) for kind in ("float32", "bfloat16"))
+        cells = (_ms(theirs), _ms(cast), _ms(ours), _ms(short))
+        table.append((name, *cells, _over(theirs, ours), _over(cast, short), _over(theirs, short)))
+    columns = (
+        "encoder",
+        "upstream float32, ms",
+        "upstream autocast, ms",
+        "lbfast float32, ms",
+        "lbfast bfloat16, ms",
+        "float32 over float32",
+        "bfloat16 over autocast",
+        "bfloat16 over float32",
+    )
+    return harness.table(columns, table)
+
+
+def details(machine: Machine) -> str:
+    """Every candidate that was timed: latency and rate, memory, exactness, use of the machine."""
+    table = []
+    for name, rows, case in _cases(machine):
+        for row in rows:
+            if row["case"] == case and "median_ms" in row:
+                memory = f"{row['peak_MiB']}" if "peak_MiB" in row else "-"
+                numbers = (_ms(row), f"{row['items_s']:.2f}", f"{row['mfu']:.0%}", memory, f"{row['cosine']:.5f}")
+                table.append((name, row["name"], *numbers))
+    columns = ("encoder", "candidate", "ms", "items/s", "MFU", "peak MiB", "cosine to float32")
+    return harness.table(columns, table, left=2)
+
+
+def row_of_batches(machine: Machine) -> str:
+    """Image at batch sizes 1 to 64: how much sooner than the reference."""
+    rows = machine["languagebind-row"].rows
+    cases = dict.fromkeys(row["case"] for row in rows)
+    table = []
+    for label, theirs, ours in (
+        ("float32", "reference float32", "lbfast float32"),
+        ("bfloat16 over autocast", "reference autocast", "lbfast bfloat16"),
+    ):
+        table.append((label, *(_over(_best(rows, theirs, case), _best(rows, ours, case)) for case in cases)))
+    return harness.table(("batch", *(case.rsplit(" ", 1)[1] for case in cases)), table)
+
+
+def ops(machine: Machine) -> str:
+    """Forward and backward of each op beside the fastest of the others."""
+    table = []
+    for what in OPS:
+        if what in machine:
+            table += [line.cells(what.replace("-", " ")) for line in headline.lines(machine[what].rows)]
+    columns = ("op", "input", *headline.COLUMNS[2:])
+    return harness.table(columns, table, left=4)
+
+
+def info_nce(machine: Machine) -> str:
+    """Forward and backward of every implementation: time and extra memory."""
+    table = []
+    for what in sorted((w for w in machine if w.startswith("info-nce")), key=lambda w: _size(machine[w])):
+        rows = [r for r in machine[what].rows if r.get("part") == "both"]
+        for case, dtype in dict.fromkeys((r["case"], r["dtype"]) for r in rows):
+            group = [r for r in rows if (r["case"], r["dtype"]) == (case, dtype)]
+            dense = next((r for r in group if r["name"] == "dense"), None)
+            for row in group:
+                share = f"{row['extra_MiB'] / dense['extra_MiB']:.1%}" if dense and dense["extra_MiB"] else "-"
+                extra = f"{row['extra_MiB']:.0f}"
+                table.append((case, dtype, row["name"], _ms(row), _over(dense, row), extra, share))
+    columns = ("B x D", "dtype", "implementation", "ms", "over dense", "extra MiB", "of dense's")
+    return harness.table(columns, table, left=3)
+
+
+def _size(result: Result) -> int:
+    return max(int(row["case"].split("x")[0]) for row in result.rows)
+
+
+def _on(machine: Machine) -> str:
+    """The machine in a sentence, and the commits its results are of."""
+    header = next(iter(machine.values())).header
+    commits = sorted({result.header["commit"] for result in machine.values()})
+    dates = sorted({result.header["date"] for result in machine.values()})
+    device = header["device"]
+    if "threads" in header:
+        device = (
+            f"{header['threads']} threads of {device} ({header['capability']}, {'' if header['amx'] else 'no '}AMX)"
+        )
+    elif "driver" in header:
+        device += f" (driver {header['driver']})"
+    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"{device}, torch {header['torch']}, {span}, commit {', '.join(commits)}"
+
+
+SECTIONS = {"encoders": encoders, "details": details, "batches": row_of_batches, "ops": ops, "info-nce": info_nce}
+NEEDS = {"batches": "languagebind-row"}
+
+
+def section(name: str, machines: Mapping[str, Machine]) -> str:
+    """What goes between the markers of this name: a table for each machine, GPUs first; of no GPU, a line."""
+    parts = []
+    for slug in sorted(machines, key=lambda s: (not _gpu(machines[s]), s)):
+        machine = machines[slug]
+        if NEEDS.get(name, "") and NEEDS[name] not in machine:
+            continue
+        table = SECTIONS[name](machine)
+        if table.count("\n") > 1:
+            parts.append(f"On {_on(machine)}:\n\n{table}")
+    if name == "encoders" and not any(map(_gpu, machines.values())):
+        parts.append(NO_GPU)
+    return "\n\n".join(parts or ["Not measured yet."])
+
+
+def _gpu(machine: Machine) -> bool:
+    return any(result.on_gpu for result in machine.values())
+
+
+def readme(text: str, machines: Mapping[str, Machine]) -> str:
+    """The README with its tables made anew. ValueError for a marker of another name."""
+
+    def fill(match: re.Match[str]) -> str:
+        if match[2] not in SECTIONS:
+            raise ValueError(f"README.md: bench:{match[2]}: expected one of {', '.join(SECTIONS)}")
+        return f"{match[1]}{section(match[2], machines)}\n{match[3]}"
+
+    return _MARKER.sub(fill, text)
+
+
+def outside(text: str) -> str:
+    """The README without what is made here: numbers of speed must not be there."""
+    return _MARKER.sub("", text)
+
+
+def index(machines: Mapping[str, Machine]) -> tuple[str, dict[str, str]]:
+    """bench/results/README.md, and its pictures: file name -> content."""
+    pictures: dict[str, str] = {}
+    text = ["# Results", "", "Made by `python -m bench.report` from the JSON files beside it; measured by `make bench`"]
+    text += ["and `make gpu`. Times are medians, with the 20th and 80th percentile; candidates took turns in one run."]
+    if not any(map(_gpu, machines.values())):
+        text += ["", NO_GPU]
+    for slug, machine in sorted(machines.items()):
+        for what, result in sorted(machine.items()):
+            text += ["", f"## {slug}: {what}", "", f"{harness.describe(result.header)}", ""]
+            groups = _bars(result.rows)
+            if groups:
+                name = f"{slug}-{what}.svg"
+                pictures[name] = plot.bars(f"{result.header['title']}: shorter is sooner", groups, "ms")
+                text += [f"![{what}]({name})", ""]
+            text.append(_every(result.rows))
+            notes = dict.fromkeys(f"- {r['name']}: not timed: {r['note']}" for r in result.rows if "note" in r)
+            text += ["", *notes] if notes else []
+    return "\n".join(text) + "\n", pictures
+
+
+def _bars(rows: Sequence[Row]) -> list[tuple[str, list[tuple[str, float, bool]]]]:
+    groups: dict[str, list[tuple[str, float, bool]]] = {}
+    for row in rows:
+        if "median_ms" in row and row.get("part", "both") == "both":
+            bar = (f"{row['name']}, {row['dtype']}", row["median_ms"], row["name"].startswith("lbfast"))
+            groups.setdefault(row["case"], []).append(bar)
+    return list(groups.items())
+
+
+def _every(rows: Sequence[Row]) -> str:
+    """All rows that have numbers, with all that any of them says."""
+    timed = [row for row in rows if "note" not in row]
+    left = [key for key in ("what", "case", "trained", "step", "dtype", "part", "name") if any(key in r for r in timed)]
+    rest = dict.fromkeys(key for row in timed for key in row if key not in left)
+    columns = [*left, *rest]
+    return harness.table(columns, [[row.get(key, "") for key in columns] for row in timed], left=len(left))
+
+
+def outputs(root: Path = ROOT) -> dict[Path, str]:
+    """Every file that is made: path -> content."""
+    folder = root / "bench" / "results"
+    machines = load(folder)
+    text, pictures = index(machines)
+    made = {folder / name: content for name, content in pictures.items()}
+    return {root / "README.md": readme((root / "README.md").read_text(), machines), folder / "README.md": text, **made}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    given = parser.parse_args(argv)
+    made = outputs()
+    different = [path for path, content in made.items() if not path.exists() or path.read_text() != content]
+    stale = [path for path in harness.RESULTS.glob("*.svg") if path not in made]
+    for path in (*different, *stale):
+        print(f"{path.relative_to(ROOT)}{' differs' if given.check else ''}")
+        if not given.check:
+            path.write_text(made[path]) if path in made else path.unlink()
+    return int(given.check and bool(different or stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,403 @@
+"""The benches themselves: they refuse what is wrong, go on where one fails, and say what they measured."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import bench_languagebind, compare, contest, harness, headline, peers, plot, report, run
+from lbfast.model.config import LanguageBindImageConfig
+from lbfast.profiling import machine
+from lbfast.reference import languagebind as reference
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+OPS = {
+    "attention": ["--shape", "9", "2", "32"],
+    "temporal_attention": ["--shape", "5", "2", "32", "--frames", "3"],
+    "patch_embed": ["--side", "28", "--width", "32"],
+    "layer_norm": ["--tokens", "3", "--width", "64"],
+    "mlp": ["--rows", "7", "--shape", "16", "32"],
+    "info_nce": ["--size", "32", "--dim", "16"],
+}
+BRIEF = ["--seconds", "0", "--no-compile"]
+
+
+@pytest.fixture(autouse=True)
+def _rates(monkeypatch):
+    """No matrix product of 2048 x 2048 in each test."""
+    monkeypatch.setattr(machine, "rates", lambda device, dtype: machine.Rates(1e11, 1e10))
+
+
+def options(**more):
+    given = {"no_compile": False, "passes": list(contest.PASSES), "seconds": 0, "dtype": ["float32"]}
+    return argparse.Namespace(**{**given, **more})
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_op_has_a_bench_that_runs(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "cpu_memory", lambda *a, **k: harness.Memory(1.0, 2.0))  # a process each
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    module = importlib.import_module(f"bench.bench_{name}")
+    out = tmp_path / "new" / "out.json"
+    assert module.main([*OPS[name], *BRIEF, "--dtype", "float32", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    timed = [row for row in result["rows"] if "median_ms" in row]
+    assert {row["part"] for row in timed} == {"fwd", "bwd", "both"}
+    assert any(row["name"].startswith("lbfast") for row in timed)
+    for row in timed:
+        assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and row["of_floor"] >= 0 and row["dtype"] == "float32"
+    assert {"device", "torch", "commit", "date", "tests", "slug", "matmul_tflops_float32"} <= result["header"].keys()
+    shown = capsys.readouterr().out
+    assert "lbfast triton: not timed" in shown and "median ms" in shown
+
+
+def test_contenders_must_agree_and_one_that_fails_is_a_row(capsys):
+    x = torch.randn(4, 4, requires_grad=True)
+    record = harness.Record("a title", "cpu")
+
+    def broken(x):
+        raise RuntimeError("no kernel for this\nand more")
+
+    contenders = {"plain": torch.sin, "peer": torch.cos, "lbfast": lambda x: x.sin() * 1.5, "broken": broken}
+    contest.run([contest.Case("4x4", [x])], contenders, record, options(passes=["fwd"]))
+    notes = {row["name"]: row["note"] for row in record.rows if "note" in row}
+    assert notes["broken"] == "no kernel for this" and "wrong" in notes["peer"] and "not timed" in notes["lbfast"]
+    assert [row["name"] for row in record.rows if "median_ms" in row] == ["plain"]
+    assert contest.show(record) == 1  # one of ours is wrong
+    assert "no kernel for this" in capsys.readouterr().out
+    record.rows = [row for row in record.rows if row["name"] != "lbfast"]
+    assert contest.show(record) == 0  # a peer may be
+
+
+def test_contest_on_a_gpu(monkeypatch):
+    """What is captured is what is timed, on a stream of its own; a backward that cannot be captured is a row."""
+    calls = []
+
+    def captured(step):
+        calls.append(step)
+        if len(calls) == 4:  # fwd, bwd, both, behind what waits
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return step
+
+    class Stream:
+        def wait_stream(self, other):
+            calls.append("waits")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(contest, "captured", captured)
+    monkeypatch.setattr(harness, "gpu_extra_mib", lambda step: 3.0)
+    monkeypatch.setattr(harness, "_gpu_ms", harness._cpu_ms)
+    monkeypatch.setattr(machine, "facts", lambda device: {"device": "NVIDIA H200", "cuda": "13.0"})
+    record = harness.Record("a title", "cuda")
+    x = torch.randn(4, 4, requires_grad=True)
+    contest.run([contest.Case("4x4", [x], (8, 8), (64, 64))], {"lbfast": torch.sin}, record, options())
+    assert calls[0] == "waits" == calls[-1]
+    assert [(row["part"], row["extra_MiB"]) for row in record.rows if "median_ms" in row] == [
+        ("fwd", 3.0),
+        ("bwd", 3.0),
+    ]
+    assert [row["part"] for row in record.rows if "note" in row] == ["both"]
+    assert harness.describe(record.header).startswith("NVIDIA H200, ") and record.header["slug"] == "nvidia-h200"
+
+
+def test_memory_of_a_process_of_its_own():
+    found = harness.cpu_memory(_allocates, 64)
+    assert 60 < found.extra < 80 and found.peak > found.extra
+    with pytest.raises(RuntimeError, match="ended early"):
+        harness.cpu_memory(_dies)
+
+
+def _allocates(mib):
+    return lambda: torch.ones(mib * 2**20 // 4).sum()
+
+
+def _dies():
+    import os
+
+    os._exit(3)
+
+
+def test_slow_candidates_get_two_rounds():
+    timing = harness.interleaved({"a": lambda: time.sleep(0.01)}, "cpu", seconds=0.001)["a"]
+    assert timing.rounds == 2 and timing.median_ms >= 10
+    assert harness.interleaved({"a": int}, "cpu", seconds=0.001, most=7)["a"].rounds == 7
+
+
+# Whole encoders
+
+
+@pytest.fixture
+def tiny_archs(monkeypatch):
+    monkeypatch.setattr(bench_languagebind, "published_config", lambda name, size: tiny.config(name, lora_r=0))
+
+
+def languagebind(tmp_path, *arguments):
+    out = tmp_path / "out.json"
+    code = bench_languagebind.main([*arguments, *BRIEF, "--no-memory", "--out", str(out)])
+    return code, json.loads(out.read_text())["rows"]
+
+
+def test_whole_encoders(tiny_archs, tmp_path, capsys):
+    code, rows = languagebind(tmp_path, "--batch", "2")
+    assert code == 0
+    timed = {(row["modality"], row["name"]): row for row in rows if "median_ms" in row}
+    names = {name for _, name in timed}
+    assert {"reference float32", "reference autocast", "lbfast drop-in float32", "lbfast float32"} <= names
+    assert "lbfast bfloat16" in names and {m for m, _ in timed} == set(bench_languagebind.MODALITIES)
+    for row in timed.values():
+        assert row["cosine"] >= 0.999 and row["mfu"] > 0 and row["items_s"] > 0 and row["batch"] == 2
+    notes = {row["name"]: row["note"] for row in rows if "note" in row}
+    assert "absent" in notes["languagebind float32"] and "emulated" in notes["lbfast fp8"]
+    assert "items/s" in capsys.readouterr().out
+
+
+def test_an_encoder_that_is_wrong_is_not_timed(tiny_archs, tmp_path, monkeypatch):
+    wrong = bench_languagebind._as_is(lambda pixel_values: torch.randn(len(pixel_values), tiny.SIZE))
+    monkeypatch.setitem(bench_languagebind.CANDIDATES, "lbfast float32", lambda about: wrong)
+    code, rows = languagebind(tmp_path, "image", "--batch", "2")
+    assert code == 1
+    (row,) = [row for row in rows if row["name"] == "lbfast float32"]
+    assert "wrong: a cosine of" in row["note"]
+
+
+def test_upstreams_package_is_measured_where_it_is(tiny_archs, tmp_path, monkeypatch):
+    """A package of its layout: config_dict and model_dict, and parameters of the same names."""
+
+    config_dict = {"image": SimpleNamespace(from_dict=LanguageBindImageConfig.from_dict)}
+    upstream = SimpleNamespace(config_dict=config_dict, model_dict={"image": reference.LanguageBind})
+    monkeypatch.setitem(sys.modules, "languagebind", upstream)
+    _, rows = languagebind(tmp_path, "image", "--batch", "1")
+    (row,) = [row for row in rows if row["name"] == "languagebind float32"]
+    assert row["cosine"] > 0.99999 and "median_ms" in row
+    upstream.model_dict["image"] = lambda config: torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="parameters of other names: weight"):
+        peers.languagebind_model(tiny.model("image"))
+
+
+def test_encoders_alone_for_their_memory(tiny_archs):
+    for name in ("reference autocast", "lbfast short"):
+        call = bench_languagebind.once(name, "video", "L/14", None, "bfloat16", 1)
+        assert call().shape == (1, tiny.SIZE)
+
+
+def test_flops_are_those_of_the_reference(tiny_archs):
+    """Of captions without padding: the same whatever they are padded to."""
+    about = bench_languagebind.subject("text", "L/14", None, "bfloat16", "cpu")
+    given = bench_languagebind.inputs(about, 3, "cpu")
+    shorter = {key: value[:, :30] for key, value in given.items()}
+    assert bench_languagebind.flops(about, given) == bench_languagebind.flops(about, shorter) > 0
+    with pytest.raises(SystemExit):
+        bench_languagebind.main(["smell"])
+
+
+# The runner
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """What run.run is asked for; the answer is that of `codes`, by the first word found in the command, else 0."""
+    asked, codes = [], {}
+
+    def fake(command, seconds, env):
+        line = " ".join(map(str, command))
+        asked.append((line, dict(env), seconds))
+        if "--out" in command:
+            row = {"case": "1", "dtype": "float32", "median_ms": 2.0}
+            rows = [{**row, "name": "lbfast torch"}, {**row, "name": "eager", "median_ms": 5.0}]
+            Path(command[command.index("--out") + 1]).write_text(json.dumps({"header": {}, "rows": rows}))
+        return next((code for word, code in codes.items() if word in line), 0)
+
+    monkeypatch.setattr(run, "run", fake)
+    monkeypatch.delenv(harness.TESTS, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    yield SimpleNamespace(asked=asked, codes=codes)
+    import os
+
+    os.environ.pop(harness.TESTS, None)
+
+
+def test_red_tests_and_nothing_is_measured(commands, tmp_path, capsys):
+    commands.codes["pytest"] = 1
+    assert run.main(["cpu", "--folder", str(tmp_path)]) == 1
+    assert len(commands.asked) == 1 and not list(tmp_path.iterdir())
+    assert "the tests failed with exit status 1: nothing is measured" in capsys.readouterr().err
+
+
+def test_one_bench_fails_and_the_others_still_run(commands, tmp_path, capsys):
+    commands.codes |= {"bench_mlp": 1, "bench_layer_norm": None}
+    assert run.main(["cpu", "--folder", str(tmp_path)]) == 1
+    benches = [line for line, _, _ in commands.asked if "--out" in line]
+    assert len(benches) == sum(not piece.extra for piece in run.PIECES["cpu"])
+    assert all(env["CUDA_VISIBLE_DEVICES"] == "" for _, env, _ in commands.asked)
+    assert commands.asked[0][1].get(harness.TESTS) is None and commands.asked[1][1][harness.TESTS] == "passed"
+    shown = capsys.readouterr().out
+    assert "mlp: FAILED with exit status 1" in shown and "layer-norm: stopped after" in shown
+    assert "2.50 x" in shown.split("mlp: FAILED")[0]  # the table comes before
+    commands.codes.clear()
+    assert run.main(["cpu", "--skip-tests", "--only", "attention", "--folder", str(tmp_path)]) == 0
+
+
+def test_no_time_left(commands, tmp_path, capsys):
+    assert run.main(["cpu", "--skip-tests", "--budget", "1", "--folder", str(tmp_path)]) == 0
+    assert not commands.asked and capsys.readouterr().out.count("not run: no time left") > 5
+
+
+def test_on_a_gpu(commands, tmp_path, capsys, monkeypatch):
+    assert run.main(["gpu"]) == 1 and "no CUDA device" in capsys.readouterr().err
+    monkeypatch.setattr(harness, "device", lambda: "cuda")
+    monkeypatch.setattr(machine, "facts", lambda device: {"device": "NVIDIA H200", "cuda": "13.0"})
+    monkeypatch.setattr(run, "sanitizer", lambda: None)
+    assert run.main(["gpu", "--folder", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "compute-sanitizer is not on this machine" in shown and "NVIDIA H200" in shown
+    tests = commands.asked[0][0]
+    assert "-m gpu" in tests and "test_gpu.py" in tests and "test_attention.py" in tests and "test_cli" not in tests
+    assert len(list(tmp_path.glob("nvidia-h200-*.json"))) == len([p for p in run.PIECES["gpu"] if not p.extra])
+    monkeypatch.setattr(run, "sanitizer", lambda: "/cuda/bin/compute-sanitizer")
+    assert run.main(["gpu", "--folder", str(tmp_path)]) == 0 and "memcheck: no errors" in capsys.readouterr().out
+    commands.codes["memcheck"] = 99
+    assert run.main(["gpu", "--folder", str(tmp_path)]) == 1
+    assert "compute-sanitizer memcheck failed with exit status 99" in capsys.readouterr().err
+
+
+def test_finds_the_sanitizer(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    tool = tmp_path / "cuda" / "bin" / "compute-sanitizer"
+    tool.parent.mkdir(parents=True)
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    assert run.sanitizer() == str(tool)
+
+
+def test_a_bench_that_hangs_is_stopped_with_its_children():
+    program = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    begun = time.monotonic()
+    assert run.run([sys.executable, "-c", program], 1.0, {}) is None
+    assert time.monotonic() - begun < 10
+    assert run.run([sys.executable, "-c", "raise SystemExit(7)"], 30, {}) == 7
+
+
+def test_pieces_name_benches_that_take_their_arguments():
+    for kind, pieces in run.PIECES.items():
+        assert len({piece.name for piece in pieces}) == len(pieces)
+        assert sum(piece.limit for piece in pieces if not piece.extra) > run.BUDGET[kind] / 2
+        for piece in pieces:
+            module = importlib.import_module(f"bench.{piece.module}")
+            with pytest.raises(SystemExit) as ended:
+                module.main([*piece.arguments, "--help"])
+            assert ended.value.code == 0, piece
+
+
+# Results: report, comparison, floors
+
+
+def test_readme_and_results_are_made_of_the_results():
+    assert report.main(["--check"]) == 0, "run: python -m bench.report"
+
+
+def test_no_speed_in_the_readme_is_written_by_hand():
+    text = report.outside((ROOT / "README.md").read_text())
+    claim = r"\d\s?(x|times) (faster|sooner|as fast|less|smaller|slower)|\d\s?(ms|TFLOP/s|GB/s|clips/s|items/s)\b"
+    assert re.findall(claim, text) == []
+
+
+def test_report_of_results(tmp_path):
+    folder = tmp_path / "bench" / "results"
+    folder.mkdir(parents=True)
+    header = {
+        "slug": "a-cpu",
+        "title": "Encoders",
+        "device": "A CPU",
+        "threads": 2,
+        "capability": "AVX512",
+        "amx": True,
+    }
+    header |= {"torch": "2.13", "commit": "abc", "date": "2026-01-01"}
+    row = {"case": "video L/14, batch 1", "modality": "video", "p20_ms": 90.0, "p80_ms": 110.0, "cosine": 0.9999}
+    row |= {"items_s": 10.0, "mfu": 0.5, "peak_MiB": 700}
+    times = {"reference float32": 600.0, "reference autocast": 300.0, "lbfast float32": 400.0, "lbfast bfloat16": 100.0}
+    rows = [{**row, "name": n, "median_ms": t, "dtype": "float32" if "32" in n else "b"} for n, t in times.items()]
+    result = {"header": header, "rows": [*rows, {"case": row["case"], "name": "peer", "dtype": "b", "note": "absent"}]}
+    (folder / "a-cpu-languagebind-video.json").write_text(json.dumps(result))
+    (tmp_path / "README.md").write_text("# x\n<!-- bench:encoders -->\nold\n<!-- bench:end -->\n1.00 x\n")
+    outputs = report.outputs(tmp_path)
+    every = outputs.pop(folder / "README.md")
+    made = {path.name: content for path, content in outputs.items()}
+    assert "old" not in made["README.md"] and made["README.md"].endswith("1.00 x\n")
+    line = next(line for line in made["README.md"].splitlines() if line.startswith("| video"))
+    assert [cell.strip() for cell in line.split("|")[-4:-1]] == ["1.50 x", "3.00 x", "6.00 x"]
+    assert "2 threads of A CPU (AVX512, AMX)" in made["README.md"] and report.NO_GPU in made["README.md"]
+    assert "- peer: not timed: absent" in every and "![languagebind-video](a-cpu-languagebind-video.svg)" in every
+    assert made["a-cpu-languagebind-video.svg"].count("<rect") == 1 + 4
+    with pytest.raises(ValueError, match="bench:speed: expected one of"):
+        report.readme("<!-- bench:speed -->\n<!-- bench:end -->", {})
+
+
+def test_pictures_are_the_same_each_time():
+    groups = [("a & b", [("ours", 2.0, True), ("theirs", 4.0, False)])]
+    assert plot.bars("t", groups, "ms") == plot.bars("t", groups, "ms")
+    assert "a &amp; b" in plot.bars("t", groups, "ms")
+
+
+def test_headlines():
+    rows = [{"case": "c", "dtype": "d", "part": p, "name": n, "median_ms": t, "of_floor": 0.5} for p, n, t in (
+        ("fwd", "lbfast torch", 1.0), ("both", "lbfast torch", 3.0), ("both", "lbfast native", 2.0), ("both", "x", 4.0),
+    )]  # fmt: skip
+    (line,) = headline.lines(rows)
+    assert line.speedup == 2 and line.cells("b") == ("b", "c", "d", "native", "2.00", "x", "4.00", "2.00 x", "50%")
+    (alone,) = headline.lines(rows[1:2])
+    assert alone.cells("b")[5:8] == ("-", "", "")
+
+
+def result_of(tmp_path, name, **times):
+    rows = [
+        {"case": "c", "dtype": "d", "part": "fwd", "name": key, "median_ms": t, "p20_ms": t * 0.95, "p80_ms": t * 1.05}
+        for key, t in times.items()
+    ]
+    path = tmp_path / name
+    path.write_text(json.dumps({"header": {"device": "A CPU"}, "rows": rows}))
+    return str(path)
+
+
+def test_compare(tmp_path, capsys):
+    before = result_of(tmp_path, "before.json", a=10.0, b=10.0, gone=1.0)
+    after = result_of(tmp_path, "after.json", a=5.0, b=10.5, new=1.0)
+    assert compare.main([before, after]) == 0
+    shown = capsys.readouterr().out
+    assert "2.00 x" in shown and "faster" in shown and "gone" in shown and "0 slower" in shown
+    assert compare.main([after, before]) == 1 and "1 slower" in capsys.readouterr().out
+    (tmp_path / "bad.json").write_text("[]")
+    assert compare.main([before, str(tmp_path / "bad.json")]) == 1
+    assert "expected a result" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare.main([before])
+
+
+def test_floors(monkeypatch, capsys):
+    assert json.loads(compare.FLOORS.read_text()).keys() == compare.PAIRS.keys()
+    slept = []
+
+    def pair(theirs, ours):
+        return lambda: (lambda: time.sleep(theirs), lambda: (slept.append(1), time.sleep(ours)))
+
+    monkeypatch.setattr(compare, "PAIRS", {"good": pair(0.02, 0.002), "bad": pair(0.002, 0.02)})
+    found = {r.name: r for r in compare.check_floors({"good": 2.0, "bad": 2.0}, seconds=0.01)}
+    assert not found["good"].missed and found["bad"].missed and found["bad"].measured < 1
+    monkeypatch.setattr(compare, "FLOORS", SimpleNamespace(read_text=lambda: '{"good": 2, "bad": 2}', name="f"))
+    assert compare.main(["--floors", "--seconds", "0.01"]) == 1 and "MISSED" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="a floor for each ratio; different: other"):
+        compare.check_floors({"good": 1, "bad": 1, "other": 1}, 0)
