@@ -1,0 +1,134 @@
+"""Launch tables: candidates that compute something else are not taken, and what is written reads back."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bench import harness, tune
+from lbfast.kernels import configs
+
+Launch = configs.Launch
+
+
+def small(**more):
+    given = {
+        "table": "LAYER_NORM_FWD",
+        "grid": {"ELEMENTS": (64, 128, 256)},
+        "inputs": lambda device: tune._random(device, (5, 48), (48,), (48,)),
+        "call": lambda *x: tune.ops.layer_norm(*x, impl="triton"),
+        "warps": (4,),
+    }
+    return tune.Tunable(**{**given, **more})
+
+
+@pytest.fixture
+def on_this_machine(monkeypatch):
+    """Whatever there is: the interpreter or a GPU."""
+    from lbfast.kernels.primitives import arch
+
+    device = harness.device()
+    if device == "cuda":
+        monkeypatch.setattr(tune, "_random", lambda d, *shapes, **k: [torch.randn(s, device=d) for s in shapes])
+    return arch(torch.device(device)), device
+
+
+def times(table, key, by_elements):
+    """A clock that reads the row in use."""
+
+    def clock(step):
+        step()
+        row = table.get(key) or table["default"]
+        return by_elements.get(row.tile["ELEMENTS"], 1.0)
+
+    return clock
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_takes_the_fastest(on_this_machine, backward):
+    arch, device = on_this_machine
+    name = "LAYER_NORM_BWD" if backward else "LAYER_NORM_FWD"
+    table = getattr(configs, name)
+    grid = {"ELEMENTS": (64, 128, 256), **({"PER_SM": (2,)} if backward else {})}
+    before = dict(table)
+    clock = times(table, arch, {64: 0.7, 128: 0.5, 256: 0.6})
+    _, best, first, least = tune.tune(small(table=name, grid=grid, backward=backward), arch, device, clock)
+    assert best.tile["ELEMENTS"] == 128 and (first, least) == (1.0, 0.5)
+    assert table == before  # nothing is left behind
+
+
+def test_a_little_faster_is_not_enough(on_this_machine):
+    arch, device = on_this_machine
+    clock = times(configs.LAYER_NORM_FWD, arch, {64: 0.99})
+    present, best, _, _ = tune.tune(small(), arch, device, clock)
+    assert best is present
+
+
+def test_what_computes_something_else_is_not_timed(on_this_machine, capsys):
+    arch, device = on_this_machine
+    timed = []
+
+    def call(x, weight, bias):
+        row = configs.LAYER_NORM_FWD.get(arch, configs.LAYER_NORM_FWD["default"])
+        if row.tile["ELEMENTS"] == 128:
+            raise RuntimeError("out of resources: shared memory")
+        return x * (2 if row.tile["ELEMENTS"] == 64 else 1)
+
+    def clock(step):
+        timed.append(configs.LAYER_NORM_FWD.get(arch, configs.LAYER_NORM_FWD["default"]).tile["ELEMENTS"])
+        return 1.0 / len(timed)
+
+    _, best, _, _ = tune.tune(small(call=call), arch, device, clock)
+    assert timed[1:] == [256] and best.tile["ELEMENTS"] == 256
+    assert "out of resources" in capsys.readouterr().out
+
+
+def test_writes_a_table_that_reads_back(on_this_machine, tmp_path, capsys):
+    arch, device = on_this_machine
+    path = tmp_path / "configs.py"
+    path.write_text(tune.CONFIGS.read_text())
+    clock = times(configs.LAYER_NORM_FWD, arch, {256: 0.1})
+    broken = small(table="MLP_FWD", call=lambda *x: 1 / 0)
+    difference = tune.run([small(), broken], arch, device, clock, path, write=True)
+    assert f'+    "{arch}": Launch({{"ELEMENTS": 256}}, num_warps=4),' in difference or arch == "default"
+    assert "MLP_FWD" in capsys.readouterr().out
+    found: dict = {}
+    exec(compile(path.read_text(), "configs", "exec"), {"__name__": "lbfast.kernels.configs"}, found)
+    assert found["LAYER_NORM_FWD"][arch].tile == {"ELEMENTS": 256}
+    for name, table in vars(configs).items():
+        if name.isupper() and name != "LAYER_NORM_FWD":
+            assert {k: (r.tile, r.num_warps) for k, r in found[name].items()} == {
+                k: (r.tile, r.num_warps) for k, r in table.items()
+            }
+
+
+def test_rows_of_a_new_architecture():
+    changes = {
+        "ATTENTION_FWD": {"sm_90": Launch({"ROWS": 64, "COLS": 64}, 4, 4)},
+        "MLP_FWD": {"sm_130": Launch({"BLOCK": 2048}, 8)},
+    }
+    source = tune.written(tune.CONFIGS.read_text(), changes)
+    assert '    "sm_90": Launch({"ROWS": 64, "COLS": 64}, num_warps=4, num_stages=4),' in source
+    assert '    "sm_130": Launch({"BLOCK": 2048}, num_warps=8),' in source
+    ast.parse(source)
+    assert tune.written(tune.CONFIGS.read_text(), {}) == tune.CONFIGS.read_text()
+
+
+def test_every_table_of_an_architecture_is_tuned():
+    tables = {name for name, value in vars(configs).items() if name.isupper() and isinstance(value, dict)}
+    shared = {"PATCH_EMBED_PACK"}  # has no sizes
+    assert {tunable.table for tunable in tune.TUNABLES} == tables - shared
+    for tunable in tune.TUNABLES:
+        table = getattr(configs, tunable.table)
+        assert set(tunable.grid) == set(table["default"].tile), tunable.table
+        assert len(list(tunable.candidates())) > 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU says")
+def test_needs_a_gpu(capsys):
+    assert tune.main([]) == 1
+    assert "launch tables are tuned on a GPU" in capsys.readouterr().err
