@@ -71,16 +71,25 @@ T = TypeVar("T", bound=CLIPTokenizer)
 def clip_vocabulary() -> tuple[dict[str, int], list[str]]:
     """CLIP's tokens with their ids (49408), and its merges (48894) in order."""
     merges = gzip.decompress(_MERGES.read_bytes()).decode("utf-8").splitlines()
+    return vocabulary(merges), merges
+
+
+def vocabulary(merges: list[str]) -> dict[str, int]:
+    """Tokens with their ids for merges ("a b") in order; the end of text, where captions are pooled, is the largest."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
     symbols = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     words = [symbol + "</w>" for symbol in symbols]
     tokens = [*symbols, *words, *(merge.replace(" ", "") for merge in merges), START, END]
-    return {token: i for i, token in enumerate(tokens)}, merges
+    return {token: i for i, token in enumerate(tokens)}
 
 
 def write_clip_vocabulary(folder: str | Path) -> None:
     """Writes CLIP's vocab.json, merges.txt and tokenizer_config.json: what `from_pretrained(folder)` reads."""
-    vocabulary, merges = clip_vocabulary()
+    write_vocabulary(folder, clip_vocabulary()[1])
+
+
+def write_vocabulary(folder: str | Path, merges: list[str]) -> None:
+    """The same files for other merges."""
     config = {
         "bos_token": START,
         "eos_token": END,
@@ -89,7 +98,7 @@ def write_clip_vocabulary(folder: str | Path) -> None:
         "model_max_length": CONTEXT_LENGTH,
     }
     folder = Path(folder)
-    folder.joinpath("vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    folder.joinpath("vocab.json").write_text(json.dumps(vocabulary(merges), ensure_ascii=False), encoding="utf-8")
     folder.joinpath("merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
     folder.joinpath("tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
