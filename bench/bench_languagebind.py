@@ -11,8 +11,8 @@ casting them is inside what is timed.
 Candidates: lbfast as a change of the import gives it ("drop-in"), and after `optimize_for_inference` in float32, in the
 shorter dtype and, on a GPU that has it, in float8; the eager reference, which is upstream's arithmetic, in float32 and
 under autocast of float32 weights, which is how upstream runs in a shorter dtype; PyPI's `languagebind` where it can be
-imported; the latter two under torch.compile, on a CPU layer by layer, whose compilation ends. They take turns, in one
-run.
+imported; the latter two under torch.compile (--compile layers: layer by layer, which compiles one of them; whole: the
+encoder at once, minutes; max-autotune: that, with its products tuned). They take turns, in one run.
 MFU: FLOP of the reference's arithmetic (text: of the captions without padding) over time, as a part of the rate of
 the library's matrix product, measured in the same run. Peak memory: on a CPU the resident size of a process that does
 nothing else, libraries and weights included; on a GPU weights and what the call allocates.
@@ -45,6 +45,7 @@ BATCHES = {  # what fits a CPU's time, and a GPU's
     "cpu": {"image": [1, 8], "video": [1], "audio": [2], "text": [64]},
     "cuda": {"image": [1, 8, 64, 256], "video": [1, 8, 32], "audio": [1, 8, 64], "text": [1, 64, 1024]},
 }
+COMPILED = ("layers", "whole", "max-autotune")
 LEAST_COSINE = {"float32": 0.99999, "float16": 0.999, "bfloat16": 0.999, "fp8": 0.98}
 
 Inputs = Mapping[str, torch.Tensor]
@@ -59,12 +60,14 @@ class Subject:
         modality: "image", "video", "audio" or "text".
         model: in float32, in eval mode; the tower that is not looked at has one layer.
         short: the shorter dtype.
+        compile: how torch.compile is used: one of COMPILED.
         alone: there is one candidate, which may have `model` itself.
     """
 
     modality: str
     model: LanguageBindModel
     short: torch.dtype
+    compile: str = "layers"
     alone: bool = False
 
     @property
@@ -174,12 +177,13 @@ def _theirs(make: Callable[[Subject], Any], compiled: bool, short: bool) -> Any:
     def build(about: Subject) -> Embed:
         model = make(about)
         method = getattr(model, about.method)
-        if compiled and harness.device() == "cpu":
+        if compiled and about.compile == "layers":
             tower = model.text_model if about.modality == "text" else model.vision_model
             for layer in tower.encoder.layers:
                 layer.compile(dynamic=False)
         elif compiled:
-            method = torch.compile(method, dynamic=False)
+            mode = None if about.compile == "whole" else about.compile
+            method = torch.compile(method, dynamic=False, mode=mode)
         return _autocast(method, about.short) if short else _as_is(method)
 
     return build
@@ -225,19 +229,24 @@ def measure(modality: str, batch: int, record: harness.Record, given: argparse.N
     """Rows of one modality at one batch size."""
     device, short = record.device, given.dtype
     about = subject(modality, given.arch, given.layers, short, device)
+    about.compile = given.compile
     fields, layers = inputs(about, batch, device), given.layers or "all"
     case = {"case": f"{modality} {given.arch}, batch {batch}", "modality": modality, "batch": batch, "layers": layers}
     work = flops(about, fields)
     able: dict[str, Callable[[], torch.Tensor]] = {}
     cosines: dict[str, float] = {}
+    peaks: dict[str, float] = {}
     expected = None
     torch.compiler.reset()
     for name in chosen(given):
-        row = {**case, "dtype": dtype_of(name, short), "name": name.replace("short", short)}
+        row = _row(case, name, given)
         try:
+            before = torch.cuda.memory_allocated() if device == "cuda" else 0
             embed = CANDIDATES[name](about)
             call = torch.inference_mode()(functools.partial(embed, fields))
             out = normalised(call().double())
+            if device == "cuda":
+                peaks[name] = _gpu_peak(call, before, about, own=name.startswith("lbfast") and "drop-in" not in name)
         except Exception as error:  # absent, or not able to
             record.add([{**row, "note": contest.reason(error)}])
             continue
@@ -249,8 +258,8 @@ def measure(modality: str, batch: int, record: harness.Record, given: argparse.N
             record.add([{**row, "note": f"wrong: a cosine of {cosines[name]:.5f} to float32: not timed"}])
     rows = []
     for name, timing in harness.interleaved(able, device, given.seconds).items():
-        dtype = dtype_of(name, short)
-        row = {**case, "dtype": dtype, "name": name.replace("short", short), **dataclasses.asdict(timing)}
+        row = {**_row(case, name, given), **dataclasses.asdict(timing)}
+        dtype = row["dtype"]
         row["items_s"] = round(1e3 * batch / timing.median_ms, 2)
         row["tflops"] = round(work / timing.median_ms / 1e9, 3)
         rate = record.rates(about.short if dtype == "fp8" else getattr(torch, dtype)).flops
@@ -260,22 +269,33 @@ def measure(modality: str, batch: int, record: harness.Record, given: argparse.N
     record.add(rows)
     if given.no_memory:
         return
-    weights = {"float32": 4, short: about.short.itemsize, "fp8": 1}
-    numbers = sum(p.numel() for p in about.model.parameters())
-    extra = {name: harness.gpu_extra_mib(call) for name, call in able.items()} if device == "cuda" else {}
     timed = list(able)
     able.clear()
     del about, expected
     gc.collect()
     for name, row in zip(timed, rows):
         if device == "cuda":
-            held = weights["float32" if "autocast" in name else row["dtype"]] * numbers / harness.MIB
-            row["peak_MiB"] = round(held + extra[name])
+            row["peak_MiB"] = round(peaks[name])
         elif "torch.compile" not in name:  # whose compiler would be counted
             arguments = (name, modality, given.arch, given.layers, short, batch)
             row["peak_MiB"] = round(harness.cpu_memory(once, *arguments).peak)
     record.rows[-len(rows) :] = rows
     record.write()
+
+
+def _row(case: Mapping[str, Any], name: str, given: argparse.Namespace) -> dict[str, Any]:
+    row = {**case, "dtype": dtype_of(name, given.dtype), "name": name.replace("short", given.dtype)}
+    return {**row, "compile": given.compile} if "torch.compile" in name else row
+
+
+def _gpu_peak(call: Callable[[], Any], before: int, about: Subject, own: bool) -> float:
+    """MiB that a candidate holds at most: what it made since `before`, and the weights, unless it has its own."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    weights = 0 if own else sum(p.numel() * p.element_size() for p in about.model.parameters())
+    return (torch.cuda.max_memory_allocated() - before + weights) / harness.MIB
 
 
 def chosen(given: argparse.Namespace) -> list[str]:
@@ -314,6 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, help="of the encoder; default all")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"), help="the shorter one")
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each number (%(default)s)")
+    parser.add_argument("--compile", default="layers", choices=COMPILED, help="how torch.compile is used (%(default)s)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-upstream", action="store_true", help="leave PyPI's languagebind out")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")

@@ -1,7 +1,8 @@
-"""`make demo`: the demo, then its encoders timed against the eager baseline: same checkpoints, same inputs, one run.
+"""`make demo`: the demo, then what L/14 takes against the eager baseline: same random weights, same inputs, one run.
 
-The two take turns, so that a machine that slows down slows both; medians are compared. `--whole image video` times
-whole L/14 encoders, with random weights, on one file each instead: minutes on a CPU.
+The demo's own model is too small to time. Two layers of L/14's width are; `--whole image video` times whole encoders,
+on one file each, instead: minutes on a CPU. The two take turns, so that a machine that slows down slows both; medians
+are compared.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +22,13 @@ from rich.table import Table
 
 from lbfast import demo
 from lbfast.doctor import cpu_name
-from lbfast.model.config import MODALITIES, published_config
+from lbfast.model.config import MODALITIES, LanguageBindConfig, published_config
 from lbfast.model.languagebind import LanguageBindModel, model_dict, normalised
+from lbfast.processing.processor import transform_dict
+from lbfast.processing.text import default_tokenizer
 from lbfast.reference import languagebind as reference
 
+LAYERS = 2
 LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 3, 15, 2.5
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 """How far two unit embeddings may be apart in any number: some thirty times what rounding was seen to do."""
@@ -53,17 +57,33 @@ def take_turns(first: Callable[[], object], second: Callable[[], object]) -> tup
     return times
 
 
-def demo_models(made: demo.Demo, dtype: torch.dtype) -> Iterator[LanguageBindModel]:
-    """The demo's checkpoints, one at a time."""
-    for name, where in made.checkpoints.items():
-        yield model_dict[name].from_pretrained(where, torch_dtype=dtype)
-
-
-def whole_models(names: Sequence[str], dtype: torch.dtype) -> Iterator[LanguageBindModel]:
-    """L/14 with all its layers and random weights, one at a time."""
+def configs(names: Iterable[str], layers: int | None) -> dict[str, LanguageBindConfig]:
+    """L/14 of each modality, with all its layers or so many in both towers."""
+    found = {}
     for name in names:
+        found[name] = published_config(name, **({} if layers is None else {"num_hidden_layers": layers}))
+        if layers is not None:
+            found[name].text_config.num_hidden_layers = layers
+    return found
+
+
+def models(made: Mapping[str, LanguageBindConfig], dtype: torch.dtype) -> Iterator[LanguageBindModel]:
+    """Models with random weights, one at a time."""
+    for name, config in made.items():
         torch.manual_seed(0)
-        yield model_dict[name](published_config(name)).to(dtype).eval()  # type: ignore[arg-type]
+        yield model_dict[name](config).to(dtype).eval()  # type: ignore[arg-type]
+
+
+def inputs(
+    made: Mapping[str, LanguageBindConfig], shown: demo.Demo, count: int
+) -> dict[str, Mapping[str, torch.Tensor]]:
+    """What the encoders take, of so many of the demo's files of each modality; and five captions, padded."""
+    found: dict[str, Mapping[str, torch.Tensor]] = {
+        name: transform_dict[name](config)(shown.files[name][:count]) for name, config in made.items()
+    }
+    captions = [lines[0] for lines in shown.captions.values()]
+    found["language"] = default_tokenizer()(captions, max_length=77, padding="max_length", return_tensors="pt")
+    return found
 
 
 @torch.inference_mode()
@@ -117,27 +137,24 @@ def _spread(seconds: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for samples and checkpoints")
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the files it makes")
     parser.add_argument("--whole", nargs="+", choices=tuple(MODALITIES), help="time whole encoders of these modalities")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the timed encoders")
     arguments = parser.parse_args()
     console = Console()
     made = demo.run(arguments.out, console)
     dtype = getattr(torch, arguments.dtype)
-    if arguments.whole:
-        depth, files = "all of its 24 layers", "1 file"
-        inputs = {name: {key: x[: len(x) // 2] for key, x in fields.items()} for name, fields in made.inputs.items()}
-        models = whole_models(arguments.whole, dtype)
-    else:
-        depth, files, inputs = f"{demo.LAYERS} of its 24 layers", "2 files", made.inputs
-        models = demo_models(made, dtype)
+    layers, count = (None, 1) if arguments.whole else (LAYERS, 2)
+    chosen = configs(arguments.whole or MODALITIES, layers)
+    if not arguments.whole:
         demo.show(console, made)
     with console.status("timing"):
-        results = compare(models, inputs, dtype)
+        results = compare(models(chosen, dtype), inputs(chosen, made, count), dtype)
     console.print(table(results, dtype))
     console.print(
         f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
-        f"{platform.python_version()}; encoders of L/14's width with {depth}, {files} of each "
+        f"{platform.python_version()}; encoders of L/14's width with random weights and "
+        f"{'all' if layers is None else layers} of its 24 layers, {count} {'file' if count == 1 else 'files'} of each "
         "modality; median (fastest-slowest), the two taking turns; difference: the "
         "largest between the unit embeddings. GPU: not measured.",
         highlight=False,

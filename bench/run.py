@@ -106,6 +106,19 @@ PIECES = {
         _encoder("image", "--seconds", "0.3", *ROW, limit=60, name="row"),
         Piece("training", "bench_training", ("--seconds", "3"), limit=300, extra=True),
         Piece("info-nce-sweep", "bench_info_nce", ("--seconds", "0.5"), limit=400, extra=True),
+        *(
+            _encoder(
+                modality,
+                "--batch",
+                batch,
+                "--compile",
+                "max-autotune",
+                limit=580,
+                name=f"{modality}-autotune",
+                extra=True,
+            )
+            for modality, batch in (("image", "64"), ("video", "32"))
+        ),
         _encoder("image", "--batch", "256", "--arch", "H/14", limit=200, name="image-huge", extra=True),
         _encoder("video", "--batch", "8", "--arch", "H/14", limit=200, name="video-huge", extra=True),
     ),

@@ -136,6 +136,16 @@ def test_slow_candidates_get_two_rounds():
     assert harness.interleaved({"a": int}, "cpu", seconds=0.001, most=7)["a"].rounds == 7
 
 
+def test_small_cases_of_every_kernel(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    from bench import memcheck
+
+    assert memcheck.main() == 0
+    kernels = {path.stem.removesuffix("_bwd") for path in (ROOT / "kernels").glob("*.py")} - {"primitives", "configs"}
+    named = {re.split(r"[ ,]", line)[0] for line in capsys.readouterr().out.splitlines()}
+    assert kernels <= named
+
+
 # Whole encoders
 
 

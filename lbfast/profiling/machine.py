@@ -82,8 +82,9 @@ def facts(device: str) -> dict[str, Any]:
         return {**found, "triton": triton.__version__}
     from lbfast.doctor import cpu_name
 
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     found |= {"device": cpu_name(), "threads": torch.get_num_threads()}
-    return {**found, "capability": torch.backends.cpu.get_cpu_capability(), "amx": torch.cpu._is_amx_tile_supported()}
+    return {**found, "capability": torch.backends.cpu.get_cpu_capability(), "amx": amx()}
 
 
 def _driver() -> dict[str, Any]:
