@@ -47,7 +47,7 @@ def zero_shot(
     with plain_errors():
         (checkpoint,) = open_checkpoints([model]).values()
         prompts = templates_for(checkpoint.modality, templates)
-        named = None if classes is None else [line.strip() for line in classes.read_text("utf-8").splitlines()]
+        named = None if classes is None else [line.strip() for line in classes.read_text("utf-8-sig").splitlines()]
         with progress_bars() as (progress, _):
             encoder = _open(checkpoint, batch_size, workers, dtype, device, progress)
             report = classify_files(

@@ -22,6 +22,7 @@ from lbfast.training.manifest import SUFFIXES, Manifest, caption_columns
 from lbfast.training.sample import DEFAULT_VIEWS, Sample, Source, as_file, candidates
 from lbfast.training.shards import Shard, expand_braces
 
+_TOLD = 20  # rows that sources leave out, each with a message of its own
 _ENOUGH = 1000  # samples that are bad without one that is good: something else is wrong than the samples
 
 
@@ -78,7 +79,8 @@ class Batches:
         raw: uint8 pixels, a quarter of the memory; see `Processor`. Not for audio.
         context_length: tokens a caption, padded or cut.
         prefetch: samples decoded before they are asked for, with workers; None: those of one step.
-        on_skip: called with (key, reason) for each sample when it is first skipped.
+        on_skip: called with (key, reason) for each sample when it is first skipped; of what the sources leave out, for
+            the first 20, and once more for the others together.
 
     Attributes:
         steps_per_epoch: the same on every rank.
@@ -127,9 +129,7 @@ class Batches:
         self.skipped: dict[str, str] = {}
         self._on_skip = on_skip
         self._sources = open_sources(sources, processor.modality, captions=captions, media=media)
-        for source in self._sources:
-            for key, reason in source.skipped.items():
-                self._skip(key, reason)
+        self._skip_sources()
         self._ends = list(itertools.accumulate(map(len, self._sources)))
         if not len(self):
             raise ValueError(f"data: expected samples, got none{_first(self.skipped)}")
@@ -212,6 +212,18 @@ class Batches:
             captions, max_length=self._context_length, padding="max_length", truncation=True, return_tensors="pt"
         )
         return tokens["input_ids"], tokens["attention_mask"]
+
+    def _skip_sources(self) -> None:
+        """Puts down what the sources leave out; a manifest of millions may do so with thousands, so few are told."""
+        for source in self._sources:
+            for key, reason in source.skipped.items():
+                if len(self.skipped) < _TOLD:
+                    self._skip(key, reason)
+                else:
+                    self.skipped[key] = reason
+        others = len(self.skipped) - _TOLD
+        if others > 0 and self._on_skip is not None:
+            self._on_skip(f"{others} more", f"the last: {list(self.skipped.values())[-1]}")
 
     def _skip(self, key: str, reason: str) -> None:
         if key not in self.skipped:

@@ -60,10 +60,6 @@ class Manifest:
         texts = {name: self._columns[name][row].as_py() for name in self._captions}
         return Sample(path, os.path.join(self.file.parent, path), {k: v for k, v in texts.items() if v})
 
-    def column(self, name: str) -> list[str]:
-        """A column's values, one for each sample."""
-        return self._columns[name].take(self._rows).to_pylist()
-
     def _skip(self, row: int, why: str) -> None:
         self.skipped[f"{self.file}, row {row + 1}"] = why
 
