@@ -6,7 +6,8 @@ python -m bench.bench_training --batch 1024 --micro-batch 128 --width 1024 --lay
 dense: forward and backward of the whole batch. accumulation: embed all of it without gradients; then, for each
 micro-batch, embed it again and back-propagate the loss of the whole batch, all of its logits each time (open_clip's
 accum-freq, which upstream uses). Extra memory is what a step needs beyond weights and the batch itself, pixels
-included; gradients are made anew in each step. The towers are cut down so that a CPU can do it; random weights.
+included; gradients are made anew in each step. Every size takes as many steps as see the largest one's pairs: the
+allocator's fragments grow with the work done. The towers are cut down so that a CPU can do it; random weights.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ def pairs(count: int) -> SimpleNamespace:
 
 
 def step(
-    kind: str, tuned: str, batch: int, micro_batch: int, width: int, layers: int, device: str
+    kind: str, tuned: str, batch: int, micro_batch: int, width: int, layers: int, device: str, times: int = 1
 ) -> Callable[[], Any]:
-    """One training step without the optimiser's; for harness.cpu_memory too, which makes it in its own process."""
+    """Training steps without the optimiser's; for harness.cpu_memory too, which makes them in a process of its own."""
     model = model_of(tuned, width, layers, device)
     data = pairs(batch)
     autocast = torch.bfloat16 if device == "cuda" else None
@@ -90,8 +91,9 @@ def step(
     }
 
     def run() -> None:
-        model.zero_grad(set_to_none=True)
-        ways[kind]()
+        for _ in range(times):
+            model.zero_grad(set_to_none=True)
+            ways[kind]()
 
     return run
 
@@ -101,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64, help="pairs, for the times (%(default)s)")
     parser.add_argument("--memory-batch", type=int, nargs="*", default=[64, 512], help="pairs, for the memory")
     parser.add_argument("--micro-batch", type=int, default=16, help="(%(default)s)")
-    parser.add_argument("--width", type=int, default=384, help="of the vision tower (%(default)s)")
+    parser.add_argument("--width", type=int, default=256, help="of the vision tower (%(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="of the vision tower (%(default)s)")
     parser.add_argument("--tuned", nargs="+", choices=list(TUNED), default=list(TUNED), help="what is trained")
     parser.add_argument("--seconds", type=float, default=6.0, help="for each candidate (%(default)s)")
@@ -132,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for batch in given.memory_batch:
                 if kind == "dense" and batch > given.batch and device == "cpu":
                     continue  # it needs as many times more
-                arguments = (kind, tuned, batch, *size)
+                arguments = (kind, tuned, batch, *size, 1 if kind == "dense" else max(given.memory_batch) // batch)
                 if device == "cuda":
                     extra = harness.gpu_extra_mib(step(*arguments))
                 else:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from lbfast.model.languagebind import model_dict
 from lbfast.training import memory
 from lbfast.training.captions import TextCache
 from lbfast.training.checkpoints import load
@@ -292,14 +293,17 @@ def equals_one_process(rank, group, engine, sizes, lora, text, micro_batches=(1,
 
 def trains_as_one_process(place, engine, out):
     """A run of two processes, in two parts, ends where one of one process does."""
-    plan = trainees.plan(lora_r=0, patch_dropout=0.5, clip_norm=0.5, lr=1e-3)
-    data = trainees.Data(rank=place.rank, world=2)
-    for steps in (2, 4):
-        model = trainees.trainee(plan)
-        train(plan, model, data, out, engine=engine, place=place, steps=steps)
+    plan = trainees.plan(lora_r=4, patch_dropout=0.5, clip_norm=0.5, lr=1e-3, epochs=2)
+    data = trainees.Data(samples=12, rank=place.rank, world=2)
+    for steps in (2, None):
+        summary = train(plan, trainees.trainee(plan), data, out, engine=engine, place=place, steps=steps)
     if place.first:
-        single = trainees.trainee(plan)
-        train(plan, single, trainees.Data(), out / "one", place=Place(0, 1, CPU, None), steps=4)
+        alone = Place(0, 1, CPU, None)
+        train(plan, trainees.trainee(plan), trainees.Data(samples=12), out / "one", place=alone)
+        exported = trainees.weights(model_dict["depth"].from_pretrained(summary.model, merge_lora=False))
+        weights = load(summary.checkpoint)[0]
+        assert trainees.same({name: exported[name] for name in weights}, weights)
+        assert (out / "adapter" / "adapter_model.safetensors").is_file()
         ends = [load(folder / "checkpoints" / "step-00000004") for folder in (out, out / "one")]
         start = trainees.weights(trainees.trainee(plan))
         for name, value in ends[1][0].items():

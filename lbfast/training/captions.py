@@ -82,9 +82,12 @@ class TextCache:
         keys = _keys(ids)
         records["key"] = np.array([np.void(key) for key in keys])
         records["embedding"] = embeddings.detach().float().cpu().numpy()
-        with open(self.path, "r+b") as handle:
-            handle.seek(self._end * self.record.itemsize)
-            handle.write(records.tobytes())
+        try:
+            with open(self.path, "r+b") as handle:
+                handle.seek(self._end * self.record.itemsize)
+                handle.write(records.tobytes())
+        except OSError as error:  # which does not say where
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         for key in keys:
             self._rows[key] = (self._own, self._end)
             self._end += 1

@@ -133,6 +133,8 @@ def replacing(folder: Path) -> Iterator[Path]:
             _remove(folder)
         os.rename(staged, folder)
         _flush(folder.parent)
+    except Exception as error:
+        raise CheckpointWriteError(f"{folder}: cannot write it: {_reason(folder.parent, error)}") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -191,8 +193,11 @@ def _remove(path: Path) -> None:
 def _why_not_written(folder: Path, final: Path, error: Exception) -> str:
     last = newest(folder)
     kept = f"the last complete checkpoint is {last}" if last else "there is no earlier checkpoint"
+    return f"{final}: cannot write the checkpoint: {_reason(folder, error)}; {kept}"
+
+
+def _reason(folder: Path, error: Exception) -> str:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     with contextlib.suppress(OSError):
-        free = shutil.disk_usage(folder).free
-        reason += f" ({free / 2**20:.0f} MiB are free there)"
-    return f"{final}: cannot write the checkpoint: {reason}; {kept}"
+        reason += f" ({shutil.disk_usage(folder).free / 2**20:.0f} MiB are free there)"
+    return reason

@@ -41,12 +41,14 @@ def processes(device: str = "auto") -> Iterator[Place]:
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if kind.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device: expected one that is there, got {device!r}: PyTorch sees no GPU")
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    alone = "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2
+    if kind == "cuda":
+        kind = f"cuda:{0 if alone else os.environ.get('LOCAL_RANK', '0')}"
+    if kind.startswith("cuda"):
+        torch.cuda.set_device(kind)
+    if alone:
         yield Place(0, 1, torch.device(kind), None)
         return
-    if kind == "cuda":
-        kind = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(kind)
     dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
     try:
         yield here(torch.device(kind))
@@ -73,7 +75,6 @@ def wrap(towers: Towers, engine: Engine, place: Place) -> nn.Module:
         towers,
         device_ids=[place.device] if place.device.type == "cuda" else None,
         process_group=place.group,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
 
@@ -102,7 +103,7 @@ def _shard(towers: Towers, place: Place) -> nn.Module:
 def full(x: torch.Tensor) -> torch.Tensor:
     """All of a tensor; of a sharded one on every process, which all must call."""
     x = x.detach()
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor().clone() if isinstance(x, DTensor) else x  # what was gathered may be one buffer of many
 
 
 def as_part_of(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

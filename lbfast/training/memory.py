@@ -111,11 +111,12 @@ def fitting_rows(towers: Any, recipe: Recipe, device: torch.device, arithmetic: 
             return saved_bytes(towers, lambda: towers(pixels, ids, torch.ones_like(ids), None))
 
     one, two = measure(1), measure(2)
-    if recipe.checkpointing == "layers" or recipe.offload:
+    offloaded = recipe.offload and device.type != "cpu"
+    if recipe.checkpointing != "none" or offloaded:
         recompute(encoder, "none")
         layer = (measure(2) - measure(1)) // len(encoder.layers)
         recompute(encoder, recipe.checkpointing)
-        one, two = (0, 0) if recipe.offload else (one, two)
+        one, two = (0, 0) if offloaded else (one, two)
         one, two = one + layer, two + 2 * layer
     each = max(two - one, 1)
     return max(1, min(most, int((limit - (one - each)) // each)))

@@ -65,8 +65,11 @@ class Report:
     def step(self, numbers: Mapping[str, float]) -> None:
         """One step's numbers: step, epoch, loss, lr, scale, samples_per_second, memory_mib and the like."""
         if self._file is not None:
-            self._file.write(json.dumps(dict(numbers)) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(dict(numbers)) + "\n")
+                self._file.flush()
+            except OSError as error:  # which does not say where
+                raise OSError(error.errno, error.strerror, self._file.name) from error
         if self._board is not None:
             for name, value in numbers.items():
                 if name != "step":

@@ -72,7 +72,7 @@ class Towers(nn.Module):
         finally:
             dropout.noise = None
         text = self.captions(ids, mask) if self.text_trained else None
-        return image, text, self.model.logit_scale.view(())
+        return image, text, self.model.logit_scale.clone()
 
     def captions(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(m, L) -> unit embeddings (m, E)."""

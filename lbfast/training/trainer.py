@@ -355,7 +355,7 @@ class _Run:
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
         checkpoints.restore_generators(state["generators"])
-        if self.recipe.micro_batch is None:
+        if all(state["recipe"].get(name) == getattr(self.recipe, name) for name in MEMORY_FIELDS):
             self.large.micro_batch = state["micro_batch"]
         self.step = state["step"]
 
