@@ -214,15 +214,13 @@ def dtype_of(name: str, short: str) -> str:
 
 
 def once(name: str, modality: str, arch: str, layers: int | None, short: str, batch: int) -> Callable[[], torch.Tensor]:
-    """One candidate alone on the CPU, with one call behind it: for harness.cpu_memory."""
+    """One candidate alone on the CPU: for harness.cpu_memory."""
     about = subject(modality, arch, layers, short, "cpu")
     about.alone = True
     given = inputs(about, batch, "cpu")
     embed = CANDIDATES[name](about)
     gc.collect()
-    call = torch.inference_mode()(functools.partial(embed, given))
-    call()
-    return call
+    return torch.inference_mode()(functools.partial(embed, given))
 
 
 def measure(modality: str, batch: int, record: harness.Record, given: argparse.Namespace) -> None:
@@ -257,7 +255,7 @@ def measure(modality: str, batch: int, record: harness.Record, given: argparse.N
         else:
             record.add([{**row, "note": f"wrong: a cosine of {cosines[name]:.5f} to float32: not timed"}])
     rows = []
-    for name, timing in harness.interleaved(able, device, given.seconds).items():
+    for name, timing in harness.interleaved(able, device, given.seconds, warm=False).items():
         row = {**_row(case, name, given), **dataclasses.asdict(timing)}
         dtype = row["dtype"]
         row["items_s"] = round(1e3 * batch / timing.median_ms, 2)
@@ -302,7 +300,8 @@ def chosen(given: argparse.Namespace) -> list[str]:
     return [
         name
         for name in CANDIDATES
-        if not (given.no_compile and "torch.compile" in name)
+        if (not given.candidates or name in given.candidates)
+        and not (given.no_compile and "torch.compile" in name)
         and not (given.no_upstream and name.startswith("languagebind"))
     ]
 
@@ -334,6 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, help="of the encoder; default all")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"), help="the shorter one")
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each number (%(default)s)")
+    parser.add_argument("--candidates", nargs="+", choices=list(CANDIDATES), metavar="NAME", help="default: all")
     parser.add_argument("--compile", default="layers", choices=COMPILED, help="how torch.compile is used (%(default)s)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-upstream", action="store_true", help="leave PyPI's languagebind out")

@@ -128,14 +128,19 @@ def describe(header: Mapping[str, Any]) -> str:
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], Any]], device: str, seconds: float = 3.0, least: int = 3, most: int = 50
+    candidates: Mapping[str, Callable[[], Any]],
+    device: str,
+    seconds: float = 3.0,
+    least: int = 3,
+    most: int = 50,
+    warm: bool = True,
 ) -> dict[str, Timing]:
-    """Times candidates in turns, so that a machine that slows down slows all; one call each to warm up first.
+    """Times candidates in turns, so that a machine that slows down slows all; with `warm`, after one call each.
 
     Rounds go on until each candidate has had `seconds` on average, `least` rounds at least and `most` at most. Where
     one round takes longer than twice that, `least` is 2.
     """
-    for run in candidates.values():
+    for run in candidates.values() if warm else ():
         run()
     clock = _gpu_ms if device == "cuda" else _cpu_ms
     times: dict[str, list[float]] = {name: [] for name in candidates}

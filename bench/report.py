@@ -84,11 +84,10 @@ def _over(slow: Row | None, fast: Row | None) -> str:
 
 
 def _cases(machine: Machine) -> Iterable[tuple[str, Sequence[Row], str]]:
-    """(name to show, rows, case) of the whole encoders."""
-    for modality in ENCODERS:
-        result = machine.get(f"languagebind-{modality}")
-        if result is None:
-            continue
+    """(name to show, rows, case) of the whole encoders: of languagebind-image, languagebind-image-8 and so on."""
+    named = [(m, w) for m in ENCODERS for w in sorted(machine) if re.fullmatch(rf"languagebind-{m}(-\d+)?", w)]
+    for modality, what in named:
+        result = machine[what]
         for case in dict.fromkeys(row["case"] for row in result.rows):
             yield f"{SHOWN[modality]}, batch {case.rsplit(' ', 1)[1]}", result.rows, case
 
