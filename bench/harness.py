@@ -48,7 +48,10 @@ def device() -> str:
 
 
 def header(device: str) -> dict[str, Any]:
-    """What was measured on, and when: device, versions, threads or clocks, commit, and how the tests went."""
+    """What was measured on, and when: device, versions, threads or clocks, commit, how the tests went, and the load.
+
+    load: of the CPUs over the minute before, by others than the bench; on as many CPUs as threads it should be near 0.
+    """
     now = datetime.datetime.now(datetime.timezone.utc)
     found = {
         **machine.facts(device),
@@ -56,7 +59,8 @@ def header(device: str) -> dict[str, Any]:
         "commit": _commit(),
         "date": now.strftime("%Y-%m-%d"),
     }
-    return {**found, "tests": os.environ.get(TESTS, "not run")}
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    return {**found, "tests": os.environ.get(TESTS, "not run"), "load": load}
 
 
 def _commit() -> str:

@@ -15,6 +15,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+_TOUCH_NOTHING = {
+    f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+}
+
+
 @dataclass
 class Work:
     """calls, and the FLOP and bytes of all of them."""
@@ -38,8 +43,9 @@ class Counter(TorchDispatchMode):
         if parts is not NotImplemented:
             return parts
         out = func(*args, **kwargs)
-        if not getattr(func, "is_view", False):
-            done = self.work.setdefault(func._schema.name, Work())
+        name = func._schema.name
+        if not getattr(func, "is_view", False) and name not in _TOUCH_NOTHING:
+            done = self.work.setdefault(name, Work())
             done.calls += 1
             done.flops += _flops(func, args, kwargs, out)
             done.bytes += sum(t.numel() * t.element_size() for t in _tensors((args, kwargs, out)))
