@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+
+from lbfast.ops._linear import linear, product
 
 Norm = tuple[torch.Tensor, torch.Tensor, float]
 """weight (D,), bias (D,), eps of `ops.layer_norm`."""
@@ -97,7 +98,8 @@ class _NormLinears(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             y, total = _norm_fwd(ctx, x, residual, (weight, bias, eps), weights)
             y = y.to(weights[0].dtype)
-            outs = [F.linear(y, w, b) for w, b in zip(weights, biases)]
+            rows = y.reshape(-1, y.shape[-1])
+            outs = [linear(rows, w, b).view(*y.shape[:-1], len(w)) for w, b in zip(weights, biases)]
         return (*outs, total) if residual is not None else tuple(outs)
 
     @staticmethod
@@ -115,10 +117,10 @@ class _NormLinears(torch.autograd.Function):
             if dout is None:
                 products += [None, None]
                 continue
-            products.append(dout.T @ y if need_weight and y is not None else None)
+            products.append(product(dout.T, y) if need_weight and y is not None else None)
             products.append(dout.sum(0) if need_bias else None)
             if any(wanted[:4]):
-                dy = dout @ weight if dy is None else dy.addmm_(dout, weight)
+                dy = product(dout, weight) if dy is None else linear(dout, weight.T, plus=dy)
         before = _passed_on(ctx, dtotal) if dy is None else _norm_bwd(ctx, saved, dy, dtotal, wanted[:4])
         return (*before, None, *products)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lbfast import dispatch
-from lbfast.ops._linear import linear
+from lbfast.ops._linear import linear, product
 
 ACTIVATIONS = ("gelu", "quick_gelu")
 _QUICK = 1.702
@@ -182,7 +182,7 @@ def _mlp_bwd(
     if need_x or need_w1 or need_b1 or need_w2:
         x2 = x.reshape(-1, x.shape[-1])
         h2 = linear(x2, fc1_weight, fc1_bias) if h is None else h
-        da = dout2 @ fc2_weight if need_x or need_w1 or need_b1 else None
+        da = product(dout2, fc2_weight) if need_x or need_w1 or need_b1 else None
         chosen = dispatch.choose("mlp", impl, IMPLEMENTATIONS, dout, x, fc1_weight, fc2_weight)
         if chosen == "triton" and da is not None:
             from lbfast.kernels import mlp as kernel
@@ -194,11 +194,11 @@ def _mlp_bwd(
             if need_b1 and dh is not None:
                 db1 = dh.sum(0)
         if need_w2:
-            dw2 = dout2.T @ a
+            dw2 = product(dout2.T, a)
         if need_w1:
-            dw1 = dh.T @ x2
+            dw1 = product(dh.T, x2)
         if need_x:
-            dx = (dh @ fc1_weight).reshape(x.shape)
+            dx = product(dh, fc1_weight).reshape(x.shape)
     return dx, dw1, db1, dw2, db2
 
 
