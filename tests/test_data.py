@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import json
 import os
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -22,29 +18,13 @@ from lbfast.processing import default_tokenizer, transform_dict
 from lbfast.training.data import Batches, open_sources
 from lbfast.training.manifest import Manifest
 from lbfast.training.sample import Sample
-from lbfast.training.shards import Shard, expand_braces
-from lbfast.training.tar import BrokenTarError, members
+from lbfast.training.tar import members
 from tests import tiny
+from tests.tiny import Tokenizer, noise, shard, table
 from tests.workers import Noise
 
 COUNT = 22
 PICTURES = (".jpg", ".png")
-
-
-class Tokenizer:
-    """A token for each letter."""
-
-    def __call__(self, texts, max_length, padding, truncation, return_tensors):
-        assert (padding, truncation, return_tensors) == ("max_length", True, "pt")
-        rows = [[ord(letter) for letter in text[:max_length]] for text in texts]
-        ids = torch.tensor([row + [0] * (max_length - len(row)) for row in rows])
-        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
-
-
-def write(file: Path, header: list[str], rows: list[list]) -> Path:
-    with open(file, "w", newline="", encoding="utf-8") as opened:
-        csv.writer(opened).writerows([header, *rows])
-    return file
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +33,8 @@ def folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("data")
     for i in range(COUNT):
         (where / f"{i:02}").write_bytes(bytes([i]))
-    write(where / "all.csv", ["path", "caption"], [[f"{i:02}", f"caption {i}"] for i in range(COUNT)])
+    table(where / "all.csv", ["path", "caption"], [[f"{i:02}", f"caption {i}"] for i in range(COUNT)])
     return where
-
-
-def noise(data, **options) -> Batches:
-    return Batches(data, Noise(), Tokenizer(), **{"batch_size": 5, "context_length": 8, **options})
 
 
 def joined(batches) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -114,8 +90,8 @@ def test_ranks_share_each_step(folder, world):
 def test_workers_change_nothing_and_a_file_that_kills_them_is_skipped(folder, tmp_path):
     (tmp_path / "deadly").write_bytes(b"x")
     rows = [[str(folder / f"{i:02}"), f"caption {i}"] for i in range(7)]
-    manifest = write(tmp_path / "m.csv", ["path", "caption"], [*rows, ["deadly", "no"]])
-    plain = noise(write(tmp_path / "plain.csv", ["path", "caption"], rows), shuffle=False, training=False, batch_size=4)
+    manifest = table(tmp_path / "m.csv", ["path", "caption"], [*rows, ["deadly", "no"]])
+    plain = noise(table(tmp_path / "plain.csv", ["path", "caption"], rows), shuffle=False, training=False, batch_size=4)
     batches = noise(manifest, shuffle=False, training=False, batch_size=4, workers=2, prefetch=3)
     assert_same(joined(batches.epoch(0)), joined(plain.epoch(0)))
     assert batches.skipped == {"deadly": "deadly: the worker process ended with status 3 while decoding it"}
@@ -149,7 +125,7 @@ def test_views_are_drawn_by_weight(tmp_path):
     count, weights = 2000, {"title": 1.0, "polished": 3.0, "spatial": 0.0}
     (tmp_path / "a").write_bytes(b"a")
     rows = [["a", f"title {i}", f"polished {i}", "never"] for i in range(count)]
-    manifest = write(tmp_path / "m.csv", ["path", "title", "polished", "spatial"], rows)
+    manifest = table(tmp_path / "m.csv", ["path", "title", "polished", "spatial"], rows)
     batches = noise(manifest, batch_size=count, captions=weights, shuffle=False)
     first, second = (next(batches.epoch(epoch)).captions for epoch in (0, 1))
     for captions in (first, second):
@@ -162,7 +138,7 @@ def test_views_are_drawn_by_weight(tmp_path):
 
 def test_a_missing_view_leaves_the_others(tmp_path):
     (tmp_path / "a").write_bytes(b"a")
-    manifest = write(
+    manifest = table(
         tmp_path / "m.csv", ["path", "title", "spatial"], [["a", "", "two"], ["a", "one", " "], ["a", "", ""]]
     )
     batches = noise(manifest, captions={"title": 1, "spatial": 5}, batch_size=2, shuffle=False)
@@ -175,11 +151,11 @@ ROWS = [("x/a.jpg", "one, two"), ("x/b.jpg", "zwei\nZeilen 'ü'"), ("/c.jpg", "t
 
 
 def manifests(where: Path) -> list[Path]:
-    table = pa.table({"path": [p for p, _ in ROWS], "other": [1, 2, 3], "caption": [c for _, c in ROWS]})
-    pq.write_table(table, where / "m.parquet")
+    columns = pa.table({"path": [p for p, _ in ROWS], "other": [1, 2, 3], "caption": [c for _, c in ROWS]})
+    pq.write_table(columns, where / "m.parquet")
     lines = [json.dumps({"caption": c, "path": p, "other": {}}, ensure_ascii=False) for p, c in ROWS]
     (where / "m.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
-    write(where / "m.csv", ["path", "other", "caption"], [[p, 1, c] for p, c in ROWS])
+    table(where / "m.csv", ["path", "other", "caption"], [[p, 1, c] for p, c in ROWS])
     (where / "m.tsv").write_text(
         '\ufeffcaption\tpath\n"one, two"\tx/a.jpg\n"zwei\nZeilen \'ü\'"\tx/b.jpg\nthree\t/c.jpg\n'
     )
@@ -258,7 +234,7 @@ def test_rows_that_are_no_samples_are_counted(tmp_path):
     manifest = Manifest(tmp_path / "m.csv")
     assert len(manifest) == 1 and [why[:8] for why in manifest.skipped.values()] == ["3 fields", "1 fields"]
     told: list[str] = []
-    write(tmp_path / "many.csv", ["path", "caption"], [["a", "good"], *[["a", ""]] * 30])
+    table(tmp_path / "many.csv", ["path", "caption"], [["a", "good"], *[["a", ""]] * 30])
     many = noise(tmp_path / "many.csv", batch_size=1, on_skip=lambda key, reason: told.append(f"{key}: {reason}"))
     assert len(many.skipped) == 30 and len(told) == 21 and told[-1] == "10 more: the last: no caption in caption"
     (tmp_path / "none.csv").write_text("path,caption\na,\n")
@@ -290,7 +266,7 @@ BAD = {
 def test_bad_media_are_skipped_and_reported_once(pictures, tmp_path):
     good = [f"{i}.jpg" for i in range(6)]
     rows = [[str(pictures / name), f"a {name}"] for name in (*good, *BAD)]
-    manifest = write(tmp_path / "m.csv", ["path", "caption"], rows)
+    manifest = table(tmp_path / "m.csv", ["path", "caption"], rows)
     told: list[tuple[str, str]] = []
     processor = transform_dict["image"](tiny.config("image"))
     batches = Batches(
@@ -315,7 +291,7 @@ def test_bad_media_are_skipped_and_reported_once(pictures, tmp_path):
 def test_nothing_but_bad_media_is_an_error(pictures, tmp_path):
     processor = transform_dict["image"](tiny.config("image"))
     rows = [[str(pictures / name), "x"] for name in BAD]
-    batches = Batches(write(tmp_path / "m.csv", ["path", "caption"], rows), processor, Tokenizer(), batch_size=5)
+    batches = Batches(table(tmp_path / "m.csv", ["path", "caption"], rows), processor, Tokenizer(), batch_size=5)
     with pytest.raises(ValueError, match="none of 5 samples could be read; the last: "):
         list(batches.epoch(0))
 
@@ -330,7 +306,7 @@ def test_a_video_without_frames(tmp_path):
     tiny.sound(tmp_path / "sound.mp4")
     (tmp_path / "cut.mp4").write_bytes(good.read_bytes()[:2000])
     names = ("good.mp4", "empty.mp4", "sound.mp4", "cut.mp4")
-    manifest = write(tmp_path / "m.csv", ["path", "caption"], [[name, "x"] for name in names])
+    manifest = table(tmp_path / "m.csv", ["path", "caption"], [[name, "x"] for name in names])
     processor = transform_dict["video"](tiny.config("video"))
     batches = Batches(manifest, processor, Tokenizer(), batch_size=4)
     (batch,) = batches.epoch(0)
@@ -342,7 +318,7 @@ def test_flips_and_segments_come_from_the_sample(tmp_path):
     """Clips are mirrored in half of the epochs, sounds begin elsewhere: again so in the next run, and on raw pixels."""
     pytest.importorskip("av")
     rows = [[str(tiny.clip(tmp_path / f"{i}.mp4", i)), "x"] for i in range(4)]
-    manifest = write(tmp_path / "m.csv", ["path", "caption"], rows)
+    manifest = table(tmp_path / "m.csv", ["path", "caption"], rows)
     processor = transform_dict["video"](tiny.config("video"))
     options = {"batch_size": 4, "shuffle": False}
     plain = next(Batches(manifest, processor, Tokenizer(), training=False, **options).epoch(0)).pixel_values
@@ -365,7 +341,7 @@ def test_segments_of_long_sounds(tmp_path):
     pytest.importorskip("av")
     pytest.importorskip("kaldi_native_fbank")
     processor = transform_dict["audio"](tiny.config("audio", target_length=28))
-    manifest = write(tmp_path / "m.csv", ["path", "caption"], [[str(tiny.sound(tmp_path / "a.wav")), "x"]])
+    manifest = table(tmp_path / "m.csv", ["path", "caption"], [[str(tiny.sound(tmp_path / "a.wav")), "x"]])
     batches = [Batches(manifest, processor, Tokenizer(), batch_size=1, workers=0) for _ in range(2)]
     drawn = [[next(b.epoch(epoch)).pixel_values for epoch in range(4)] for b in batches]
     assert all(torch.equal(*pair) for pair in zip(*drawn))
@@ -373,169 +349,6 @@ def test_segments_of_long_sounds(tmp_path):
     assert drawn[0][0].shape == (1, 3, 112, 28)
     with pytest.raises(ValueError, match="raw: expected a modality with pixels, got audio"):
         Batches(manifest, processor, Tokenizer(), batch_size=1, raw=True)
-
-
-def shard(file: Path, content: dict[str, bytes], **options) -> Path:
-    with tarfile.open(file, "w", **options) as tar:
-        for name, data in content.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return file
-
-
-def test_shards_give_what_files_give(pictures, tmp_path):
-    content = {}
-    for i in range(6):
-        content[f"dir/{i}.jpg"] = (pictures / f"{i}.jpg").read_bytes()
-        content[f"dir/{i}.txt"] = f"a picture {i}\n".encode()
-    names = list(content)
-    for part in range(2):
-        shard(tmp_path / f"{part:03}.tar", {name: content[name] for name in names[6 * part : 6 * part + 6]})
-    manifest = write(
-        tmp_path / "m.csv", ["path", "caption"], [[str(pictures / f"{i}.jpg"), f"a picture {i}"] for i in range(6)]
-    )
-    processor = transform_dict["image"](tiny.config("image"))
-    given = (tmp_path, str(tmp_path / "{000..001}.tar"), [tmp_path / "000.tar", tmp_path / "001.tar"])
-    runs = [list(Batches(data, processor, Tokenizer(), batch_size=4).epoch(0)) for data in (manifest, *given)]
-    for run in runs[1:]:
-        assert [b.captions for b in run] == [b.captions for b in runs[0]]
-        assert all(torch.equal(a.pixel_values, b.pixel_values) for a, b in zip(run, runs[0], strict=True))
-    assert runs[1][0].keys[0].startswith(str(tmp_path / "00")) and "tar/dir/" in runs[1][0].keys[0]
-    with pytest.raises(FileNotFoundError, match=r"no such file.*002\.tar"):
-        noise(str(tmp_path / "{000..002}.tar"))
-
-
-def test_what_a_shard_holds(tmp_path):
-    fields = {"title": "T", "polished": "P", "caption": "C", "frames": 3}
-    content = {
-        "a.jpg": b"a",
-        "a.depth.png": b"d",
-        "a.json": json.dumps(fields).encode(),
-        "b.JPG": b"b",
-        "b.txt": b"text",
-        "b.json": json.dumps(fields).encode(),
-        "c.jpg": b"c",  # no caption
-        "d.txt": b"no media",
-        "e.jpg": b"e",
-        "e.txt": b"  ",
-        "f.jpg": b"f",
-        "f.json": b"{",
-        "g.jpg": b"g",
-        "g.txt": b"\xff",
-        ".hidden.jpg": b"h",
-    }
-    file = shard(tmp_path / "s.tar", content)
-    with tarfile.open(file, "a") as tar:
-        again = tarfile.TarInfo("a.jpg")
-        again.size = 1
-        tar.addfile(again, io.BytesIO(b"z"))
-    batches = noise(file, batch_size=5, shuffle=False)
-    (batch,) = batches.epoch(0)
-    assert batch.keys == [f"{file}/a", f"{file}/b"] and batch.captions == ["C", "text"]
-    assert batch.pixel_values[:, 0, 0, 0].int().tolist() == [ord("a"), ord("b")]
-    skipped = {key.removeprefix(f"{file}/"): why for key, why in batches.skipped.items()}
-    assert {key: why.partition(":")[0] for key, why in skipped.items() if key not in "fg"} == {
-        "a.jpg": "the tar has two members of this name; the first is used",
-        "c": "no caption",
-        "d": "no media",
-        "e": f"{file}/e",
-    }
-    assert "expected JSON, got" in skipped["f"] and "expected UTF-8 text" in skipped["g"]
-    views = noise(file, batch_size=5, shuffle=False, captions={"title": 1, "polished": 1})
-    seen = {tuple(next(views.epoch(epoch)).captions) for epoch in range(12)}
-    assert seen == {(a, b) for a in "TP" for b in "TP"}
-    depth = noise(file, batch_size=1, media="depth.png", shuffle=False)
-    assert next(depth.epoch(0)).pixel_values[0, 0, 0, 0].int() == ord("d") and len(depth) == 1
-
-
-LONG = "folder/" + "long" * 40
-
-
-@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_members_are_those_of_the_standard_library(tmp_path, kind):
-    name = "folder" * 15 + "/" + "x" * 80 if kind == tarfile.USTAR_FORMAT else LONG
-    names = ["a.txt", name + ".txt", "ümlaut.txt", "empty.txt", "last.txt"]
-    file = tmp_path / "s.tar"
-    with tarfile.open(file, "w", format=kind) as tar:
-        for i, one in enumerate(names):
-            info = tarfile.TarInfo(one)
-            info.size = 0 if one == "empty.txt" else 500 + 300 * i
-            info.mtime = 1234.5
-            tar.addfile(info, io.BytesIO(bytes([i]) * info.size))
-            for extra, type_ in ((f"d{i}", tarfile.DIRTYPE), (f"l{i}", tarfile.SYMTYPE), (f"h{i}", tarfile.LNKTYPE)):
-                link = tarfile.TarInfo(extra)
-                link.type, link.linkname = type_, "long" * 40 if kind != tarfile.USTAR_FORMAT else "a.txt"
-                tar.addfile(link)
-    with tarfile.open(file) as tar:
-        expected = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
-    assert list(members(file)) == expected and [name for name, _, _ in expected] == names
-
-
-def test_a_shard_that_breaks_off_gives_what_is_whole(tmp_path):
-    """Cut at every 100 bytes: never an error, every sample that is left is whole, and the loss is said."""
-    content = {}
-    for i in range(4):
-        content[f"{i}.jpg"] = bytes([i]) * 700
-        content[f"{i}.txt"] = f"caption {i}".encode()
-    whole = shard(tmp_path / "whole.tar", content)
-    data, ends = whole.read_bytes(), [offset + size for _, offset, size in members(whole)]
-    assert not Shard(whole, PICTURES).skipped
-    cut = tmp_path / "cut.tar"
-    for length in range(0, ends[-1] + 512, 100):
-        cut.write_bytes(data[:length])
-        left = Shard(cut, PICTURES)
-        assert len(left) == sum(end <= length for end in ends[1::2])
-        for i in range(len(left)):
-            sample = left[i]
-            assert sample.media.read() == content[f"{i}.jpg"] and sample.captions() == {"txt": f"caption {i}"}
-        assert "what follows is lost" in left.skipped[str(cut)]
-        halves = sum(end <= length for end in ends) % 2
-        assert len(left.skipped) == 1 + halves  # media whose caption is beyond the cut
-    cut.write_bytes(data[: ends[4] - 10])
-    batches = noise([cut], batch_size=2)
-    assert sorted(next(batches.epoch(0)).captions) == ["caption 0", "caption 1"]
-    assert batches.skipped == {str(cut): "truncated in 2.jpg: 690 of 700 bytes are there; what follows is lost"}
-    broken = bytearray(data)
-    broken[ends[1] // 512 * 512 + 512 : ends[1] // 512 * 512 + 600] = b"\x07" * 88
-    cut.write_bytes(broken)
-    left = Shard(cut, PICTURES)
-    assert len(left) == 1 and left.skipped[str(cut)].startswith("broken after 0.txt: no header at byte")
-    cut.write_bytes(data)
-    batches = noise([cut], batch_size=4)
-    cut.write_bytes(data[: ends[2] - 1])  # after it was indexed
-    next(batches.epoch(0))
-    assert len(batches.skipped) == 3 and all("has the tar changed?" in why for why in batches.skipped.values())
-
-
-def test_shards_that_are_none(tmp_path):
-    whole = shard(tmp_path / "a.tar", {"a.jpg": b"a", "a.txt": b"a"})
-    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(whole.read_bytes()))
-    with pytest.raises(ValueError, match=r"a\.tar\.gz: expected an uncompressed tar, got one compressed with gzip"):
-        noise(tmp_path / "a.tar.gz")
-    (tmp_path / "text.tar").write_text("This is no tar at all. " * 100)
-    with pytest.raises(
-        ValueError, match=r"expected samples, got none; 1 skipped.*broken from the beginning: no header"
-    ):
-        noise(tmp_path / "text.tar")
-    with pytest.raises(BrokenTarError, match="no header at byte 0"):
-        list(members(tmp_path / "text.tar"))
-    assert len(noise([tmp_path / "text.tar", whole], batch_size=1)) == 1
-
-
-@pytest.mark.parametrize(
-    "pattern, names",
-    [
-        ("a.tar", ["a.tar"]),
-        ("s-{08..11}.tar", ["s-08.tar", "s-09.tar", "s-10.tar", "s-11.tar"]),
-        ("{a,b}/{0..1}", ["a/0", "a/1", "b/0", "b/1"]),
-        ("{x}{1,2}", ["{x}1", "{x}2"]),
-    ],
-)
-def test_braces(pattern, names):
-    assert expand_braces(pattern) == names
-    with pytest.raises(ValueError, match=r"FIRST <= LAST, got \{2\.\.1\}"):
-        expand_braces("{2..1}")
 
 
 @pytest.mark.parametrize(
@@ -592,9 +405,9 @@ def test_bad_data_and_the_command(tmp_path):
         return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, [str(each) for each in given])
 
     ends = {
-        write(tmp_path / "empty.csv", ["path", "caption"], []): "got an empty manifest",
-        write(tmp_path / "silent.csv", ["path", "caption"], [["map.png", " "]]): "1 skipped, the first: ",
-        write(tmp_path / "gone.csv", ["path", "caption"], [["no.png", "x"]] * 3): "none of 3 samples could be read",
+        table(tmp_path / "empty.csv", ["path", "caption"], []): "got an empty manifest",
+        table(tmp_path / "silent.csv", ["path", "caption"], [["map.png", " "]]): "1 skipped, the first: ",
+        table(tmp_path / "gone.csv", ["path", "caption"], [["no.png", "x"]] * 3): "none of 3 samples could be read",
         tmp_path / "nowhere.tar": "shard: no such file",
     }
     for data, message in ends.items():

@@ -30,7 +30,7 @@ from lbfast.evaluation.ranking import summarise
 from lbfast.processing import transform_dict
 from lbfast.processing.text import default_tokenizer
 from tests import tiny
-from tests.test_data import shard, write
+from tests.tiny import shard, table
 
 
 def cosine(a: tuple[int, ...], b: tuple[int, ...]) -> Fraction:
@@ -240,7 +240,7 @@ def test_zero_shot_of_folders_and_manifests(data, encoder, tmp_path):
     assert bad == str(data / "classes" / "dog" / "2.jpg") and "got text" in report.skipped[bad]
 
     rows = [[file, name] for name in names for file in files[name]]
-    manifest = write(tmp_path / "m.csv", ["path", "label"], [*rows, ["nowhere.jpg", "cat"], [files["cat"][0], ""]])
+    manifest = table(tmp_path / "m.csv", ["path", "label"], [*rows, ["nowhere.jpg", "cat"], [files["cat"][0], ""]])
     again = classify_files(encoder, manifest, templates=templates)
     assert again.rankings == report.rankings and len(again.skipped) == 2
     more = classify_files(encoder, manifest, templates=templates, classes=[*names, "a zebra"])
@@ -255,9 +255,9 @@ def test_zero_shot_without_anything_to_classify(data, encoder, tmp_path):
     with pytest.raises(ValueError, match=r"expected a folder for each class with image files \(\.jpg"):
         classify_files(encoder, tmp_path)
     with pytest.raises(ValueError, match=r"got none; 1 skipped, the last: .*nowhere.jpg: no such file"):
-        classify_files(encoder, write(tmp_path / "m.csv", ["path", "label"], [["nowhere.jpg", "cat"]]))
+        classify_files(encoder, table(tmp_path / "m.csv", ["path", "label"], [["nowhere.jpg", "cat"]]))
     with pytest.raises(ValueError, match="expected rows with path and label, got none"):
-        classify_files(encoder, write(tmp_path / "none.csv", ["path", "label"], [["a.jpg", ""]]))
+        classify_files(encoder, table(tmp_path / "none.csv", ["path", "label"], [["a.jpg", ""]]))
 
 
 def test_retrieval_of_files_with_several_captions(data, encoder, tmp_path):
@@ -272,7 +272,7 @@ def test_retrieval_of_files_with_several_captions(data, encoder, tmp_path):
         ["nowhere.jpg", "never", ""],
         [files[1], " ", ""],
     ]
-    manifest = write(tmp_path / "m.csv", ["path", "caption", "title"], rows)
+    manifest = table(tmp_path / "m.csv", ["path", "caption", "title"], rows)
     captions, matches = ["one", "uno", "two"], [[0, 0], [0, 1], [1, 2], [2, 2]]
     images = embed("image", files, seed=5)
     expected = retrieve(images, embed_texts(captions), torch.tensor(matches))
@@ -291,14 +291,14 @@ def test_retrieval_of_files_with_several_captions(data, encoder, tmp_path):
     expected = retrieve(images, embed_texts(["one", "two"]), torch.tensor([[0, 0], [1, 1], [2, 1]]))
     assert tuple(packed.rankings.values()) == expected and not packed.skipped
     with pytest.raises(ValueError, match=r"expected samples that can be evaluated, got none; 1 skipped"):
-        retrieve_files(encoder, write(tmp_path / "bad.csv", ["path", "caption"], [["nowhere.jpg", "x"]]))
+        retrieve_files(encoder, table(tmp_path / "bad.csv", ["path", "caption"], [["nowhere.jpg", "x"]]))
 
 
 def test_retrieval_between_two_modalities(data, tmp_path):
     maps = [tiny.depth_map(tmp_path / f"{i}.png", seed=i) for i in range(4)]
     pictures = [data / "classes" / "cat" / f"{i}.jpg" for i in range(3)]
     rows = [[pictures[i % 3], maps[i].name] for i in range(4)]
-    manifest = write(tmp_path / "pairs.csv", ["image", "depth"], [*rows, [pictures[0], "gone.png"], [pictures[0], ""]])
+    manifest = table(tmp_path / "pairs.csv", ["image", "depth"], [*rows, [pictures[0], "gone.png"], [pictures[0], ""]])
     matches = torch.tensor([[0, 0], [1, 1], [2, 2], [0, 3]])
     expected = retrieve(embed("image", pictures, seed=5), embed("depth", maps, seed=5), matches)
 
@@ -342,14 +342,14 @@ def test_the_commands(data, tmp_path):
     assert "skipped" in shown.stderr and "expected an image, got text" in shown.stderr
 
     file = data / "classes" / "cat" / "0.jpg"
-    manifest = write(
+    manifest = table(
         tmp_path / "m.csv", ["path", "caption"], [[file, "one"], [data / "classes" / "cat" / "1.jpg", "two"]]
     )
     shown = invoke("retrieval", *given, "--data", manifest, "--caption", "caption")
     assert shown.exit_code == 0 and "image -> text" in shown.stdout and "R@10" in shown.stdout
     assert json.loads(out.read_text())["results"]["text -> image"]["recall"]["5"] == 1
 
-    pairs = write(tmp_path / "p.csv", ["image", "depth"], [[file, tiny.depth_map(tmp_path / "0.png")]])
+    pairs = table(tmp_path / "p.csv", ["image", "depth"], [[file, tiny.depth_map(tmp_path / "0.png")]])
     two = ("--model", data / "image", "--model", f"depth={data / 'depth'}")
     shown = invoke("retrieval", *two, "--data", pairs)
     assert shown.exit_code == 0 and "depth -> image" in shown.stdout and "100.0 %" in shown.stdout

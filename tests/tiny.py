@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import tarfile
 import wave
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ from PIL import Image
 
 from lbfast.model.config import LanguageBindConfig, config_dict
 from lbfast.model.languagebind import LanguageBindModel, model_dict
+from lbfast.training.data import Batches
+from tests.workers import Noise
 
 SIZE = 16
 _TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -76,3 +81,35 @@ def clip(path: Path, seed: int = 0) -> Path:
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def table(file: Path, header: list[str], rows: list[list]) -> Path:
+    """Writes a csv."""
+    with open(file, "w", newline="", encoding="utf-8") as opened:
+        csv.writer(opened).writerows([header, *rows])
+    return file
+
+
+def shard(file: Path, content: dict[str, bytes], **options) -> Path:
+    """Writes a tar of these members."""
+    with tarfile.open(file, "w", **options) as tar:
+        for name, data in content.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return file
+
+
+class Tokenizer:
+    """A token for each letter."""
+
+    def __call__(self, texts, max_length, padding, truncation, return_tensors):
+        assert (padding, truncation, return_tensors) == ("max_length", True, "pt")
+        rows = [[ord(letter) for letter in text[:max_length]] for text in texts]
+        ids = torch.tensor([row + [0] * (max_length - len(row)) for row in rows])
+        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+def noise(data, **options) -> Batches:
+    """Five samples a step of what `Noise` sees."""
+    return Batches(data, Noise(), Tokenizer(), **{"batch_size": 5, "context_length": 8, **options})
