@@ -201,7 +201,7 @@ def test_the_readme_s_examples_run(tmp_path, monkeypatch):
         tiny.clip(tmp_path / f"{stem}.mp4")
         tiny.sound(tmp_path / f"{stem}.wav")
         tiny.depth_map(tmp_path / f"{stem}.png")
-    files, one, loss = python_blocks()
+    files, one, faster, loss = python_blocks()
     exec(files, {})
     scope: dict = {}
     exec(one, scope)
@@ -211,3 +211,5 @@ def test_the_readme_s_examples_run(tmp_path, monkeypatch):
     scope["logit_scale"] = scope["model"].logit_scale
     exec(loss, scope)
     assert torch.isfinite(scope["loss"])
+    exec(faster, scope)
+    assert not any(p.requires_grad for p in scope["model"].parameters())
