@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeVar, cast
 
@@ -12,7 +13,7 @@ from lbfast.model.checkpoint import parse_dtype
 from lbfast.model.frozen import Float8Linear, FrozenLinear, PackedLinear
 from lbfast.model.graphs import Graphs
 from lbfast.model.languagebind import LanguageBind, LanguageBindModel
-from lbfast.model.layers import MLP, Attention, Encoder, EncoderLayer, Linear
+from lbfast.model.layers import MLP, Attention, Encoder, EncoderLayer, Linear, TemporalAttention
 from lbfast.model.lora import merge_lora
 from lbfast.model.towers import TextTransformer, VisionTransformer
 
@@ -101,6 +102,17 @@ def _graphs(tower: VisionTransformer, batch_sizes: Sequence[int]) -> Graphs:
     return Graphs(lambda pixels: tower.pooled_clips(pixels, 0 if pixels.ndim == 4 else len(pixels)), batch_sizes)
 
 
+def _fold_scale(attention: Attention) -> None:
+    """Multiplies queries by the softmax's scale through their weights, where that is a power of two: exactly."""
+    if isinstance(attention, TemporalAttention) or math.frexp(attention.scale)[0] != 0.5:
+        return
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            scaled = getattr(attention.q_proj, name).detach() * attention.scale  # it may be shared with another model
+            setattr(attention.q_proj, name, nn.Parameter(scaled, requires_grad=False))
+    attention.scale = 1.0
+
+
 def _replace_products(encoder: Encoder, precision: str | None, pack: bool) -> None:
     """Puts frozen products in the places of an encoder's Linears, one by one: no two copies of all weights at once."""
     pack = pack and PackedLinear.takes(next(encoder.parameters()).dtype)
@@ -109,6 +121,7 @@ def _replace_products(encoder: Encoder, precision: str | None, pack: bool) -> No
     for layer in encoder.layers:
         for module in layer.modules():
             if isinstance(module, Attention) and module is not last.self_attn:  # of the last, only one query is wanted
+                _fold_scale(module)
                 module.qkv = kind(module.q_proj, module.k_proj, module.v_proj)
                 del module.q_proj, module.k_proj, module.v_proj
             if isinstance(module, (Attention, MLP)):

@@ -92,6 +92,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(width, width)
         self.q_proj = Linear(width, width)
         self.out_proj = Linear(width, width)
+        self.scale = (width // heads) ** -0.5
         self.qkv: FrozenLinear | None = None  # in place of q_proj, k_proj and v_proj, by optimize_for_inference
 
     def reading(self, h: PreNorm) -> torch.Tensor | PreNorm:
@@ -117,14 +118,14 @@ class Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x (B, N, D), or a norm to be read -> (B, N, D), and with output_attentions the probabilities (B, H, N, N)."""
         q, k, v = self.project(x)
-        y = ops.attention(q, k, v, causal=causal, key_padding_mask=key_padding_mask)
-        weights = attention_weights(q, k, causal, key_padding_mask) if output_attentions else None
+        y = ops.attention(q, k, v, causal=causal, key_padding_mask=key_padding_mask, scale=self.scale)
+        weights = attention_weights(q * self.scale, k, causal, key_padding_mask) if output_attentions else None
         return self.out_proj(y.flatten(-2)), weights
 
     def packed(self, x: torch.Tensor | PreNorm, packing: Packing) -> torch.Tensor:
         """Causal attention within each caption: x (tokens, D) -> (tokens, D)."""
         q, k, v = (packing.pad(item) for item in self.project(x))
-        return self.out_proj(packing.pack(ops.attention(q, k, v, causal=True).flatten(-2)))
+        return self.out_proj(packing.pack(ops.attention(q, k, v, causal=True, scale=self.scale).flatten(-2)))
 
     def pooled(self, x: torch.Tensor, packing: Packing | None = None) -> torch.Tensor:
         """What `forward` or `packed` gives for the pooled tokens alone: x (B, N, D) or (tokens, D) -> (B, 1, D)."""
@@ -134,7 +135,7 @@ class Attention(nn.Module):
         padding = None
         if packing is not None:
             k, v, padding = packing.pad(k), packing.pad(v), packing.padding
-        return self.out_proj(ops.attention(q, k, v, key_padding_mask=padding).flatten(-2))
+        return self.out_proj(ops.attention(q, k, v, key_padding_mask=padding, scale=self.scale).flatten(-2))
 
 
 class TemporalAttention(Attention):
@@ -187,8 +188,8 @@ def pooled_tokens(x: torch.Tensor, packing: Packing | None) -> torch.Tensor:
 def attention_weights(
     q: torch.Tensor, k: torch.Tensor, causal: bool, key_padding_mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Softmax probabilities (B, H, N, M) for q (B, N, H, D), k (B, M, H, D); only for callers who ask to see them."""
-    scores = torch.einsum("bnhd,bmhd->bhnm", q * q.shape[-1] ** -0.5, k)
+    """Softmax probabilities (B, H, N, M) for scaled q (B, N, H, D), k (B, M, H, D); only for callers who ask."""
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k)
     lowest = torch.finfo(scores.dtype).min
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)

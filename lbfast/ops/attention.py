@@ -145,7 +145,7 @@ def _bfloat16_without_amx() -> bool:
 def _softmax_in_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
     """Explicit softmax, for as many heads at a time as have their scores in the cache; as exact as eager."""
     (batch, n, heads, dim), m = q.shape, k.shape[1]
-    q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], dim) for x in (q * scale, k, v))
+    q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], dim) for x in (q if scale == 1 else q * scale, k, v))
     future = q.new_full((n, m), -torch.inf).triu(1) if causal else None
     step = max(1, _CACHE_BYTES // (n * m * q.element_size()))
     scores, out = q.new_empty(min(step, len(q)), n, m), torch.empty_like(q)
