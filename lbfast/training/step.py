@@ -5,8 +5,8 @@
     embed each micro-batch again and back-propagate its rows   pass 2
 
 The last micro-batch of pass 1 keeps its graph and is not embedded again, so that a batch that is one micro-batch takes
-one ordinary step. What is random is drawn from (seed, step, row), so that pass 2 drops the patches that pass 1
-dropped, whatever the micro-batches and the number of processes.
+one ordinary step. Pass 2 draws what pass 1 drew: the patches that a row drops depend on (seed, step, row) alone, not on
+micro-batches or the number of processes; dropout of adapters on (seed, step, process, micro-batch).
 
 Source: gradient caching, Gao et al., arXiv 2101.06983.
 """

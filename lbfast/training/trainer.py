@@ -96,7 +96,7 @@ def train(
 
     Args:
         recipe: see Recipe.
-        model: from `initial_model`, or any model after `prepare`. It is moved to the device and trained in place.
+        model: from `initial_model`, or any model after `prepare`. It is moved to the place's device, trained in place.
         batches: of the global batch size of the recipe.
         out: directory for checkpoints/, metrics.jsonl, tensorboard/, training.png, and the trained model in model/ (as
             upstream writes it) and, with adapters, adapter/ (as peft does).
@@ -104,7 +104,7 @@ def train(
             raises where there are checkpoints; a path is one to go on from.
         save_every: steps between checkpoints; one is also written at the end. keep: how many stay.
         engine: with several processes, "ddp" (also "auto") or "fsdp".
-        place: of this process; default: alone or in the default process group, on a GPU if there is one.
+        place: of this process; default: alone or in the default process group, on the model's device.
         text_cache: directory of caption embeddings that runs share, where language is not trained.
         steps: end after so many steps in all, with a checkpoint, as if a signal had come. None: the recipe's.
         files: copied beside the exported model: its tokenizer's.
