@@ -270,11 +270,18 @@ def test_on_a_gpu(commands, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(harness, "device", lambda: "cuda")
     monkeypatch.setattr(machine, "facts", lambda device: {"device": "NVIDIA H200", "cuda": "13.0"})
     monkeypatch.setattr(run, "sanitizer", lambda: None)
+    monkeypatch.setattr(run, "_at_once", lambda: 1)
     assert run.main(["gpu", "--folder", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "compute-sanitizer is not on this machine" in shown and "NVIDIA H200" in shown
-    tests = commands.asked[0][0]
-    assert "-m gpu" in tests and "test_gpu.py" in tests and "test_attention.py" in tests and "test_cli" not in tests
+    tests = [line for line, _, _ in commands.asked if "-m pytest" in line]
+    assert len(tests) == len(run.OPS) + 1 and "-k attention and not temporal" in tests[0]
+    for line in tests:
+        assert "-m gpu" in line and "test_gpu.py" in line and "test_attention.py" in line and "test_cli" not in line
+    commands.codes["-k mlp"] = 1
+    assert run.main(["gpu", "--folder", str(tmp_path / "none")]) == 1 and not (tmp_path / "none").exists()
+    assert "the tests failed with exit status 1 (-k 'mlp'): nothing is measured" in capsys.readouterr().err
+    commands.codes.clear()
     assert len(list(tmp_path.glob("nvidia-h200-*.json"))) == len([p for p in run.PIECES["gpu"] if not p.extra])
     monkeypatch.setattr(run, "sanitizer", lambda: "/cuda/bin/compute-sanitizer")
     assert run.main(["gpu", "--folder", str(tmp_path)]) == 0 and "memcheck: no errors" in capsys.readouterr().out
