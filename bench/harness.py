@@ -162,7 +162,7 @@ def interleaved(
 def _timing(values: list[float]) -> Timing:
     ordered = sorted(values)
     at = [ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8)]
-    return Timing(*(round(x, 3) for x in (statistics.median(ordered), *at)), len(ordered))
+    return Timing(*(round(x, 4) for x in (statistics.median(ordered), *at)), len(ordered))
 
 
 def _cpu_ms(run: Callable[[], Any]) -> float:

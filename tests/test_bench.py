@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from bench import bench_languagebind, compare, contest, harness, headline, peers, plot, report, run
 from lbfast.model.config import LanguageBindImageConfig
@@ -111,6 +112,79 @@ def test_contest_on_a_gpu(monkeypatch):
     ]
     assert [row["part"] for row in record.rows if "note" in row] == ["both"]
     assert harness.describe(record.header).startswith("NVIDIA H200, ") and record.header["slug"] == "nvidia-h200"
+
+
+class OnTheCpu(TorchFunctionMode):
+    """Tensors that are asked for on "cuda" are made on the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = {key: "cpu" if value == "cuda" else value for key, value in (kwargs or {}).items()}
+        args = [arg if isinstance(arg, torch.Tensor) or arg != "cuda" else "cpu" for arg in args]
+        return func(*args, **kwargs)
+
+
+class Event:
+    """A CUDA event, by the wall clock."""
+
+    def __init__(self, enable_timing):
+        self.at = 0.0
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, last):
+        return 1e3 * (last.at - self.at)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """What the benches ask of a GPU, answered by the CPU: every line of theirs runs, no kernel does."""
+    properties = SimpleNamespace(name="NVIDIA H200", total_memory=2**37, multi_processor_count=132, major=9, minor=0)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    answers = {
+        "is_available": lambda: True,
+        "get_device_properties": lambda device: properties,
+        "get_device_capability": lambda device=None: (9, 0),
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda s: contextlib.nullcontext(),
+        "synchronize": lambda: None,
+        "Event": Event,
+        "memory_allocated": lambda: 2**20,
+        "max_memory_allocated": lambda: 3 * 2**20,
+        "reset_peak_memory_stats": lambda: None,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: time.sleep(1e-5)),
+        "graph": lambda graph, stream: contextlib.nullcontext(),
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(harness, "MIB", 2**10)  # of what pushes the inputs out of the cache
+    monkeypatch.setattr(harness, "_cold", [])
+    with OnTheCpu():
+        yield
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_bench_on_a_pretended_gpu(name, pretended_gpu, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    out = tmp_path / "out.json"
+    module = importlib.import_module(f"bench.bench_{name}")
+    arguments = ["--samples", "2"] if name == "attention" else ["--clips", "1"]
+    arguments = arguments if name not in ("mlp", "info_nce") else []
+    assert module.main([*OPS[name], *arguments, *BRIEF, "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["header"]["device"] == "NVIDIA H200" and result["header"]["slug"] == "nvidia-h200"
+    timed = [row for row in result["rows"] if "median_ms" in row]
+    assert {row["part"] for row in timed} == {"fwd", "bwd", "both"} and {row["dtype"] for row in timed} == {"bfloat16"}
+    assert all(row["extra_MiB"] > 0 for row in timed)
+
+
+def test_whole_encoders_on_a_pretended_gpu(pretended_gpu, tiny_archs, tmp_path):
+    out = tmp_path / "out.json"
+    assert bench_languagebind.main(["video", "--batch", "1", *BRIEF, "--out", str(out)]) == 0
+    rows = [row for row in json.loads(out.read_text())["rows"] if "median_ms" in row]
+    assert {"lbfast bfloat16", "lbfast float32", "reference autocast"} <= {row["name"] for row in rows}
+    assert all(row["peak_MiB"] > 0 and row["cosine"] > 0.98 for row in rows)
 
 
 def test_memory_of_a_process_of_its_own():

@@ -84,6 +84,22 @@ def test_operators_join_time_and_work():
     assert found[0].roofline == 0.5 and found[0].intensity == 2 and found[1].roofline == 0
 
 
+def test_times_of_a_gpu():
+    """Kernels count for the operator that launched them: with all inside where it was counted, else its own."""
+
+    def event(name, own, children=(), parent=None, device=trace.DeviceType.CPU):
+        total = own + sum(child.device_time_total for child in children)
+        times = {"self_device_time_total": own, "device_time_total": total, "self_cpu_time_total": 1e6}
+        return SimpleNamespace(name=name, cpu_parent=parent, cpu_children=list(children), device_type=device, **times)
+
+    product = event("aten::mm", 500)
+    ours = event("lbfast::mlp", 250, [product])
+    outer = event("aten::linear", 0, [event("aten::addmm", 2000)])
+    kernel = event("sm90_gemm", 1e9, device=trace.DeviceType.CUDA)
+    found = trace._by_name([ours, outer, kernel], "cuda", {"lbfast::mlp", "aten::addmm"})
+    assert found == {"lbfast::mlp": (1, 0.75), "aten::linear": (1, 0.0), "aten::addmm": (1, 2.0)}
+
+
 @pytest.mark.parametrize("mode", subjects.MODES)
 def test_profile_of_a_checkpoint(mode, tmp_path):
     where, out = tiny.checkpoint(tmp_path, "video"), tmp_path / "out"
