@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -334,4 +335,5 @@ def every_check(rank, folder):
 
 
 def test_processes_equal_one(tmp_path):
-    mp.spawn(every_check, (str(tmp_path),), nprocs=3)
+    multiprocessing.set_forkserver_preload([__name__])  # the imports are done once
+    mp.start_processes(every_check, (str(tmp_path),), nprocs=3, start_method="forkserver")
