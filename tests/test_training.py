@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import multiprocessing
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import lbfast.cli
@@ -325,6 +327,18 @@ def test_what_is_shown(tmp_path):
     board = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("loss")] == list(range(1, 10))
     assert [event.value for event in board.Scalars("loss")] == pytest.approx(losses_of(tmp_path))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress(tmp_path, terminal):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
+    run(tmp_path, steps=2, console=console)
+    run(tmp_path, console=console)
+    shown = console.file.getvalue()
+    assert "going on from" in shown and "step-00000002" in shown
+    assert ("9/9" if terminal else "step 3/9") in shown
+    for word in ("loss ", "/s", "lr ", "scale ", "GiB"):
+        assert word in shown, word
 
 
 def test_metrics_of_a_killed_run(tmp_path):
