@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lbfast import ops, testing
+from lbfast.ops._linear import product, trained_linear
 from lbfast.ops._prenorm import norm_linears, norm_mlp
 
 EPS = 1e-5
@@ -120,3 +121,27 @@ def test_compiles_without_a_break():
     grads = [torch.autograd.grad(sum(out.sum() for out in outs), given) for outs in (got, want)]
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (0, 1, 2)])
+@pytest.mark.parametrize("size", [3, 200])
+def test_a_linear_layer_of_the_same_products(trained, size):
+    """Each gradient alone; inputs of a size that is worth copies for a faster product, and not."""
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(shape, generator=generator) for shape in ((2, size, 256), (192, 256), (192,))]
+    wanted = [given[i].requires_grad_() for i in trained]
+    results = [function(*given) for function in (trained_linear, F.linear)]
+    grads = [torch.autograd.grad(out.sin().sum(), wanted) for out in results]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-3)
+    a, b = torch.randn(64, 512), torch.randn(512, 300)
+    torch.testing.assert_close(product(a, b), a @ b, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(product(a, b[:, :3]), a @ b[:, :3], rtol=1e-5, atol=1e-4)
+
+
+def test_a_frozen_linear_layer_does_not_keep_its_input():
+    x, weight, bias = torch.randn(4, 8, requires_grad=True), torch.randn(6, 8), torch.randn(6)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        trained_linear(x, weight, bias)
+    assert x.data_ptr() not in kept

@@ -50,7 +50,7 @@ def _onednn(x: torch.Tensor) -> bool:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
 
     @staticmethod
@@ -58,9 +58,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dout: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        dout = dout.reshape(-1, dout.shape[-1])
+        shape, dout = dout.shape[:-1], dout.reshape(-1, dout.shape[-1])
         return (
-            product(dout, weight).view(x.shape) if need_x else None,
+            product(dout, weight).view(*shape, weight.shape[1]) if need_x else None,
             product(dout.T, x.reshape(-1, x.shape[-1])) if need_weight else None,
             dout.sum(0) if need_bias else None,
         )
