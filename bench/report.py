@@ -106,9 +106,9 @@ def encoders(machine: Machine) -> str:
         "upstream autocast, ms",
         "lbfast float32, ms",
         "lbfast bfloat16, ms",
-        "float32 over float32",
-        "bfloat16 over autocast",
-        "bfloat16 over float32",
+        "speed-up, float32",
+        "speed-up, bfloat16 over autocast",
+        "speed-up, bfloat16 over float32",
     )
     return harness.table(columns, table)
 

@@ -60,12 +60,12 @@ PIECES = {
     "cpu": (
         _encoder("image", "--batch", "1", "--seconds", "1", limit=120),
         _encoder("video", "--seconds", "1", "--candidates", *MAIN, limit=200),
-        _encoder("audio", "--seconds", "1", "--candidates", *MAIN, limit=120),
-        _encoder("text", "--seconds", "1", "--candidates", *MAIN, limit=90),
+        _encoder("audio", "--seconds", "1", "--candidates", *MAIN, "--no-memory", limit=120),
+        _encoder("text", "--seconds", "1", "--candidates", *MAIN, "--no-memory", limit=90),
         _encoder(
             "image", "--batch", "8", "--seconds", "1", "--candidates", *MAIN, "--no-memory", limit=120, name="image-8"
         ),
-        Piece("info-nce", "bench_info_nce", ("--size", "1024", "--seconds", "0.1"), limit=90),
+        Piece("info-nce", "bench_info_nce", ("--size", "1024", "--dim", "768", "--seconds", "0.1"), limit=90),
         Piece("attention", "bench_attention", ("--only", "L", *QUICK, "--no-compile"), limit=60),
         Piece(
             "temporal-attention",
