@@ -60,7 +60,7 @@ PIECES = {
     "cpu": (
         _encoder("image", "--batch", "1", "--seconds", "1", limit=120),
         _encoder("video", "--seconds", "1", "--candidates", *MAIN, limit=200),
-        _encoder("audio", "--seconds", "1", "--candidates", *MAIN, "--no-memory", limit=120),
+        _encoder("audio", "--seconds", "1", "--candidates", *MAIN, "--no-memory", limit=180),
         _encoder("text", "--seconds", "1", "--candidates", *MAIN, "--no-memory", limit=90),
         _encoder(
             "image", "--batch", "8", "--seconds", "1", "--candidates", *MAIN, "--no-memory", limit=120, name="image-8"
