@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+_AVAILABLE = torch.backends.mkldnn.is_available()
 _WORTH_COPIES = 1 << 23
 """Multiply-adds from which on transposing an operand costs little beside the product."""
 
@@ -42,9 +43,10 @@ def trained_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) ->
 
 
 def _onednn(x: torch.Tensor) -> bool:
-    return (
-        x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and torch.backends.mkldnn.is_available()
-    )
+    """Whether to ask oneDNN for it. A compiled graph's products are the compiler's to choose."""
+    if torch.compiler.is_compiling():
+        return False
+    return _AVAILABLE and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
 
 
 class _Linear(torch.autograd.Function):
