@@ -33,14 +33,14 @@ def tensors(shape=(2, 3, 5, 16), residual=(1, 3, 1, 16), dtype=torch.float64, in
 
 
 def linears(x, residual, weight, bias, w1, b1, w2, b2):
-    outs, total = norm_linears(x, (weight, bias, EPS), [(w1, b1), (w1 * 2, b1)], residual)
+    outs, total = norm_linears(x, (weight, bias, EPS), [(w1, b1), (w1 * 2, b1 * 3)], residual)
     return *outs, total
 
 
 def plain_linears(x, residual, weight, bias, w1, b1, w2, b2):
     total = x if residual is None else x + residual
     y = F.layer_norm(total, weight.shape, weight, bias, EPS)
-    return F.linear(y, w1, b1), F.linear(y, w1 * 2, b1), total
+    return F.linear(y, w1, b1), F.linear(y, w1 * 2, b1 * 3), total
 
 
 def mlp(x, residual, weight, bias, w1, b1, w2, b2, activation="gelu"):
