@@ -102,11 +102,15 @@ class Attention(nn.Module):
     def project(self, x: torch.Tensor | PreNorm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (..., D) -> q, k, v, each a view (..., H, D / H)."""
         if self.qkv is not None:
-            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-            return q, k, v
+            return self._split(self.qkv(x))
         layers = (self.q_proj, self.k_proj, self.v_proj)
         outs = x.linears(*layers) if isinstance(x, PreNorm) else [layer(x) for layer in layers]
         q, k, v = (out.unflatten(-1, (self.heads, -1)) for out in outs)
+        return q, k, v
+
+    def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(..., 3 * D) -> q, k, v, each a view (..., H, D / H)."""
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)
         return q, k, v
 
     def forward(
@@ -124,7 +128,10 @@ class Attention(nn.Module):
 
     def packed(self, x: torch.Tensor | PreNorm, packing: Packing) -> torch.Tensor:
         """Causal attention within each caption: x (tokens, D) -> (tokens, D)."""
-        q, k, v = (packing.pad(item) for item in self.project(x))
+        if self.qkv is not None and isinstance(x, torch.Tensor):
+            q, k, v = self._split(packing.pad(self.qkv(x)))
+        else:
+            q, k, v = (packing.pad(item) for item in self.project(x))
         return self.out_proj(packing.pack(ops.attention(q, k, v, causal=True, scale=self.scale).flatten(-2)))
 
     def pooled(self, x: torch.Tensor, packing: Packing | None = None) -> torch.Tensor:
@@ -173,11 +180,11 @@ class Packing:
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """(tokens, ...) -> (B, N, ...), with some token's values in the padding."""
-        return x[self.slots]
+        return x.index_select(0, self.slots.flatten()).unflatten(0, self.slots.shape)
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """(B, N, ...) -> (tokens, ...)."""
-        return x.flatten(0, 1)[self.tokens]
+        return x.flatten(0, 1).index_select(0, self.tokens)
 
 
 def pooled_tokens(x: torch.Tensor, packing: Packing | None) -> torch.Tensor:
