@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image
 
 from lbfast.mini import world
-from lbfast.mini.world import SEES, Scene
+from lbfast.mini.world import CAPTIONS, SEES, Scene
 
 MANIFEST = "manifest.jsonl"
-_FPS, _CHUNK, _ALONE = 4, 64, 256
+_FPS, _CHUNK = 4, 64
 
 
 def write_world(
@@ -27,17 +27,17 @@ def write_world(
     split: str = "test",
     seed: int = 0,
     senses: Sequence[str] = tuple(SEES),
-    processes: int | None = None,
+    processes: int = 1,
 ) -> Path:
     """Writes scenes as files OUT/<sense>/<number>.<suffix> with OUT/manifest.jsonl, and returns the manifest.
 
-    Its rows have, for each sense written, a column of its name with the file's path, and for all five senses a column
-    <sense>_caption. The same arguments give the same pixels, samples and captions.
+    Its rows have, for each sense written, a column of its name with the file's path, and for each view of
+    `world.CAPTIONS` a column <view>_caption. The same arguments give the same pixels, samples and captions.
 
     Args:
         count, split, seed: as of `world.scenes`.
         senses: which files to write.
-        processes: that write; None: as many as cores, and one where there are few files.
+        processes: that write; with several, run this under `if __name__ == "__main__":`.
 
     Raises:
         ValueError: an unknown sense or split, or no scenes. ImportError: video needs PyAV.
@@ -49,18 +49,17 @@ def write_world(
     tasks = [(folder, sense, made[i : i + _CHUNK], i) for sense in senses for i in range(0, count, _CHUNK)]
     for sense in senses:
         (folder / sense).mkdir(parents=True, exist_ok=True)
-    wanted = processes or (1 if count * len(senses) <= _ALONE else os.cpu_count() or 1)
-    if wanted == 1:
+    if processes == 1:
         for task in tasks:
             _write_some(task)
     else:
-        with multiprocessing.get_context("spawn").Pool(wanted) as pool:
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
             pool.map(_write_some, tasks, chunksize=1)
     manifest = folder / MANIFEST
     with open(manifest, "w", encoding="utf-8") as file:
         for number, scene in enumerate(made):
             row = {sense: f"{sense}/{_name(number, sense)}" for sense in senses}
-            row |= {f"{sense}_caption": world.caption(scene, sense) for sense in SEES}
+            row |= {f"{view}_caption": world.caption(scene, view) for view in CAPTIONS}
             file.write(json.dumps(row) + "\n")
     return manifest
 

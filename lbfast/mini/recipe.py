@@ -21,7 +21,17 @@ from lbfast.model.languagebind import model_dict
 from lbfast.processing.text import LanguageBindImageTokenizer, write_vocabulary
 
 SAMPLES: dict[str, int] = {"image": 16000, "depth": 8000, "thermal": 8000, "audio": 12000, "video": 8000}
-"""Training scenes of each modality, in the order of training; every modality has its own."""
+"""Training scenes of each modality: every modality has its own."""
+
+STAGES: dict[str, tuple[str, str | None]] = {
+    "image": ("image", None),
+    "language": ("image", "image"),
+    "depth": ("depth", "language"),
+    "thermal": ("thermal", "language"),
+    "audio": ("audio", "language"),
+    "video": ("video", "language"),
+}
+"""Runs in order: the modality, and the run it starts from."""
 
 PIXELS, PATCH = 48, 8
 _FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
@@ -40,6 +50,10 @@ def start(folder: str | os.PathLike[str], seed: int = 0) -> Path:
     torch.manual_seed(seed)
     model = model_dict["image"](_config(last))
     with torch.no_grad():
+        embeddings = model.text_model.embeddings
+        embeddings.token_embedding.weight.normal_()
+        embeddings.token_embedding.weight[-2:] *= 0.02  # the specials' own: a caption's embedding is to be of its words
+        embeddings.position_embedding.weight.normal_(std=0.02)
         model.vision_model.embeddings.position_embedding.weight.copy_(
             positions(PIXELS // PATCH, model.config.vision_config.hidden_size)
         )
@@ -75,20 +89,20 @@ def positions(side: int, width: int) -> torch.Tensor:
     return torch.cat([torch.zeros(1, width), 0.3 * table])
 
 
-def recipe_file(modality: str) -> Path:
-    """The recipe of a modality, in the package."""
-    return Path(__file__).parent / "recipes" / f"{modality}.yaml"
+def recipe_file(stage: str) -> Path:
+    """The recipe of a stage, in the package."""
+    return Path(__file__).parent / "recipes" / f"{stage}.yaml"
 
 
-def command(modality: str, out: Path) -> list[str]:
-    """The `lbfast train` of a modality, below the folder of a whole run."""
-    model = out / "start" if modality == "image" else out / "runs" / "image" / "model"
+def command(stage: str, out: Path) -> list[str]:
+    """The `lbfast train` of a stage, below the folder of a whole run."""
+    modality, after = STAGES[stage]
     options = {
-        "--recipe": recipe_file(modality),
-        "--model": model,
+        "--recipe": recipe_file(stage),
+        "--model": out / "runs" / after / "model" if after else out / "start",
         "--data": out / "data" / modality / "manifest.jsonl",
         "--media": modality,
-        "--out": out / "runs" / modality,
+        "--out": out / "runs" / stage,
         "--workers": 1,
     }
     listed = ["lbfast", "train", *(str(part) for pair in options.items() for part in pair)]
@@ -99,31 +113,31 @@ def train(out: str | os.PathLike[str], console: Console, samples: Mapping[str, i
     """Makes lbfast-mini from nothing: start/, data/, runs/ and weights/ below `out`. Goes on where it was interrupted.
 
     Args:
-        samples: training scenes by modality, image first.
+        samples: training scenes by modality.
 
     Returns:
         modality -> directory of its weights, float16.
 
     Raises RuntimeError where a run ends without a model.
     """
-    out = Path(out)
+    out, begin = Path(out), time.perf_counter()
     if not (out / "start" / "model.safetensors").is_file():
         start(out / "start")
-    weights = {}
     for seed, (modality, count) in enumerate(samples.items()):
-        begin = time.perf_counter()
-        manifest = out / "data" / modality / "manifest.jsonl"
-        if not manifest.is_file():
-            write_world(manifest.parent, count, "train", seed, (modality,))
-        console.print(f"{count} scenes of {modality}: {time.perf_counter() - begin:.0f} s", highlight=False)
-        line = command(modality, out)
+        folder = out / "data" / modality
+        if not (folder / "manifest.jsonl").is_file():
+            write_world(folder, count, "train", seed, (modality,), processes=os.cpu_count() or 1)
+    console.print(f"data: {time.perf_counter() - begin:.0f} s", highlight=False)
+    weights = {}
+    for stage, (modality, _) in STAGES.items():
+        line = command(stage, out)
         console.print(shlex.join(line), highlight=False, soft_wrap=True)
         ended = subprocess.run([sys.executable, "-m", *line]).returncode
-        model = out / "runs" / modality / "model"
+        model = out / "runs" / stage / "model"
         if ended or not model.is_dir():
-            raise RuntimeError(f"lbfast train: {modality}: exit status {ended}; the same command goes on")
+            raise RuntimeError(f"lbfast train: {stage}: exit status {ended}; the same command goes on")
         weights[modality] = halve(modality, model, out / "weights" / modality)
-        console.print(f"{modality}: {time.perf_counter() - begin:.0f} s in all", highlight=False)
+        console.print(f"{stage}: after {time.perf_counter() - begin:.0f} s", highlight=False)
     return weights
 
 

@@ -46,6 +46,8 @@ SEES: dict[str, tuple[str, ...]] = {
     "thermal": ("shape", "size", "place", "heat"),
 }
 """What each sense shows of a scene, and what its captions name."""
+CAPTIONS: dict[str, tuple[str, ...]] = {**SEES, "shape": ("shape",), "motion": ("direction", "speed")}
+"""What can be said of a scene: each sense's view of it, or one aspect alone."""
 
 _NAMES = tuple(ATTRIBUTES)
 _COUNTS = np.array([len(values) for values in ATTRIBUTES.values()])
@@ -72,6 +74,8 @@ _TEMPLATES: dict[str, tuple[str, ...]] = {
         "a {size} {shape} {place}, {distance}",
         "{distance} {place}, a {size} {shape}",
     ),
+    "shape": ("a {shape}",),
+    "motion": ("moving {direction} {speed}",),
     "thermal": (
         "a {heat} {size} {shape} {place}",
         "{place}, a {size} {shape} that is {heat}",
@@ -162,17 +166,17 @@ def held_out(scene: Scene, sense: str) -> bool:
     return bool(_held_out(np.array([row]), sense)[0])
 
 
-def caption(scene: Scene, sense: str, wording: int | None = None) -> str:
-    """A sentence that names what the sense shows; wording: which of its templates, drawn if None."""
-    templates = _TEMPLATES[sense]
-    chosen = int(scene.random(sense + "-caption").integers(len(templates))) if wording is None else wording
-    return templates[chosen].format(**{name: getattr(scene, name) for name in SEES[sense]})
+def caption(scene: Scene, view: str, wording: int | None = None) -> str:
+    """A sentence that names what a view of `CAPTIONS` has; wording: which of its templates, drawn if None."""
+    templates = _TEMPLATES[view]
+    chosen = int(scene.random(view + "-caption").integers(len(templates))) if wording is None else wording
+    return templates[chosen].format(**{name: getattr(scene, name) for name in CAPTIONS[view]})
 
 
 # What is seen. Coordinates: x to the right and y down, -1 to 1 over the picture.
 
 _Y, _X = (np.mgrid[0:PIXELS, 0:PIXELS] + 0.5) / (PIXELS / 2) - 1
-_RADIUS = {"small": 0.26, "medium": 0.38, "large": 0.54}
+_RADIUS = {"small": 0.3, "medium": 0.42, "large": 0.58}
 _COLOURS = {
     "red": (0.95, 0.08, 0.08),
     "orange": (1.0, 0.5, 0.0),
@@ -187,7 +191,7 @@ _LIGHT = {"close by": 1.0, "some way off": 0.68, "far away": 0.42}
 _METRES = {"close by": 1.0, "some way off": 2.2, "far away": 3.8}
 _WARMTH = {"cold": 0.06, "lukewarm": 0.62, "hot": 0.97}
 _STEP = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-_TRAVEL = {"slowly": 0.36, "quickly": 0.9}  # over a clip
+_TRAVEL = {"slowly": 0.36, "quickly": 1.0}  # over a clip
 
 
 @dataclass(frozen=True)
@@ -234,7 +238,7 @@ def _body(scene: Scene) -> _Body:
     place = ATTRIBUTES["place"].index(scene.place)
     x, y = 0.42 * (place % 3 - 1), 0.42 * (place // 3 - 1)
     dx, dy, grow, turn = random.uniform(-1, 1, 4)
-    return _Body(x + 0.05 * dx, y + 0.05 * dy, _RADIUS[scene.size] * (1 + 0.07 * grow), 0.12 * turn, scene.shape)
+    return _Body(x + 0.05 * dx, y + 0.05 * dy, _RADIUS[scene.size] * (1 + 0.05 * grow), 0.12 * turn, scene.shape)
 
 
 def _cover(distance: np.ndarray, softness: float = 0.02) -> np.ndarray:
@@ -270,7 +274,7 @@ def picture(scene: Scene) -> np.ndarray:
     (sx, sy), travel = _STEP[scene.direction], _TRAVEL[scene.speed]
     shown = _wall(random)
     light = _LIGHT[scene.distance] * np.array(_COLOURS[scene.colour])
-    for lag, strength in ((3, 0.14), (2, 0.24), (1, 0.38)):
+    for lag, strength in ((3, 0.3), (2, 0.45), (1, 0.6)):
         back = -lag * travel / 3
         shown = shown + strength * _cover(body.distance(back * sx, back * sy)) * (light - shown)
     shown = _paint(shown, body.distance(), scene)
