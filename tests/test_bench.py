@@ -486,8 +486,11 @@ def test_floors(monkeypatch, capsys):
         return lambda: (lambda: time.sleep(theirs), lambda: (slept.append(1), time.sleep(ours)))
 
     monkeypatch.setattr(compare, "PAIRS", {"good": pair(0.02, 0.002), "bad": pair(0.002, 0.02)})
+    assert compare.Ratio("x", 2.0, 1.0, spread=1.1).verdict == "MISSED"
+    assert "disturbed" in compare.Ratio("x", 2.0, 1.0, spread=3.0).verdict
+    monkeypatch.setattr(compare, "DISTURBED", 1e9)  # the test may run on a busy machine itself
     found = {r.name: r for r in compare.check_floors({"good": 2.0, "bad": 2.0}, seconds=0.01)}
-    assert not found["good"].missed and found["bad"].missed and found["bad"].measured < 1
+    assert found["good"].verdict == "" and found["bad"].verdict == "MISSED" and found["bad"].measured < 1
     monkeypatch.setattr(compare, "FLOORS", SimpleNamespace(read_text=lambda: '{"good": 2, "bad": 2}', name="f"))
     assert compare.main(["--floors", "--seconds", "0.01"]) == 1 and "MISSED" in capsys.readouterr().out
     with pytest.raises(ValueError, match="a floor for each ratio; different: other"):
