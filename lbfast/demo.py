@@ -1,8 +1,11 @@
-"""`lbfast demo`: files of five modalities and captions -> embeddings -> similarity tables, all made on the spot."""
+"""`lbfast demo`: files of five modalities and captions -> embeddings -> who finds whom.
+
+The weights are lbfast-mini's, the scenes are of the split that training never saw.
+"""
 
 from __future__ import annotations
 
-import shutil
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +13,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lbfast import native, samples
-from lbfast.model.config import MODALITIES, published_config
-from lbfast.model.languagebind import LanguageBind, model_dict
+from lbfast import mini, native
+from lbfast.evaluation.retrieval import retrieve
+from lbfast.mini.files import write_world
+from lbfast.mini.world import SEES
+from lbfast.model.languagebind import LanguageBind
 from lbfast.processing.processor import transform_dict
-from lbfast.processing.text import LanguageBindImageTokenizer, write_clip_vocabulary
+from lbfast.processing.text import LanguageBindImageTokenizer
 
-LAYERS = 2
-RANDOM = "The weights are random until a trained small model ships: the similarities mean nothing, the plumbing does."
+SCENES, SHOWN = 100, 2
 PAIRS = (
     *((name, "language") for name in ("video", "image", "depth", "audio", "thermal")),
     ("video", "audio"),
@@ -25,6 +29,8 @@ PAIRS = (
     ("image", "thermal"),
 )
 """The tables that upstream's README prints."""
+FINDS = (*(("language", name) for name in SEES), ("video", "audio"), ("depth", "thermal"))
+"""Who is asked to find whom among all the scenes. The last two were never trained together."""
 
 
 @dataclass(frozen=True)
@@ -32,84 +38,71 @@ class Demo:
     """What a demo made.
 
     Attributes:
-        files: modality -> its sample files.
-        checkpoints: modality -> directory.
-        inputs: modality (and language) -> what its encoder takes.
-        embeddings: modality (and language) -> (B, E), as LanguageBind gives them; captions in the order of `files`.
+        files: modality -> a file of each scene.
+        captions: modality -> what is said of each.
+        embeddings: modality -> (SCENES, E), as LanguageBind gives them.
+        language: modality -> (SCENES, E), of its captions.
     """
 
     files: dict[str, list[Path]]
-    checkpoints: dict[str, Path]
-    inputs: dict[str, dict[str, torch.Tensor]]
+    captions: dict[str, list[str]]
     embeddings: dict[str, torch.Tensor]
-
-
-def make_checkpoints(folder: Path, layers: int = LAYERS) -> dict[str, Path]:
-    """A checkpoint for each modality: the layers of L/14, a few of them, with random weights and one text tower.
-
-    Kept in bfloat16, 0.8 GB in all; those that are there already are not made again.
-    """
-    found = {name: folder / f"{name}-{layers}-layers" for name in MODALITIES}
-    text: dict[str, torch.Tensor] = {}
-    for seed, (name, where) in enumerate(found.items()):
-        if where.is_dir():
-            continue
-        torch.manual_seed(seed)
-        config = published_config(name, num_hidden_layers=layers)
-        config.text_config.num_hidden_layers = layers
-        model = model_dict[name](config)
-        torch.manual_seed(len(found))
-        text = text or _random_text(model)
-        model.load_state_dict(text, strict=False)
-        staged = where.with_name(where.name + ".tmp")
-        shutil.rmtree(staged, ignore_errors=True)
-        model.bfloat16().save_pretrained(staged)
-        write_clip_vocabulary(staged)
-        staged.rename(where)
-    return found
-
-
-def _random_text(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in model.state_dict().items() if key.startswith("text_")}
+    language: dict[str, torch.Tensor]
 
 
 def run(folder: Path, console: Console) -> Demo:
-    """Makes files and checkpoints below `folder`, and embeds them as upstream's README does."""
-    files = samples.make_samples(folder / "files")
-    with console.status("making checkpoints, once"):
-        checkpoints = make_checkpoints(folder / "checkpoints")
+    """Makes files below `folder`, and embeds them as upstream's README does."""
+    with console.status("drawing scenes"):
+        manifest = write_world(folder / "files", SCENES)
+    rows = [json.loads(line) for line in manifest.read_text("utf-8").splitlines()]
+    files = {name: [manifest.parent / row[name] for row in rows] for name in SEES}
+    captions = {name: [row[f"{name}_caption"] for row in rows] for name in SEES}
     with console.status("compiling the native kernels, once" if native.will_compile() else "embedding"):
-        model = LanguageBind({name: str(where) for name, where in checkpoints.items()}, use_temp=True).eval()
-        tokenizer = LanguageBindImageTokenizer.from_pretrained(checkpoints["image"])
-        captions = [caption for name in files for caption in samples.CAPTIONS[name]]
+        model = LanguageBind({name: f"lbfast-mini/{name}" for name in SEES}, use_temp=True).eval()
+        tokenizer = LanguageBindImageTokenizer.from_pretrained(mini.checkpoint("image"))
         inputs = {name: transform_dict[name](model.modality_config[name])(paths) for name, paths in files.items()}
+        sentences = [caption for name in SEES for caption in captions[name]]
         inputs["language"] = dict(
-            tokenizer(captions, max_length=77, padding="max_length", truncation=True, return_tensors="pt")
+            tokenizer(sentences, max_length=77, padding="max_length", truncation=True, return_tensors="pt")
         )
         with torch.inference_mode():
             embeddings = model(inputs)
-    return Demo(files, checkpoints, inputs, embeddings)
+    language = dict(zip(SEES, embeddings.pop("language").split(SCENES)))
+    return Demo(files, captions, embeddings, language)
 
 
 def show(console: Console, demo: Demo) -> None:
-    """Prints the similarity tables: softmax over each row's candidates."""
-    start = 0
-    captions: dict[str, slice] = {}
-    for name, paths in demo.files.items():
-        captions[name] = slice(start, start := start + len(paths))
+    """Prints the similarity tables of the first scenes, softmax over each row's candidates, and who found whom."""
     for rows, columns in PAIRS:
         if columns == "language":
-            others, names = demo.embeddings["language"][captions[rows]], list(samples.CAPTIONS[rows])
+            others, names = demo.language[rows][:SHOWN], demo.captions[rows][:SHOWN]
         else:
-            others, names = demo.embeddings[columns], [path.name for path in demo.files[columns]]
-        similarity = torch.softmax(demo.embeddings[rows] @ others.T, dim=-1)
+            others, names = demo.embeddings[columns][:SHOWN], _names(demo.files[columns])
+        similarity = torch.softmax(demo.embeddings[rows][:SHOWN] @ others.T, dim=-1)
         title = f"{rows.capitalize()} x {'Text' if columns == 'language' else columns.capitalize()}"
-        console.print(_table(title, [path.name for path in demo.files[rows]], names, similarity))
-    console.print(RANDOM, style="bold yellow", soft_wrap=True)
+        console.print(_similarities(title, _names(demo.files[rows]), names, similarity))
+    console.print(_finds(demo))
 
 
-def _table(title: str, rows: list[str], columns: list[str], values: torch.Tensor) -> Table:
+def _names(files: list[Path]) -> list[str]:
+    return [f"{path.parent.name}/{path.name}" for path in files[:SHOWN]]
+
+
+def _similarities(title: str, rows: list[str], columns: list[str], values: torch.Tensor) -> Table:
     table = Table("", *columns, title=title, title_justify="left")
     for name, row in zip(rows, values.tolist()):
         table.add_row(name, *(f"{value:.4f}" for value in row))
+    return table
+
+
+def _finds(demo: Demo) -> Table:
+    """How often a query finds its own among all the scenes."""
+    table = Table(title=f"Retrieval among {SCENES} scenes not seen in training", title_justify="left")
+    for name in ("query -> gallery", "first found is right", "among the first 5"):
+        table.add_column(name, justify="left" if "->" in name else "right", no_wrap=True)
+    for first, second in FINDS:
+        queries = demo.language[second] if first == "language" else demo.embeddings[first]
+        recall = retrieve(queries, demo.embeddings[second])[0].recall
+        name = f"text -> {second}" if first == "language" else f"{first} -> {second}, never trained together"
+        table.add_row(name, f"{100 * recall[1]:.0f} %", f"{100 * recall[5]:.0f} %")
     return table

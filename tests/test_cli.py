@@ -143,44 +143,55 @@ def test_doctor_on_a_broken_machine(monkeypatch):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A demo of tiny models, run twice: the second finds the checkpoints of the first."""
+    """A demo of fewer scenes."""
     for package in ("av", "kaldi_native_fbank"):
         pytest.importorskip(package)
-    folder, console = tmp_path_factory.mktemp("demo"), Console(quiet=True)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(demo, "published_config", lambda name, **vision: tiny.config(name))
-        first = demo.run(folder, console)
-    again = demo.run(folder, console)
-    for name, embeds in first.embeddings.items():
-        torch.testing.assert_close(again.embeddings[name], embeds)
-    return again
+        patched.setattr(demo, "SCENES", 10)
+        yield demo.run(tmp_path_factory.mktemp("demo"), Console(quiet=True))
 
 
 def test_demo_prints_upstreams_tables(made):
-    console = Console(width=160, file=io.StringIO())
+    console = Console(width=250, file=io.StringIO())
     demo.show(console, made)
     shown = console.file.getvalue()
     titles = ["Video x Text", "Image x Text", "Depth x Text", "Audio x Text", "Thermal x Text"]
     titles += ["Video x Audio", "Image x Depth", "Image x Thermal"]
     assert [line.strip() for line in shown.splitlines() if " x " in line] == titles
-    assert shown.count("random") == 1 and demo.RANDOM in shown
-    assert {name: tuple(x.shape) for name, x in made.embeddings.items()} == {
-        **dict.fromkeys(("image", "video", "audio", "depth", "thermal"), (2, tiny.SIZE)),
-        "language": (10, tiny.SIZE),
-    }
+    modalities = {"image", "video", "depth", "audio", "thermal"}
+    for shapes in (made.embeddings, made.language):
+        assert {name: tuple(x.shape) for name, x in shapes.items()} == dict.fromkeys(modalities, (10, 64))
     numbers = [float(n) for n in re.findall(r"\b[01]\.\d{4}\b", shown)]
     assert len(numbers) == 4 * len(titles)
     assert all(abs(a + b - 1) < 2e-4 for a, b in zip(numbers[::2], numbers[1::2]))  # softmax over a row
 
 
+def test_demo_finds_unseen_scenes(made):
+    """Text and files of a scene find each other, and so do senses never trained together."""
+    console = Console(width=250, file=io.StringIO())
+    demo.show(console, made)
+    found = re.findall(r"│ (\w+) -> (\w+)[^│]*│ +(\d+) % │ +(\d+) % │", console.file.getvalue())
+    assert [(first, second) for first, second, *_ in found] == [
+        (first.replace("language", "text"), second) for first, second in demo.FINDS
+    ]
+    for first, _, one, five in found:
+        assert int(one) >= (80 if first == "text" else 30) and int(five) >= int(one)
+
+
 def test_demo_compares_with_the_reference(made, monkeypatch):
     monkeypatch.setattr(bench_demo, "SECONDS", 0.0)
-    results = bench_demo.compare(bench_demo.demo_models(made, torch.float32), made.inputs, torch.float32)
+    configs = {name: tiny.config(name) for name in made.files}
+    inputs = bench_demo.inputs(configs, made, 2)
+    results = bench_demo.compare(bench_demo.models(configs, torch.float32), inputs, torch.float32)
     assert [result.name for result in results] == ["image", "language", "video", "audio", "depth", "thermal"]
     for result in results:
         assert result.difference <= bench_demo.LIMITS[torch.float32], result
         assert len(result.ours) == len(result.theirs) == bench_demo.LEAST_ROUNDS
+        assert result.shape[0] == (5 if result.name == "language" else 2)
     assert len(bench_demo.table(results, torch.float32).rows) == 6
+    shallow = bench_demo.configs(("video", "audio"), 2)
+    layers = [(c.vision_config.num_hidden_layers, c.text_config.num_hidden_layers) for c in shallow.values()]
+    assert layers == [(2, 2)] * 2 and bench_demo.configs(["image"], None)["image"].vision_config.num_hidden_layers == 24
 
 
 def python_blocks() -> list[str]:

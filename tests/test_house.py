@@ -18,7 +18,6 @@ HEIGHTS = {
     "lbfast.distributed": 1,
     "lbfast.ops": 2,
     "lbfast.losses": 3,
-    "lbfast.samples": 3,
     "lbfast.model": 3,
     "lbfast.processing": 3,
 }

@@ -68,6 +68,7 @@ def test_the_wheel_has_every_file(wheel):
     wanted |= {f"lbfast/{name}" for name in (*sources("kernels", "*.py"), *sources("bench", "*.py"))}
     wanted |= {f"lbfast/{name}" for name in sources("csrc", "*.*")}
     wanted |= {"lbfast/py.typed", "lbfast/processing/clip_vocabulary/merges.txt.gz"}
+    wanted |= sources("lbfast/mini/weights", "*.*") | sources("lbfast/mini/recipes", "*.yaml")
     assert wanted <= names
     assert {name.split("/")[0] for name in names} == {"lbfast"}
 

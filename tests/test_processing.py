@@ -1,5 +1,6 @@
 """The processors: what they take and give, whatever the modality."""
 
+import json
 import pickle
 import subprocess
 import sys
@@ -13,9 +14,9 @@ from PIL import Image
 
 import lbfast
 from lbfast import processing
+from lbfast.mini.files import write_world
 from lbfast.processing.media import MediaError
 from lbfast.processing.processor import transform_dict
-from lbfast.samples import CAPTIONS, make_samples
 
 VISION = {
     "image_size": 56,
@@ -41,7 +42,10 @@ CONFIG = SimpleNamespace(vision_config=SimpleNamespace(**VISION))
 def samples(tmp_path_factory):
     pytest.importorskip("av")
     pytest.importorskip("kaldi_native_fbank")
-    return make_samples(tmp_path_factory.mktemp("samples"))
+    """Two files of each modality, and a caption of each."""
+    manifest = write_world(tmp_path_factory.mktemp("samples"), 2)
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    return {name: [(manifest.parent / row[name], row[f"{name}_caption"]) for row in rows] for name in SHAPES}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,7 @@ def tokenizer():
 @pytest.mark.parametrize("modality", SHAPES)
 def test_files_and_captions(samples, tokenizer, modality):
     processor = transform_dict[modality](CONFIG, tokenizer)
-    files, captions = samples[modality], list(CAPTIONS[modality])
+    files, captions = (list(column) for column in zip(*samples[modality]))
     both = processor(files, text=captions, return_tensors="pt")
     assert set(both) == {"input_ids", "attention_mask", "pixel_values"}
     assert both["pixel_values"].shape == (2, *SHAPES[modality]) and both["pixel_values"].dtype == torch.float32
@@ -74,7 +78,7 @@ def test_processors_can_be_sent_to_workers(samples, modality):
     processor = transform_dict[modality](CONFIG)
     again = pickle.loads(pickle.dumps(processor))
     assert type(again) is transform_dict[modality] and repr(again) == repr(processor)
-    item = samples[modality][0]
+    item = samples[modality][0][0]
     assert torch.equal(again(item)["pixel_values"], processor(item)["pixel_values"])
 
 
@@ -161,15 +165,15 @@ def test_from_pretrained(tmp_path, samples):
         assert type(processor.config) is type(config)
         assert type(processor.tokenizer).__name__ == f"LanguageBind{modality.capitalize()}Tokenizer"
         made = cls(config, processor.tokenizer, antialias=False)
-        both = processor(samples[modality][0], text="a dog", return_tensors="pt")
-        assert torch.equal(both["pixel_values"], made(samples[modality][0])["pixel_values"])
+        both = processor(samples[modality][0][0], text="a dog", return_tensors="pt")
+        assert torch.equal(both["pixel_values"], made(samples[modality][0][0])["pixel_values"])
     with pytest.raises((OSError, ValueError)):
         transform_dict["image"].from_pretrained(tmp_path / "nothing")
 
 
 def test_importing_costs_nothing():
     code = (
-        "import sys, lbfast.processing.processor, lbfast.samples\n"
+        "import sys, lbfast.processing.processor, lbfast.mini.files\n"
         "heavy = {'av', 'kaldi_native_fbank', 'transformers', 'triton', 'torchvision', 'torchaudio', 'cv2', 'decord'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

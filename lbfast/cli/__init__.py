@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from lbfast.cli import about, bench, embed, evaluate, profile, train
+from lbfast.cli import about, bench, embed, evaluate, mini, profile, train
 from lbfast.cli.app import INTERRUPTED, app, errors
 
-__all__ = ["about", "app", "bench", "embed", "evaluate", "main", "profile", "train"]
+__all__ = ["about", "app", "bench", "embed", "evaluate", "main", "mini", "profile", "train"]
 
 
 def main() -> None:

@@ -22,9 +22,9 @@ def doctor() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the samples and checkpoints it makes.")] = Path("demo-out"),
+    out: Annotated[Path, typer.Option(help="Folder for the files it makes.")] = Path("demo-out"),
 ) -> None:
-    """Makes files of five modalities, embeds them with captions, and prints the similarity tables."""
+    """Makes files of five modalities, embeds them with the small model of the package, and shows who finds whom."""
     from lbfast.demo import run, show
 
     with plain_errors():

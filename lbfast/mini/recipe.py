@@ -24,8 +24,9 @@ SAMPLES: dict[str, int] = {"image": 16000, "depth": 8000, "thermal": 8000, "audi
 """Training scenes of each modality: every modality has its own."""
 
 STAGES: dict[str, tuple[str, str | None]] = {
-    "image": ("image", None),
-    "language": ("image", "image"),
+    "sight": ("image", None),
+    "language": ("image", "sight"),
+    "image": ("image", "language"),
     "depth": ("depth", "language"),
     "thermal": ("thermal", "language"),
     "audio": ("audio", "language"),

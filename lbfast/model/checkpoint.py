@@ -27,6 +27,7 @@ from lbfast.model.lora import lora_modules
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
+_MINI = Path(__file__).parents[1] / "mini" / "weights"
 _ENCODER = "vision_model.encoder."
 _WRAPPED = f"{_ENCODER}base_model.model."
 _ADAPTER = re.compile(r"\.lora_([AB])\.(\w+)\.weight$")
@@ -170,9 +171,20 @@ def load_config(
 
 
 def full_name(where: str | os.PathLike[str]) -> str:
-    """A local path or full repository id as it is; a bare name becomes one of the hub's LanguageBind organisation."""
+    """A local path or full repository id as it is; a bare name becomes one of the hub's LanguageBind organisation.
+
+    "lbfast-mini/video" and the like are the small models that come with the package. ValueError for others of them.
+    """
     name = os.fspath(where)
-    return name if "/" in name or os.sep in name or Path(name).is_dir() else f"LanguageBind/{name}"
+    if Path(name).is_dir():
+        return name
+    owner, _, modality = name.partition("/")
+    if owner == "lbfast-mini":
+        if not (_MINI / modality / "config.json").is_file():
+            known = ", ".join(sorted(f"lbfast-mini/{path.parent.name}" for path in _MINI.glob("*/config.json")))
+            raise ValueError(f"{name}: expected one of {known}")
+        return str(_MINI / modality)
+    return name if "/" in name or os.sep in name else f"LanguageBind/{name}"
 
 
 def parse_dtype(name: torch.dtype | str | None) -> torch.dtype | None:

@@ -1,0 +1,74 @@
+"""`lbfast mini` and `lbfast eval mini`: the small model and its world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lbfast.cli.app import Modality, app, errors, plain_errors
+from lbfast.cli.evaluate import evaluate
+
+mini = typer.Typer(
+    no_args_is_help=True, help="The small model that comes with lbfast, and the world it was trained in."
+)
+app.add_typer(mini, name="mini")
+
+
+@mini.command()
+def make(
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Gets manifest.jsonl and a folder for each modality.")],
+    samples: Annotated[int, typer.Option(min=1, help="Scenes.")] = 100,
+    split: Annotated[str, typer.Option(help="train or test: no caption of one is in the other.")] = "test",
+    seed: Annotated[int, typer.Option(min=0, help="Another draw of scenes.")] = 0,
+    modality: Annotated[
+        list[Modality] | None, typer.Option(help="Which files to write; may be repeated. Default: all five.")
+    ] = None,
+) -> None:
+    """Writes scenes of the small world: pictures, clips, sounds, depth maps, thermal pictures, and captions."""
+    from lbfast.mini.files import write_world
+    from lbfast.mini.world import SEES
+
+    senses = tuple(item.value for item in modality) if modality else tuple(SEES)
+    with plain_errors():
+        typer.echo(write_world(out, samples, split, seed, senses))
+
+
+@mini.command()
+def train(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where data, runs and weights go.")],
+) -> None:
+    """Makes lbfast-mini again: data, five runs of [bold]lbfast train[/], weights, and the table of what it can do."""
+    from lbfast.mini import recipe
+
+    with plain_errors():
+        weights = recipe.train(out, errors)
+    _print_table(weights, draws=5)
+
+
+@evaluate.command("mini")
+def table(
+    weights: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With a folder for each modality. Default: those of the package.")
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Of 100 scenes each.")] = 5,
+) -> None:
+    """Retrieval among scenes that lbfast-mini has not seen, with text and between senses never trained together."""
+    from lbfast.mini import WEIGHTS
+
+    folder = weights or WEIGHTS
+    with plain_errors():
+        found = {path.name: path for path in sorted(folder.iterdir()) if (path / "config.json").is_file()}
+        if not found:
+            raise ValueError(f"{folder}: expected folders of checkpoints, found none")
+        _print_table(found, draws)
+
+
+def _print_table(weights: dict[str, Path], draws: int) -> None:
+    from lbfast.mini.table import measure, show
+
+    with plain_errors():
+        rows = measure(weights, draws)
+    Console().print(show(rows, draws))

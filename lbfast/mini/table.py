@@ -1,0 +1,97 @@
+"""What lbfast-mini can do, measured: retrieval among 100 scenes that it has not seen, with text and between senses."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from lbfast.evaluation.encoder import Encoder
+from lbfast.evaluation.retrieval import retrieve
+from lbfast.mini.files import write_world
+from lbfast.mini.world import BLOCK
+from lbfast.training.manifest import Manifest
+
+TARGETS: dict[tuple[str, str], float] = {
+    ("text", "image"): 0.9,
+    ("text", "video"): 0.9,
+    ("text", "depth"): 0.9,
+    ("text", "thermal"): 0.9,
+    ("text", "audio"): 0.8,
+    ("video", "audio"): 0.2,
+    ("depth", "thermal"): 0.2,
+}
+"""(query, gallery) -> the R@1 it has to reach. The last two were never trained together."""
+
+
+BATCH = 50
+
+
+@dataclass(frozen=True)
+class Row:
+    """Recalls among 100, of one query and gallery, for each draw: R@1, R@1 of the way back, R@5."""
+
+    there: list[float]
+    back: list[float]
+    five: list[float]
+
+
+def measure(models: Mapping[str, Path], draws: int = 5, seed: int = 0) -> dict[tuple[str, str], Row]:
+    """Retrieval of every row of `TARGETS` whose modalities are in `models`.
+
+    Args:
+        models: modality -> checkpoint.
+        draws: of 100 scenes of the test split each.
+        seed: of the first; the others follow.
+
+    Raises ValueError where a file cannot be embedded.
+    """
+    if draws < 1:
+        raise ValueError(f"draws: expected at least 1, got {draws}")
+    encoders = {
+        name: Encoder.open(f"{name}={where}", dtype="float32", batch_size=BATCH) for name, where in models.items()
+    }
+    rows = {pair: Row([], [], []) for pair in TARGETS if set(pair) <= {"text", *models}}
+    for number in range(draws):
+        media, texts = {}, {}
+        with tempfile.TemporaryDirectory() as folder:
+            manifest = write_world(folder, BLOCK, "test", seed + number, tuple(models))
+            for name, encoder in encoders.items():
+                source = Manifest(manifest, path=name, captions=(f"{name}_caption",))
+                samples = [source[i] for i in range(len(source))]
+                media[name], kept = encoder.media(samples)
+                if len(kept) < BLOCK:
+                    raise ValueError(f"{name}: expected {BLOCK} embeddings, got {len(kept)}")
+                texts[name] = encoder.texts([text for sample in samples for text in sample.texts.values()])
+        for (first, second), row in rows.items():
+            there, back = retrieve(texts[second] if first == "text" else media[first], media[second])
+            row.there.append(there.recall[1])
+            row.back.append(back.recall[1])
+            row.five.append(there.recall[5])
+    return rows
+
+
+def show(rows: Mapping[tuple[str, str], Row], draws: int) -> Table:
+    """The table that `lbfast eval mini` prints."""
+    table = Table(
+        title="lbfast-mini: retrieval among 100 scenes not seen in training",
+        caption=f"means of {draws} draws (lowest-highest); chance: 1 %; *: never trained together",
+    )
+    table.add_column("query -> gallery", no_wrap=True)
+    for name in ("R@1", "R@1 back", "R@5", "wanted"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for (first, second), row in rows.items():
+        mark = "" if first == "text" else " *"
+        least = f"{100 * TARGETS[first, second]:.0f} %"
+        recalls = (_spread(shares) for shares in (row.there, row.back, row.five))
+        table.add_row(f"{first} -> {second}{mark}", *recalls, least)
+    return table
+
+
+def _spread(shares: list[float]) -> str:
+    lowest, mean, highest = (100 * f(shares) for f in (min, statistics.mean, max))
+    return f"{mean:.1f} % ({lowest:.0f}-{highest:.0f})"
