@@ -74,12 +74,10 @@ def models(made: Mapping[str, LanguageBindConfig], dtype: torch.dtype) -> Iterat
         yield model_dict[name](config).to(dtype).eval()  # type: ignore[arg-type]
 
 
-def inputs(
-    made: Mapping[str, LanguageBindConfig], shown: demo.Demo, count: int
-) -> dict[str, Mapping[str, torch.Tensor]]:
-    """What the encoders take, of so many of the demo's files of each modality; and five captions, padded."""
+def inputs(made: Mapping[str, LanguageBindConfig], shown: demo.Demo) -> dict[str, Mapping[str, torch.Tensor]]:
+    """What the encoders take, of one of the demo's files of each modality; and five captions, padded."""
     found: dict[str, Mapping[str, torch.Tensor]] = {
-        name: transform_dict[name](config)(shown.files[name][:count]) for name, config in made.items()
+        name: transform_dict[name](config)(shown.files[name][:1]) for name, config in made.items()
     }
     captions = [lines[0] for lines in shown.captions.values()]
     found["language"] = default_tokenizer()(captions, max_length=77, padding="max_length", return_tensors="pt")
@@ -144,17 +142,17 @@ def main() -> None:
     console = Console()
     made = demo.run(arguments.out, console)
     dtype = getattr(torch, arguments.dtype)
-    layers, count = (None, 1) if arguments.whole else (LAYERS, 2)
+    layers = None if arguments.whole else LAYERS
     chosen = configs(arguments.whole or MODALITIES, layers)
     if not arguments.whole:
         demo.show(console, made)
     with console.status("timing"):
-        results = compare(models(chosen, dtype), inputs(chosen, made, count), dtype)
+        results = compare(models(chosen, dtype), inputs(chosen, made), dtype)
     console.print(table(results, dtype))
     console.print(
         f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
         f"{platform.python_version()}; encoders of L/14's width with random weights and "
-        f"{'all' if layers is None else layers} of its 24 layers, {count} {'file' if count == 1 else 'files'} of each "
+        f"{'all' if layers is None else layers} of its 24 layers, 1 file of each "
         "modality; median (fastest-slowest), the two taking turns; difference: the "
         "largest between the unit embeddings. GPU: not measured.",
         highlight=False,

@@ -97,12 +97,14 @@ def _similarities(title: str, rows: list[str], columns: list[str], values: torch
 
 def _finds(demo: Demo) -> Table:
     """How often a query finds its own among all the scenes."""
-    table = Table(title=f"Retrieval among {SCENES} scenes not seen in training", title_justify="left")
-    for name in ("query -> gallery", "first found is right", "among the first 5"):
+    table = Table(
+        title=f"Retrieval among {SCENES} scenes not seen in training; *: never trained together", title_justify="left"
+    )
+    for name in ("query -> gallery", "R@1", "R@5"):
         table.add_column(name, justify="left" if "->" in name else "right", no_wrap=True)
     for first, second in FINDS:
         queries = demo.language[second] if first == "language" else demo.embeddings[first]
         recall = retrieve(queries, demo.embeddings[second])[0].recall
-        name = f"text -> {second}" if first == "language" else f"{first} -> {second}, never trained together"
+        name = f"text -> {second}" if first == "language" else f"{first} -> {second} *"
         table.add_row(name, f"{100 * recall[1]:.0f} %", f"{100 * recall[5]:.0f} %")
     return table

@@ -79,19 +79,14 @@ def show(rows: Mapping[tuple[str, str], Row], draws: int) -> Table:
     """The table that `lbfast eval mini` prints."""
     table = Table(
         title="lbfast-mini: retrieval among 100 scenes not seen in training",
-        caption=f"means of {draws} draws (lowest-highest); chance: 1 %; *: never trained together",
+        caption=f"means of {draws} draws (lowest-highest); back: the other way; chance: 1; *: never trained together",
     )
     table.add_column("query -> gallery", no_wrap=True)
-    for name in ("R@1", "R@1 back", "R@5", "wanted"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("R@1", "back", "R@5", "wanted"):
+        table.add_column(f"{name} %", justify="right", no_wrap=True)
     for (first, second), row in rows.items():
         mark = "" if first == "text" else " *"
-        least = f"{100 * TARGETS[first, second]:.0f} %"
-        recalls = (_spread(shares) for shares in (row.there, row.back, row.five))
-        table.add_row(f"{first} -> {second}{mark}", *recalls, least)
+        means = [f"{100 * statistics.mean(shares):.1f}" for shares in (row.there, row.back, row.five)]
+        means[0] += f" ({100 * min(row.there):.0f}-{100 * max(row.there):.0f})"
+        table.add_row(f"{first} -> {second}{mark}", *means, f"{100 * TARGETS[first, second]:.0f}")
     return table
-
-
-def _spread(shares: list[float]) -> str:
-    lowest, mean, highest = (100 * f(shares) for f in (min, statistics.mean, max))
-    return f"{mean:.1f} % ({lowest:.0f}-{highest:.0f})"
