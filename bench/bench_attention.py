@@ -57,8 +57,8 @@ def contenders(causal: bool):
         "torch.compile": torch.compile(functools.partial(eager, causal=causal), dynamic=False),
     }
     found |= {f"sdpa {name}": functools.partial(sdpa, causal=causal, backend=name) for name in BACKENDS}
-    for impl in ("flash_attn", "xformers", "torch", "triton"):  # the first two are others' kernels
-        name = f"lbfast {impl}" if impl in ("torch", "triton") else impl
+    for impl in ("flash_attn", "xformers", "torch", "native", "triton"):  # the first two are others' kernels
+        name = impl if impl in ("flash_attn", "xformers") else f"lbfast {impl}"
         found[name] = functools.partial(ops.attention, causal=causal, impl=impl)
     return found
 

@@ -18,10 +18,10 @@ DTYPES = {
     "torch": (torch.float32, torch.float16, torch.bfloat16),
     "triton": (torch.float32, torch.float16)
     + (torch.bfloat16,) * (DEVICE == "cuda"),  # the interpreter's bfloat16 is wrong
+    "native": (torch.float32, torch.bfloat16),
 }
-IMPLS = tuple(DTYPES)
+IMPLS = tuple(name for name in DTYPES if name != "native" or DEVICE == "cpu")
 MASKED = torch.finfo(torch.float32).min
-op = importlib.import_module("lbfast.ops.attention")
 
 
 def additive_mask(n, m, causal, key_padding_mask):
@@ -111,7 +111,7 @@ def check(impl, tensors, **kwargs):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_values_and_gradients(impl, n, d):
     dtypes = DTYPES[impl]
-    if DEVICE == "cpu" and n >= 180:
+    if DEVICE == "cpu" and n >= 180 and impl != "native":
         if impl == "triton" and d in (32, 128):
             pytest.skip("the interpreter is slow: large sizes at LanguageBind's head dims only")
         dtypes = dtypes[1:] if impl == "triton" else dtypes[::2]  # what real tiles are for; what a CPU is quick at
@@ -205,7 +205,7 @@ def test_empty(impl, b, n, masked):
 
 @pytest.mark.parametrize("masked", (False, True))
 @pytest.mark.parametrize("causal", (False, True))
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", [name for name in IMPLS if name != "native"])
 def test_gradcheck(impl, causal, masked):
     tensors = [x.requires_grad_() for x in separate(2, 19, 19, 1, 16, torch.float64)]
     mask = padding(19, slice(12, 19), slice(15, 19)) if masked else None
@@ -253,8 +253,11 @@ def test_deterministic(impl):
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1]))
 
 
-def test_opcheck():
-    op, bwd = torch.ops.lbfast.attention_triton.default, torch.ops.lbfast.attention_triton_bwd.default
+@pytest.mark.parametrize("impl", [name for name in IMPLS if name != "torch"])
+def test_opcheck(impl):
+    ops.attention(*separate(1, 3, 3, 1, 16), impl=impl)  # loads the kernels
+    op = getattr(torch.ops.lbfast, f"attention_{impl}").default
+    bwd = getattr(torch.ops.lbfast, f"attention_{impl}_bwd").default
     mask = padding(3, slice(2, 3), slice(0, 1))
     for tensors, padded in ((separate(2, 3, 3, 1, 16), None), (fused(2, 3, 1, 16), mask)):
         o, lse = op(*tensors, padded, True, 0.25)
@@ -318,11 +321,17 @@ def test_cuda_graph(causal):
     assert torch.equal(out, expected)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="what a CPU chooses")
 def test_chooses():
-    """Torch on a CPU; the other libraries' kernels only when asked for."""
+    """On a CPU the native kernel where it can, else torch; the other libraries' kernels only when asked for."""
     module = importlib.import_module("lbfast.ops.attention")
-    q = torch.zeros(1, 17, 2, 64)
-    assert dispatch.choose("attention", None, module.IMPLEMENTATIONS, q, q, q, False, None) == "torch"
+    for chosen, q in (
+        ("native", torch.zeros(1, 17, 2, 64)),
+        ("torch", torch.zeros(1, 17, 2, 64, dtype=torch.float16)),
+        ("torch", torch.zeros(1, 17, 2, 31)),
+        ("torch", torch.zeros(1, 4097, 1, 2)),
+    ):
+        assert dispatch.choose("attention", None, module.IMPLEMENTATIONS, q, q, q, False, None) == chosen
     assert list(module.IMPLEMENTATIONS)[-3:] == ["torch", "flash_attn", "xformers"]
 
 
@@ -346,31 +355,43 @@ def test_errors():
         ops.attention(q, q, q.half())
     with pytest.raises(RuntimeError, match=r"impl='flash_attn' cannot take these inputs: .*"):
         ops.attention(q, q, q, impl="flash_attn")
+    with pytest.raises(RuntimeError, match=r"impl='native' cannot take these inputs: .*even D, not M=9, D=31"):
+        ops.attention(*[q[..., :31]] * 3, impl="native")
     with pytest.raises(RuntimeError, match=r"impl='xformers' cannot take these inputs: .*float32"):
         ops.attention(q, q, q, impl="xformers")
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="a path of the CPU")
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("b", "n", "h", "d"), [(1, 1, 1, 32), (3, 77, 5, 64), (2, 257, 16, 80), (1, 593, 9, 64)])
-def test_softmax_in_cache(b, n, h, d, causal, monkeypatch):
-    """What bfloat16 takes on a CPU without AMX, several chunks of heads and a ragged last one: as exact as eager."""
-    monkeypatch.setattr(op, "_bfloat16_without_amx", lambda: True)
-    monkeypatch.setattr(op, "_CACHE_BYTES", 4 * 257 * 257 * 2)
-    q, k, v = fused(b, n, h, d, torch.bfloat16)
-    calls = []
-    monkeypatch.setattr(op, "_softmax_in_cache", lambda *x, run=op._softmax_in_cache: calls.append(x) or run(*x))
-    got = ops.attention(q, k, v, causal=causal, impl="torch")
-    assert len(calls) == 1 and got.is_contiguous()
-    exact = reference(q.double(), k.double(), v.double(), causal=causal)
-    assert_within_budget(got, exact, plain(q, k, v, causal), "out", factor=2)
-    ops.attention(*(x.detach().requires_grad_() for x in (q, k, v)), causal=causal, impl="torch")
-    assert len(calls) == 1  # gradients are SDPA's
+@pytest.mark.skipif(DEVICE != "cpu", reason="a kernel for the CPU")
+@pytest.mark.parametrize("dtype", DTYPES["native"])
+@pytest.mark.parametrize(("n", "m", "causal"), ((1100, 1100, True), (70, 4096, False)))
+def test_native_with_many_keys(n, m, causal, dtype):
+    """Strips of fewer queries: their scores against all keys stay in the cache."""
+    check("native", separate(1, n, m, 1, 32, dtype), causal=causal)
 
 
-def test_softmax_in_cache_takes_fewer_queries(monkeypatch):
-    monkeypatch.setattr(op, "_bfloat16_without_amx", lambda: True)
-    q, k, v = separate(2, 1, 33, 2, 64, torch.bfloat16)
-    got = ops.attention(q, k, v, impl="torch")
-    exact = reference(q.double(), k.double(), v.double())
-    assert_within_budget(got, exact, plain(q, k, v), "out")
+@pytest.mark.skipif(DEVICE != "cpu", reason="a kernel for the CPU")
+@pytest.mark.parametrize("dtype", DTYPES["native"])
+def test_native_does_not_depend_on_the_threads(dtype):
+    tensors, do = fused(3, 130, 3, 64, dtype), randn(3, 130, 3, 64, dtype=dtype, seed=7)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(grads(lambda *x: ops.attention(*x, impl="native"), tensors, do))
+    finally:
+        torch.set_num_threads(threads)
+    for out, got in found[1:]:
+        assert torch.equal(out, found[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(got, found[0][1]))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a kernel for the CPU")
+@pytest.mark.parametrize("dtype", DTYPES["native"])
+def test_native_passes_on_what_is_not_finite(dtype):
+    q, k, v = separate(1, 20, 20, 2, 32, dtype)
+    q[0, 3, 0, 5] = float("nan")
+    v[0, :, 1, 7] = float("inf")
+    out = ops.attention(q, k, v, impl="native")
+    assert out[0, 3, 0].isnan().all() and out[0, :, 1, 7].isinf().all()
+    out[0, 3, 0], out[0, :, 1, 7] = 0, 0
+    assert out.isfinite().all()

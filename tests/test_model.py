@@ -14,6 +14,11 @@ from lbfast.reference import languagebind as reference
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 CASES = ("image", "depth", "audio", "thermal_lora", "video_ft", "video_lora", "video_tube")
+INEXACT = {
+    ("video_tube", "text_model.final_layer_norm.bias"),
+    ("video_tube", "text_model.encoder.layers.0.mlp.fc2.bias"),
+}
+"""Golden gradients that are 2.2e-4 and 1.1e-4 away from float64."""
 
 
 def load(case, **loading):
@@ -53,11 +58,11 @@ def test_forward_matches_upstream(case, merge_lora):
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_match_upstream(case):
-    """To 1e-4 of the golden values, but for one gradient, which must be nearer to float64 than its golden value is.
+    """To 1e-4 of the golden values; where those miss float64 by more than that themselves, nearer to float64 than they.
 
-    With two captions, that one is the small difference of large terms: its golden value is 2.2e-4 away from float64, so
-    that exact arithmetic would not come within 1e-4 of it. The bias of k_proj shifts every score of a query alike, so
-    that its gradient is zero but for rounding.
+    Of all the gradients there are two such, in one case: with two captions they are small differences of large terms,
+    and exact arithmetic would not come within 1e-4 of their golden values. The bias of k_proj shifts every score of a
+    query alike, so that its gradient is zero but for rounding.
     """
     want = expected(case)
     golden = canonical_keys(
@@ -71,10 +76,10 @@ def test_gradients_match_upstream(case):
     for name, value in golden.items():
         if name.endswith("k_proj.bias"):
             assert ours[name].norm() <= 1e-5 * ours[name.replace("bias", "weight")].norm(), name
-        elif (case, name) == ("video_tube", "text_model.final_layer_norm.bias"):
+        elif (case, name) in INEXACT:
             away = testing.relative_error(value, exact[name])
-            assert away > 1e-4
-            assert testing.relative_error(ours[name], exact[name]) < away
+            assert away > 1e-4, name
+            assert testing.relative_error(ours[name], exact[name]) < away, name
         else:
             assert testing.relative_error(ours[name], value) <= 1e-4, name
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from lbfast import dispatch
 _GRID_LIMIT = 65535
 """SDPA's CUDA backends put the batch on a grid axis of this length."""
 
-_CACHE_BYTES = 3 << 20
-"""Scores of so many bytes stay in the second-level caches of two cores, or the third-level one."""
+_MOST_KEYS = 4096
+"""The native kernel keeps the scores of 16 queries against all keys, and the keys, in a second-level cache."""
 
 
 def attention(
@@ -41,7 +40,7 @@ def attention(
         causal: query i sees the keys 0..i; needs N == M.
         key_padding_mask: (B, M), bool (True: padding), or float (0: kept, negative, as -inf or finfo.min: padding).
         scale: default D ** -0.5.
-        impl: "triton", "torch" (SDPA), "flash_attn" or "xformers"; None chooses between the first two.
+        impl: "triton", "native", "torch" (SDPA), "flash_attn" or "xformers"; None chooses among the first three.
 
     Returns:
         (B, N, H, D), contiguous.
@@ -59,6 +58,8 @@ def attention(
     chosen = dispatch.choose("attention", impl, IMPLEMENTATIONS, q, k, v, causal, key_padding_mask)
     if chosen == "triton":
         return torch.ops.lbfast.attention_triton(q, k, v, key_padding_mask, causal, scale)[0]
+    if chosen == "native":
+        return torch.ops.lbfast.attention_native(q, k, v, key_padding_mask, causal, scale)[0]
     if chosen == "flash_attn":
         return _flash_attn(q, k, v, causal, scale)
     if chosen == "xformers":
@@ -107,8 +108,6 @@ def _torch(
         parts = zip(q.split(_GRID_LIMIT), k.split(_GRID_LIMIT), v.split(_GRID_LIMIT), masks)
         return torch.cat([_torch(*part[:3], causal, part[3], scale) for part in parts])
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if padded is None and not needs_grad and _softmax_in_cache_is_faster(q):
-        return _softmax_in_cache(q, k, v, causal, scale)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, D)
     if padded is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
@@ -122,42 +121,6 @@ def _torch(
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).contiguous()
-
-
-def _softmax_in_cache_is_faster(q: torch.Tensor) -> bool:
-    """bfloat16 on a CPU that has its products but no AMX, which SDPA's kernel is made for: there it is half as fast."""
-    return (
-        q.device.type == "cpu"
-        and q.dtype == torch.bfloat16
-        and q.numel() > 0
-        and not torch.compiler.is_compiling()
-        and _bfloat16_without_amx()
-    )
-
-
-@functools.cache
-def _bfloat16_without_amx() -> bool:
-    products = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    return products() and not amx()
-
-
-def _softmax_in_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
-    """Explicit softmax, for as many heads at a time as have their scores in the cache; as exact as eager."""
-    (batch, n, heads, dim), m = q.shape, k.shape[1]
-    q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], dim) for x in (q if scale == 1 else q * scale, k, v))
-    future = q.new_full((n, m), -torch.inf).triu(1) if causal else None
-    step = max(1, _CACHE_BYTES // (n * m * q.element_size()))
-    scores, out = q.new_empty(min(step, len(q)), n, m), torch.empty_like(q)
-    for start in range(0, len(q), step):
-        part = slice(start, start + step)
-        s = scores[: len(q[part])]
-        torch.bmm(q[part], k[part].transpose(1, 2), out=s)
-        if future is not None:
-            s += future
-        torch.softmax(s, -1, out=s)
-        torch.bmm(s, v[part], out=out[part])
-    return out.view(batch, heads, n, dim).transpose(1, 2).contiguous()
 
 
 def _additive_mask(padded: torch.Tensor, n: int, causal: bool, dtype: torch.dtype) -> torch.Tensor:
@@ -183,19 +146,54 @@ def _xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, s
     return ops.memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale).contiguous()
 
 
-# The library ops that torch.compile and torch.export see. lse is (B, H, N), base 2.
+# Two library ops of one signature: what torch.compile and torch.export see. The second result is what the backward
+# wants of each row's softmax: Triton's log2(sum(exp2)), (B, H, N), or the native kernel's shift and sum, (B, H, N, 2).
+# The native kernels are in csrc/cpu/attention.cpp, which dispatch loads.
 
 _library = torch.library.Library("lbfast", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-_library.define(
-    "attention_triton(Tensor q, Tensor k, Tensor v, Tensor? padded, bool causal, float scale) -> (Tensor, Tensor)",
-    tags=_TAGS,
-)
-_library.define(
-    "attention_triton_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? padded, Tensor o, Tensor lse, bool causal, "
-    "float scale) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
+
+
+def _define(name: str, statistics: tuple[int, ...]) -> None:
+    """Defines lbfast::name and lbfast::name_bwd, with their fakes and autograd."""
+    tags = (torch.Tag.pt2_compliant_tag,)
+    _library.define(
+        f"{name}(Tensor q, Tensor k, Tensor v, Tensor? padded, bool causal, float scale) -> (Tensor, Tensor)", tags=tags
+    )
+    _library.define(
+        f"{name}_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? padded, Tensor o, Tensor stats, bool causal, "
+        "float scale) -> (Tensor, Tensor, Tensor)",
+        tags=tags,
+    )
+
+    @torch.library.register_fake(f"lbfast::{name}", lib=_library)
+    def _fake(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        b, n, h, _d = q.shape
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        return q.new_empty(q.shape), q.new_empty((b, h, n, *statistics), dtype=dtype)
+
+    @torch.library.register_fake(f"lbfast::{name}_bwd", lib=_library)
+    def _fake_bwd(
+        do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        *tensors, ctx.causal, ctx.scale = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, do: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+        if do is None:
+            return (None,) * 6
+        bwd = getattr(torch.ops.lbfast, f"{name}_bwd")
+        return (*bwd(do, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None, None)
+
+    torch.library.register_autograd(f"lbfast::{name}", backward, setup_context=setup, lib=_library)
+
+
+_define("attention_triton", ())
+_define("attention_native", (2,))
 
 
 def _triton_fwd(
@@ -227,38 +225,6 @@ for _device in ("CUDA", "CPU"):  # the latter for the interpreter
     _library.impl("attention_triton_bwd", _triton_bwd, _device)
 
 
-@torch.library.register_fake("lbfast::attention_triton", lib=_library)
-def _fake_fwd(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, padded: torch.Tensor | None, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    b, n, h, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((b, h, n), dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-@torch.library.register_fake("lbfast::attention_triton_bwd", lib=_library)
-def _fake_bwd(
-    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    *tensors, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, do: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
-    if do is None:
-        return (None,) * 6
-    grads = torch.ops.lbfast.attention_triton_bwd(do, *ctx.saved_tensors, ctx.causal, ctx.scale)
-    return (*grads, None, None, None)
-
-
-torch.library.register_autograd("lbfast::attention_triton", _backward, setup_context=_setup, lib=_library)
-
-
 def _why_not_triton(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, padded: torch.Tensor | None
 ) -> list[str]:
@@ -268,6 +234,17 @@ def _why_not_triton(
     from lbfast.kernels import attention as kernel
 
     return kernel.why_not(q)
+
+
+def _why_not_native(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, padded: torch.Tensor | None
+) -> list[str]:
+    reasons = []
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        reasons.append(f"the native kernel takes float32 and bfloat16, not {q.dtype}")
+    if k.shape[1] > _MOST_KEYS or q.shape[3] % 2:
+        reasons.append(f"the native kernel takes M <= {_MOST_KEYS} and even D, not M={k.shape[1]}, D={q.shape[3]}")
+    return reasons or dispatch.why_not_native(q, k, v, *([] if padded is None else [padded]))
 
 
 def _why_not_torch(*_: object) -> list[str]:
@@ -296,6 +273,7 @@ def _why_not_library(module: str, extra: str) -> dispatch.Reasons:
 
 IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {
     "triton": _why_not_triton,
+    "native": _why_not_native,
     "torch": _why_not_torch,
     "flash_attn": _why_not_library("flash_attn", "flash-attn"),
     "xformers": _why_not_library("xformers", "xformers"),

@@ -137,6 +137,8 @@ _FORMULAS: dict[str, Callable[..., float]] = {
     "lbfast::patch_embed_bwd": _patches_bwd,
     "lbfast::attention_triton": _attention(1),
     "lbfast::attention_triton_bwd": _after_grad(_attention(2.5)),
+    "lbfast::attention_native": _attention(1),
+    "lbfast::attention_native_bwd": _after_grad(_attention(2.5)),
     "lbfast::temporal_attention_triton": _attention(1),
     "lbfast::temporal_attention_triton_bwd": _after_grad(_attention(2.5)),
     "lbfast::temporal_attention_native": _attention(1),
