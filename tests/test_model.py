@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 import lbfast
 from lbfast import testing
 from lbfast.model.checkpoint import canonical_keys
+from lbfast.model.config import config_dict
 from lbfast.model.languagebind import model_dict
 from lbfast.reference import languagebind as reference
 
@@ -422,3 +423,26 @@ def test_large_batches_are_embedded_piece_by_piece(case):
     assert seen == [len(pixels) * frames]  # with gradients all at once
     with pytest.raises(ValueError, match="memory_budget_mib: expected a positive number"):
         lbfast.LanguageBind.from_models({name: model}, memory_budget_mib=0)
+
+
+def test_new_models_are_initialised_as_clip():
+    """Spread of each kind of weight, after transformers' PreTrainedModel has had its say."""
+    size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = config_dict["video"](text_config=size, vision_config={**size, "patch_size": 14, "lora_r": 0, "add_time_attn": True})
+    model = model_dict["video"](config)
+    text, vision = model.text_model, model.vision_model
+    narrow, attention = vision.encoder.layers[1], text.encoder.layers[1].self_attn
+    for weight, spread in (
+        (text.embeddings.token_embedding.weight, 0.02),
+        (text.embeddings.position_embedding.weight, 0.02),
+        (vision.embeddings.position_embedding.weight, 0.02),
+        (vision.embeddings.patch_embedding.weight, 0.02),
+        (attention.q_proj.weight, 128**-0.5 / 2),
+        (attention.out_proj.weight, 128**-0.5),
+        (narrow.temporal_attn.v_proj.weight, 128**-0.5 / 2),
+        (narrow.mlp.fc1.weight, 256**-0.5),
+        (narrow.mlp.fc2.weight, 128**-0.5 / 2),
+        (model.text_projection.weight, 128**-0.5),
+    ):
+        assert abs(weight.std().item() / spread - 1) < 0.05
+    assert not attention.q_proj.bias.any() and (narrow.layer_norm1.weight == 1).all()

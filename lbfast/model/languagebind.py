@@ -82,8 +82,14 @@ class LanguageBindModel(PreTrainedModel):
                 self.vision_model.encoder, vision.lora_r, vision.lora_alpha, vision.lora_dropout, vision.add_time_attn
             )
 
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """CLIP's initialisation; parts before what they are parts of, which know more of what they are for."""
+        if self.logit_scale.device.type != "meta":
+            self.apply(self._init_weights)
+
     def _init_weights(self, module: nn.Module) -> None:
-        """CLIP's initialisation, scaled by initializer_factor."""
+        """Of one module, scaled by initializer_factor."""
         factor = self.config.initializer_factor
         if isinstance(module, TextEmbeddings):
             nn.init.normal_(module.token_embedding.weight, std=0.02 * factor)
@@ -96,8 +102,7 @@ class LanguageBindModel(PreTrainedModel):
             table = torch.empty((module.image_size // module.patch_size) ** 2 + 1, module.embed_dim).normal_(std=spread)
             if module.position_embedding.weight.shape != table.shape or rows != columns:
                 table = resize_position_embedding(table, module.grid)
-            with torch.no_grad():
-                module.position_embedding.weight.copy_(table)
+            module.position_embedding.weight.copy_(table)
         elif isinstance(module, Attention):
             width, depth = module.config.hidden_size, module.config.num_hidden_layers
             for projection in (module.q_proj, module.k_proj, module.v_proj):
