@@ -13,7 +13,7 @@ shorter dtype and, on a GPU that has it, in float8; the eager reference, which i
 under autocast of float32 weights, which is how upstream runs in a shorter dtype; PyPI's `languagebind` where it can be
 imported; the latter two under torch.compile (--compile layers: layer by layer, which compiles one of them; whole: the
 encoder at once, minutes; max-autotune: that, with its products tuned). They take turns, in one run.
-MFU: FLOP of the reference's arithmetic (text: of the captions without padding) over time, as a part of the rate of
+MFU: FLOP that the embeddings need (no padding, the last layer for the pooled token) over time, as a part of the rate of
 the library's matrix product, measured in the same run. Peak memory: on a CPU the resident size of a process that does
 nothing else, libraries and weights included; on a GPU weights and what the call allocates.
 """
@@ -35,6 +35,7 @@ from lbfast.model import checkpoint
 from lbfast.model.config import published_config
 from lbfast.model.inference import optimize_for_inference
 from lbfast.model.languagebind import LanguageBindModel, model_dict, normalised
+from lbfast.profiling.count import Counter
 from lbfast.reference import languagebind as reference
 
 from . import contest, harness, peers
@@ -131,21 +132,14 @@ def inputs(about: Subject, batch: int, device: str) -> dict[str, torch.Tensor]:
 
 
 def flops(about: Subject, given: Inputs) -> float:
-    """Of the reference's arithmetic on these inputs, counted on the meta device; captions without their padding."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    config, modality = about.model.config, about.model.config.modality
-    with torch.device("meta"):
-        model = reference.LanguageBind(config, modality.temporal_mlp, modality.mel_grid)
-        if about.modality == "text":
-            lengths = given["attention_mask"].sum(1).tolist()
-            parts = [{"input_ids": torch.zeros(lengths.count(n), n, dtype=torch.long)} for n in sorted(set(lengths))]
-        else:
-            parts = [{"pixel_values": torch.empty(given["pixel_values"].shape)}]
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            for part in parts:
-                getattr(model, about.method)(**part)
-    return float(counter.get_total_flops())
+    """What the embeddings need: no padding, and of the last layer the pooled token's part. Pictures are not computed."""
+    model = about.model
+    if about.modality != "text":
+        with torch.device("meta"):
+            model, given = type(model)(model.config), {name: torch.empty(x.shape) for name, x in given.items()}
+    with Counter() as counter, torch.no_grad():
+        getattr(model, about.method)(**given)
+    return sum(work.flops for work in counter.work.values())
 
 
 # Candidates: name -> a function that makes what embeds inputs, or raises why there is none.

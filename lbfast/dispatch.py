@@ -114,6 +114,13 @@ def installed(module: str) -> bool:
     return _find(module)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast computes in on a device; None outside autocast, and on "meta", which has none."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def triton_interpreted() -> bool:
     """True where Triton's interpreter runs the kernels on the CPU (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lbfast import ops
+from lbfast import dispatch, ops
 from lbfast.model.frozen import FrozenLinear
 from lbfast.ops._linear import trained_linear
 from lbfast.ops._prenorm import norm_linears, norm_mlp
@@ -71,7 +71,7 @@ class Linear(nn.Linear):
     """nn.Linear, by the library's fastest product."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or self.bias is None:
+        if torch.compiler.is_compiling() or dispatch.autocast_dtype(x.device) or self.bias is None:
             return super().forward(x)
         return trained_linear(x, self.weight, self.bias)
 

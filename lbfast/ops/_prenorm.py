@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lbfast import dispatch
 from lbfast.ops._linear import linear, product
 
 Norm = tuple[torch.Tensor, torch.Tensor, float]
@@ -48,8 +49,7 @@ def norm_mlp(
 
 
 def _autocast(x: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    device = x.device.type
-    return parameter.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else parameter
+    return parameter.to(dispatch.autocast_dtype(x.device) or parameter.dtype)
 
 
 def _norm_fwd(ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, norm: Norm, kept: tuple[Any, ...]) -> Any:

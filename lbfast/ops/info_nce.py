@@ -68,8 +68,8 @@ def info_nce(
     scale = _check(image_embeds, text_embeds, logit_scale, ids, label_smoothing, gather, workspace_mib)
     device = image_embeds.device
     dtype = torch.promote_types(image_embeds.dtype, text_embeds.dtype)
-    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
+    if dtype != torch.float64:
+        dtype = dispatch.autocast_dtype(device) or dtype
     image_embeds, text_embeds = image_embeds.to(dtype), text_embeds.to(dtype)
     name = dispatch.choose("info_nce", impl, IMPLEMENTATIONS, image_embeds, text_embeds)
     if workspace_mib is None:

@@ -53,8 +53,8 @@ def mlp(
     Source: Hendrycks and Gimpel, arXiv 1606.08415.
     """
     tensors = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = dispatch.autocast_dtype(x.device)
+    if dtype is not None:
         tensors = tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)  # type: ignore[assignment]
     _check(*tensors, activation)
     if not torch.compiler.is_compiling():  # a compiled graph chooses when it runs

@@ -59,8 +59,7 @@ def patch_embed(
 
     Source: Dosovitskiy et al., arXiv 2010.11929; patch dropout: Li et al., arXiv 2212.00794.
     """
-    if torch.is_autocast_enabled(pixels.device.type):
-        weight = weight.to(torch.get_autocast_dtype(pixels.device.type))
+    weight = weight.to(dispatch.autocast_dtype(pixels.device) or weight.dtype)
     _check_pixels(pixels, weight, mean, std)
     _check_tokens(pixels, weight, class_embedding, position_embedding, kept)
     class_embedding, position_embedding = class_embedding.to(weight.dtype), position_embedding.to(weight.dtype)
