@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lbfast import dispatch
-from lbfast.ops._linear import linear
+from lbfast.ops._linear import linear, product
 from lbfast.ops.layer_norm import layer_norm
 
 CENTRE = 128
@@ -226,7 +226,7 @@ def _torch_bwd_weight(
     dtokens: torch.Tensor, pixels: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor | None, native: bool = False
 ) -> torch.Tensor:
     """The gradient of the folded weight, (D, C*tube*P*P)."""
-    return dtokens.flatten(0, 1).T @ _rows(pixels, weight, kept, native).flatten(0, 1)
+    return product(dtokens.flatten(0, 1).T, _rows(pixels, weight, kept, native).flatten(0, 1))
 
 
 def _torch_bwd_pixels(
@@ -235,7 +235,8 @@ def _torch_bwd_pixels(
     """The gradient of float pixels; zero where no kept patch lies."""
     dpixels = torch.zeros(pixels.shape, dtype=pixels.dtype, device=pixels.device)
     patches = _patches(dpixels, weight)
-    drows = (dtokens @ weight.flatten(1)).unflatten(0, (pixels.shape[0], _frames(pixels, weight)))
+    drows = product(dtokens.flatten(0, 1), weight.flatten(1)).view(*dtokens.shape[:2], weight[0].numel())
+    drows = drows.unflatten(0, (pixels.shape[0], _frames(pixels, weight)))
     drows = drows[:, :, 1:]  # (B, T', K, C*tube*P*P)
     drows = drows.unflatten(3, patches.shape[4:]).transpose(1, 2).to(pixels.dtype)
     if kept is None:
