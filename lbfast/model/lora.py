@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lbfast import dispatch
 from lbfast.model.layers import Linear
+from lbfast.ops._linear import linear, product
 
 
 class LoraLinear(nn.Linear):
@@ -39,8 +42,15 @@ class LoraLinear(nn.Linear):
                 parameter.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        base = F.linear(x, self.weight, self.bias)
-        return base + self.lora_B(self.lora_A(F.dropout(x, self.dropout, self.training))) * self.scaling
+        dropout = self.dropout if self.training else 0.0
+        parameters = (self.weight, self.bias, self.lora_A.weight, self.lora_B.weight)
+        if torch.compiler.is_compiling():  # which fuses the parts, and cannot trace a seed
+            h = self.lora_A(F.dropout(x, dropout, self.training))
+            return F.linear(x, self.weight, self.bias) + self.lora_B(h) * self.scaling
+        dtype = dispatch.autocast_dtype(x.device)
+        if dtype is not None and x.dtype != torch.float64:
+            x, *parameters = (None if t is None else t.to(dtype) for t in (x, *parameters))
+        return _LoraLinear.apply(x, *parameters, self.scaling, dropout)
 
     def merged_weight(self) -> torch.Tensor:
         """W + (alpha / r) B A, summed in at least float32, in W's dtype."""
@@ -50,6 +60,62 @@ class LoraLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.lora_A.out_features}, scaling={self.scaling:g}"
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Keeps x, which other readers share, and A dropout(x); what dropout left of x is drawn again from its seed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+        dropout: float,
+    ) -> torch.Tensor:
+        ctx.scaling, ctx.dropout = scaling, dropout
+        ctx.seed = int(torch.randint(2**62, ())) if dropout else 0
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(-1, x.shape[-1])
+            mask = _mask(rows, ctx.dropout, ctx.seed)
+            h = linear(rows if mask is None else rows * mask, a)
+            out = linear(h, b * scaling, plus=linear(rows, weight, bias))
+        ctx.save_for_backward(x, weight, a, b, h)
+        return out.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor) -> Any:
+        x, weight, a, b, h = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+        dout, rows = dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1])
+        mask = _mask(rows, ctx.dropout, ctx.seed) if need_x or need_a else None
+        dh = product(dout, b * ctx.scaling)
+        dx = None
+        if need_x and mask is None:
+            dx = linear(dh, a.T, plus=product(dout, weight)).view(x.shape)
+        elif need_x:
+            dx = product(dout, weight).addcmul_(product(dh, a), mask).view(x.shape)
+        return (
+            dx,
+            product(dout.T, rows) if need_weight else None,
+            dout.sum(0) if need_bias else None,
+            product(dh.T, rows if mask is None else rows * mask) if need_a else None,
+            product(dout.T, h).mul_(ctx.scaling) if need_b else None,
+            None,
+            None,
+        )
+
+
+def _mask(rows: torch.Tensor, dropout: float, seed: int) -> torch.Tensor | None:
+    """What dropout multiplies rows by: 0, or 1 / (1 - dropout)."""
+    if not dropout:
+        return None
+    generator = torch.Generator(rows.device).manual_seed(seed)
+    return torch.empty_like(rows).bernoulli_(1 - dropout, generator=generator).mul_(1 / (1 - dropout))
 
 
 _SPATIAL = ("q_proj", "k_proj", "v_proj", "out_proj")
