@@ -132,7 +132,7 @@ def inputs(about: Subject, batch: int, device: str) -> dict[str, torch.Tensor]:
 
 
 def flops(about: Subject, given: Inputs) -> float:
-    """What the embeddings need: no padding, and of the last layer the pooled token's part. Pictures are not computed."""
+    """What the embeddings need: no padding, of the last layer the pooled token's part. Pictures are not computed."""
     model = about.model
     if about.modality != "text":
         with torch.device("meta"):

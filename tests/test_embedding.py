@@ -213,7 +213,9 @@ def test_other_settings_are_not_mixed_in(models, pictures, tmp_path):
     out = tmp_path / "out.parquet"
 
     def run(progress=None, **settings):
-        return embed_files([pictures], [models["image"]], out, batch_size=4, progress=progress, **{"dtype": "float32", **settings})
+        return embed_files(
+            [pictures], [models["image"]], out, batch_size=4, progress=progress, **{"dtype": "float32", **settings}
+        )
 
     with pytest.raises(KeyboardInterrupt):
         run(stop_after(0))

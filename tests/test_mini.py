@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import wave
 from collections import Counter
 from pathlib import Path
@@ -155,15 +156,16 @@ def test_names():
 
 
 def test_shipped_weights_reach_the_targets():
-    """On one draw of 100 scenes that training did not see."""
+    """Means of three draws of 100 scenes that training did not see."""
     for package in ("av", "kaldi_native_fbank"):
         pytest.importorskip(package)
-    rows = measure({folder.name: folder for folder in WEIGHTS}, draws=1, seed=100)
+    rows = measure({folder.name: folder for folder in WEIGHTS}, draws=3)
     assert list(rows) == list(TARGETS)
     for pair, row in rows.items():
-        assert len(row.there) == len(row.back) == 1 and row.there[0] <= row.five[0] <= 1
-        assert row.there[0] >= TARGETS[pair], (pair, row)
-    assert len(show(rows, 1).rows) == len(TARGETS)
+        assert len(row.there) == len(row.back) == 3
+        assert all(one <= five <= 1 for one, five in zip(row.there, row.five))
+        assert statistics.mean(row.there) >= TARGETS[pair], (pair, row)
+    assert len(show(rows, 3).rows) == len(TARGETS)
 
 
 def test_untrained_weights_do_not(tmp_path):

@@ -428,7 +428,9 @@ def test_large_batches_are_embedded_piece_by_piece(case):
 def test_new_models_are_initialised_as_clip():
     """Spread of each kind of weight, after transformers' PreTrainedModel has had its say."""
     size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = config_dict["video"](text_config=size, vision_config={**size, "patch_size": 14, "lora_r": 0, "add_time_attn": True})
+    config = config_dict["video"](
+        text_config=size, vision_config={**size, "patch_size": 14, "lora_r": 0, "add_time_attn": True}
+    )
     model = model_dict["video"](config)
     text, vision = model.text_model, model.vision_model
     narrow, attention = vision.encoder.layers[1], text.encoder.layers[1].self_attn

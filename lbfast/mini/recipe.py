@@ -20,7 +20,7 @@ from lbfast.model.config import LanguageBindConfig, config_dict
 from lbfast.model.languagebind import model_dict
 from lbfast.processing.text import LanguageBindImageTokenizer, write_vocabulary
 
-SAMPLES: dict[str, int] = {"image": 16000, "depth": 8000, "thermal": 8000, "audio": 12000, "video": 8000}
+SAMPLES: dict[str, int] = {"image": 16000, "depth": 8000, "thermal": 12000, "audio": 12000, "video": 8000}
 """Training scenes of each modality: every modality has its own."""
 
 STAGES: dict[str, tuple[str, str | None]] = {

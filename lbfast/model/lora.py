@@ -43,13 +43,13 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dropout = self.dropout if self.training else 0.0
-        parameters = (self.weight, self.bias, self.lora_A.weight, self.lora_B.weight)
+        parameters = [self.weight, self.bias, self.lora_A.weight, self.lora_B.weight]
         if torch.compiler.is_compiling():  # which fuses the parts, and cannot trace a seed
             h = self.lora_A(F.dropout(x, dropout, self.training))
             return F.linear(x, self.weight, self.bias) + self.lora_B(h) * self.scaling
         dtype = dispatch.autocast_dtype(x.device)
         if dtype is not None and x.dtype != torch.float64:
-            x, *parameters = (None if t is None else t.to(dtype) for t in (x, *parameters))
+            x, parameters = x.to(dtype), [None if t is None else t.to(dtype) for t in parameters]
         return _LoraLinear.apply(x, *parameters, self.scaling, dropout)
 
     def merged_weight(self) -> torch.Tensor:
@@ -95,10 +95,10 @@ class _LoraLinear(torch.autograd.Function):
         mask = _mask(rows, ctx.dropout, ctx.seed) if need_x or need_a else None
         dh = product(dout, b * ctx.scaling)
         dx = None
-        if need_x and mask is None:
-            dx = linear(dh, a.T, plus=product(dout, weight)).view(x.shape)
-        elif need_x:
-            dx = product(dout, weight).addcmul_(product(dh, a), mask).view(x.shape)
+        if need_x:
+            dx = product(dout, weight)
+            dx = linear(dh, a.T, plus=dx) if mask is None else dx.addcmul_(product(dh, a), mask)
+            dx = dx.view(x.shape)
         return (
             dx,
             product(dout.T, rows) if need_weight else None,
