@@ -54,11 +54,12 @@ def _encoder(modality: str, *arguments: str, limit: int, name: str = "", extra: 
 
 
 MAIN = ("reference float32", "reference autocast", "lbfast float32", "lbfast short")  # where time is short
+COMPILED = ("lbfast drop-in float32", "reference torch.compile autocast")
 ROW = ("--batch", "1", "2", "4", "8", "16", "32", "64", "--no-memory", "--candidates", *MAIN)
 QUICK = ("--seconds", "0.2")
 PIECES = {
     "cpu": (
-        _encoder("image", "--batch", "1", "--seconds", "1", limit=120),
+        _encoder("image", "--batch", "1", "--seconds", "1", "--candidates", *MAIN, *COMPILED, limit=120),
         _encoder("video", "--seconds", "1", "--candidates", *MAIN, limit=200),
         _encoder("audio", "--seconds", "1", "--candidates", *MAIN, "--no-memory", limit=180),
         _encoder("text", "--seconds", "1", "--candidates", *MAIN, "--no-memory", limit=90),
@@ -225,9 +226,13 @@ def measure(pieces: Sequence[Piece], kind: str, folder: Path, slug: str, until: 
             continue
         out = folder / f"{slug}-{piece.name}.json"
         command = [sys.executable, "-m", f"{__package__}.{piece.module}", *piece.arguments, "--out", str(out)]
+        begun = time.monotonic()
         code = run(command, min(piece.limit, left), environment(kind))
-        if code is None:
-            endings[piece.name] = f"stopped after {min(piece.limit, left):.0f} s; what it had is kept"
+        print(f"{piece.name}: {time.monotonic() - begun:.0f} s\n", flush=True)
+        if code is None and left < piece.limit:
+            endings[piece.name] = "not finished: no time left; what it had is kept"
+        elif code is None:
+            endings[piece.name] = f"stopped after {piece.limit} s; what it had is kept"
         else:
             endings[piece.name] = "" if code == 0 else f"FAILED with exit status {code}"
     return endings
@@ -287,7 +292,7 @@ def _main(given: argparse.Namespace, pieces: Sequence[Piece]) -> int:
     facts: dict[str, Any] = harness.header("cpu" if given.kind == "cpu" else "cuda")
     print(f"\n{harness.describe(facts)}\n\n{summary(endings, given.folder, slug)}")
     print("\n".join([*notes, f"results: {given.folder}"]))
-    return int(any(ending and not ending.startswith("not run") for ending in endings.values()))
+    return int(any(ending and not ending.startswith("not ") for ending in endings.values()))
 
 
 if __name__ == "__main__":
