@@ -1,5 +1,6 @@
 """info_nce: loss and gradients against float64, for every implementation that runs here."""
 
+import importlib
 import itertools
 
 import pytest
@@ -10,6 +11,7 @@ from lbfast.ops.info_nce import IMPLEMENTATIONS, info_nce
 from lbfast.reference.info_nce import info_nce as reference
 from lbfast.testing import ROUNDING, randn
 
+module = importlib.import_module("lbfast.ops.info_nce")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = (1, 2, 63, 64, 65, 257, 1000)
 WIDTHS = (32, 80, 768, 1024)
@@ -86,6 +88,19 @@ def pairs(b, d, dtype, align=False):
 def test_matches_float64(dtype, d):
     for b, s in itertools.product(SIZES, SCALES):
         check(pairs(b, d, dtype, align=d == 80), s, [name for name in impls(dtype) if name != "triton"])
+
+
+@pytest.mark.skipif("native" not in IMPLS, reason="no native kernels here")
+@pytest.mark.parametrize("d", (80, 768))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_native_matches_float64_without_kept_logits(dtype, d, monkeypatch):
+    """The same cases, all of whose logits a workspace has room for: here none are kept, as where it has not."""
+    stats = module._Native.stats
+    monkeypatch.setattr(
+        module._Native, "stats", lambda self, x, y, scale, block, keep: stats(self, x, y, scale, block, False)
+    )
+    for b, s in itertools.product(SIZES, SCALES):
+        check(pairs(b, d, dtype, align=d == 80), s, ["native"])
 
 
 @pytest.mark.parametrize("d", WIDTHS)

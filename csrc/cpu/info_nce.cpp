@@ -7,6 +7,8 @@
 // Backward, for each chunk of rows: (1) threads own tiles of columns: logits again, dS to the chunk's scratch, and
 // dY_tile += dS^T X_chunk; (2) threads own rows: dX_rows += dS Y.
 //
+// Where the caller has room for all logits, the forward keeps them, [tile of columns][m][64], and phase (1) reads them.
+//
 // One exponential serves both softmaxes: with a shift K near all of a tile's row and column shifts, p_row and p_col
 // are exp(z - K) times a factor of the row and one of the column. A tile whose shifts lie further apart than kSpread
 // takes two exponentials instead.
@@ -211,14 +213,14 @@ void tile_stats(const float* z, int64_t rows, int64_t cols, TileStats& out) {
 
 template <typename T>
 void stats_kernel(const T* x, const T* y, int64_t m, int64_t n, int64_t d, const Block& block, float* rows,
-                  float* cols, float* positives) {
+                  float* cols, float* positives, float* logits) {
   const int64_t tiles = ceil_div(n, kCols);
   const int64_t wide = ceil_div(tiles, std::min(tiles, kMaxGroups));  // tiles in a group
   const int64_t groups = ceil_div(tiles, wide);
   std::vector<float> part_shift(groups * m, kNone), part_sum(groups * m, 0.0f);
   at::parallel_for(0, groups, grain(wide * kCols * m * d), [&](int64_t begin, int64_t end) {
     std::vector<T> packed(wide * d * kCols);
-    std::vector<float> z(kRows * kCols);
+    std::vector<float> scratch(kRows * kCols);
     TileStats stats;
     for (int64_t g = begin; g < end; ++g) {
       const int64_t first = g * wide, last = std::min(tiles, first + wide);
@@ -230,15 +232,16 @@ void stats_kernel(const T* x, const T* y, int64_t m, int64_t n, int64_t d, const
         const int64_t height = std::min(kRows, m - i);
         for (int64_t t = first; t < last; ++t) {
           const int64_t j = t * kCols, width = std::min(kCols, n - j);
-          gemm(height, kCols, d, x + i * d, d, &packed[(t - first) * d * kCols], kCols, z.data(), kCols, false);
-          finish_logits(z.data(), height, width, i, j, block);
+          float* z = logits == nullptr ? scratch.data() : logits + (t * m + i) * kCols;
+          gemm(height, kCols, d, x + i * d, d, &packed[(t - first) * d * kCols], kCols, z, kCols, false);
+          finish_logits(z, height, width, i, j, block);
           if (block.diag >= 0) {
             const int64_t low = std::max(i, j - block.diag), high = std::min(i + height, j + width - block.diag);
             for (int64_t r = low; r < high; ++r) {
               positives[r] = z[(r - i) * kCols + block.diag + r - j];
             }
           }
-          tile_stats(z.data(), height, width, stats);
+          tile_stats(z, height, width, stats);
           merge(&part_shift[g * m + i], &part_sum[g * m + i], stats.row_shift, stats.row_sum, height);
           merge(cols + j, cols + n + j, stats.col_shift, stats.col_sum, width);
         }
@@ -305,7 +308,7 @@ void convert(const float* src, at::BFloat16* dst, int64_t n) { at::vec::convert(
 
 template <typename T>
 void grads_kernel(const T* x, const T* y, int64_t m, int64_t n, int64_t d, const Block& block, const float* rows,
-                    const float* cols, int64_t workspace, float* dx, float* dy) {
+                    const float* cols, int64_t workspace, const float* logits, float* dx, float* dy) {
   const int64_t tiles = ceil_div(n, kCols), ld = tiles * kCols;
   const int64_t fit = workspace / (ld * static_cast<int64_t>(sizeof(T))) / kRows * kRows;
   const int64_t chunk = std::min(std::max(fit, kRows), ceil_div(m, kRows) * kRows);
@@ -328,11 +331,17 @@ void grads_kernel(const T* x, const T* y, int64_t m, int64_t n, int64_t d, const
       std::vector<float> z(kRows * kCols), z_turned(kCols * kRows);
       for (int64_t t = begin; t < end; ++t) {
         const int64_t j = t * kCols, width = std::min(kCols, n - j);
-        pack_transposed(y + j * d, d, width, d, packed.data(), kCols);
+        if (logits == nullptr) {
+          pack_transposed(y + j * d, d, width, d, packed.data(), kCols);
+        }
         for (int64_t i = c; i < c + high; i += kRows) {
           const int64_t height = std::min(kRows, c + high - i);
-          gemm(height, kCols, d, x + i * d, d, packed.data(), kCols, z.data(), kCols, false);
-          finish_logits(z.data(), height, width, i, j, block);
+          if (logits == nullptr) {
+            gemm(height, kCols, d, x + i * d, d, packed.data(), kCols, z.data(), kCols, false);
+            finish_logits(z.data(), height, width, i, j, block);
+          } else {
+            std::copy_n(logits + (t * m + i) * kCols, height * kCols, z.data());
+          }
           tile_grads(z.data(), height, width, i, j, block, rows + i, rows + m + i, cols + j, cols + n + j);
           if (dx != nullptr) {
             for (int64_t r = 0; r < height; ++r) {
@@ -398,6 +407,16 @@ void check_operands(const at::Tensor& x, const at::Tensor& y) {
   TORCH_CHECK(x.scalar_type() == at::kFloat || (x.scalar_type() == at::kBFloat16 && x.size(1) % 2 == 0));
 }
 
+int64_t ld_of(int64_t n) { return ceil_div(n, kCols) * kCols; }
+
+float* pointer(const std::optional<at::Tensor>& t, int64_t size) {
+  if (!t.has_value()) {
+    return nullptr;
+  }
+  TORCH_CHECK(t->is_contiguous() && t->scalar_type() == at::kFloat && t->numel() == size);
+  return t->mutable_data_ptr<float>();
+}
+
 template <typename Function>
 void with_operand_type(const at::Tensor& x, Function function) {
   if (x.scalar_type() == at::kFloat) {
@@ -410,7 +429,8 @@ void with_operand_type(const at::Tensor& x, Function function) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_stats(const at::Tensor& x, const at::Tensor& y, double scale,
                                                               int64_t diag,
                                                               const std::optional<at::Tensor>& row_labels,
-                                                              const std::optional<at::Tensor>& col_labels) {
+                                                              const std::optional<at::Tensor>& col_labels,
+                                                              const std::optional<at::Tensor>& logits) {
   check_operands(x, y);
   const int64_t m = x.size(0), n = y.size(0), d = x.size(1);
   const Block block{static_cast<float>(scale), diag, labels_of(row_labels, m), labels_of(col_labels, n)};
@@ -423,7 +443,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_stats(const at::Tensor& 
     with_operand_type(x, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       stats_kernel<T>(x.const_data_ptr<T>(), y.const_data_ptr<T>(), m, n, d, block, rows.mutable_data_ptr<float>(),
-                      cols.mutable_data_ptr<float>(), positives.mutable_data_ptr<float>());
+                      cols.mutable_data_ptr<float>(), positives.mutable_data_ptr<float>(), pointer(logits, m * ld_of(n)));
     });
   }
   return {rows, cols, positives};
@@ -431,24 +451,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_stats(const at::Tensor& 
 
 void info_nce_grads(const at::Tensor& x, const at::Tensor& y, double scale, const at::Tensor& rows,
                       const at::Tensor& cols, int64_t diag, const std::optional<at::Tensor>& row_labels,
-                      const std::optional<at::Tensor>& col_labels, int64_t workspace,
-                      const std::optional<at::Tensor>& dx, const std::optional<at::Tensor>& dy) {
+                      const std::optional<at::Tensor>& col_labels, const std::optional<at::Tensor>& logits,
+                      int64_t workspace, const std::optional<at::Tensor>& dx, const std::optional<at::Tensor>& dy) {
   check_operands(x, y);
   const int64_t m = x.size(0), n = y.size(0), d = x.size(1);
   const Block block{static_cast<float>(scale), diag, labels_of(row_labels, m), labels_of(col_labels, n)};
   TORCH_CHECK(rows.is_contiguous() && cols.is_contiguous() && rows.numel() == 2 * m && cols.numel() == 2 * n);
-  const auto pointer = [](const std::optional<at::Tensor>& t, const at::Tensor& like) -> float* {
-    if (!t.has_value()) {
-      return nullptr;
-    }
-    TORCH_CHECK(t->is_contiguous() && t->scalar_type() == at::kFloat && t->sizes() == like.sizes());
-    return t->mutable_data_ptr<float>();
-  };
   if (m > 0 && n > 0) {
     with_operand_type(x, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       grads_kernel<T>(x.const_data_ptr<T>(), y.const_data_ptr<T>(), m, n, d, block, rows.const_data_ptr<float>(),
-                            cols.const_data_ptr<float>(), workspace, pointer(dx, x), pointer(dy, y));
+                            cols.const_data_ptr<float>(), workspace, pointer(logits, m * ld_of(n)), pointer(dx, m * d),
+                      pointer(dy, n * d));
     });
   }
 }
@@ -459,11 +473,11 @@ void info_nce_grads(const at::Tensor& x, const at::Tensor& y, double scale, cons
 TORCH_LIBRARY_FRAGMENT(lbfast, m) {
   m.def("has_bf16_gemm() -> bool", [] { return lbfast::has_bf16_gemm(); });
   m.def(
-      "info_nce_stats(Tensor x, Tensor y, float scale, int diag, Tensor? row_labels, Tensor? col_labels)"
-      " -> (Tensor, Tensor, Tensor)");
+      "info_nce_stats(Tensor x, Tensor y, float scale, int diag, Tensor? row_labels, Tensor? col_labels,"
+      " Tensor(a!)? logits) -> (Tensor, Tensor, Tensor)");
   m.def(
       "info_nce_grads(Tensor x, Tensor y, float scale, Tensor rows, Tensor cols, int diag, Tensor? row_labels,"
-      " Tensor? col_labels, int workspace, Tensor(a!)? dx, Tensor(b!)? dy) -> ()");
+      " Tensor? col_labels, Tensor? logits, int workspace, Tensor(a!)? dx, Tensor(b!)? dy) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(lbfast, CPU, m) {

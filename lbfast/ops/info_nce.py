@@ -456,21 +456,31 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
 
 
+_TILE_COLUMNS = 64
+"""kCols of csrc/cpu/info_nce.cpp: the logits that it keeps end with a whole tile."""
+
+
 class _Native:
-    """csrc/cpu/info_nce.cpp. bfloat16 where the machine multiplies it (D even); other 16-bit inputs in float32."""
+    """csrc/cpu/info_nce.cpp. bfloat16 where the machine multiplies it (D even); other 16-bit inputs in float32.
+
+    Logits are kept for the backward where they take half of the workspace at most.
+    """
 
     def stats(self, x, y, scale, block, keep):
         x, y = self._operand(x), self._operand(y)
         labels = (block.row_labels, block.col_labels)
         diag = -1 if block.diag is None else block.diag
-        rows, cols, positives = torch.ops.lbfast.info_nce_stats(x, y, float(scale), diag, *labels)
-        return rows, cols, None if block.diag is None else positives, None
+        size = len(x) * -(-len(y) // _TILE_COLUMNS) * _TILE_COLUMNS  # of all logits
+        logits = x.new_empty(size, dtype=torch.float32) if keep and 8 * size <= block.workspace else None
+        rows, cols, positives = torch.ops.lbfast.info_nce_stats(x, y, float(scale), diag, *labels, logits)
+        return rows, cols, None if block.diag is None else positives, None if logits is None else [logits]
 
     def grads(self, x, y, scale, rows, cols, positives, block, kept, dx, dy):
         x, y = self._operand(x), self._operand(y)
         diag = -1 if block.diag is None else block.diag
         labels = (block.row_labels, block.col_labels)
-        torch.ops.lbfast.info_nce_grads(x, y, float(scale), rows, cols, diag, *labels, block.workspace, dx, dy)
+        logits = kept[0] if kept else None
+        torch.ops.lbfast.info_nce_grads(x, y, float(scale), rows, cols, diag, *labels, logits, block.workspace, dx, dy)
 
     @staticmethod
     def _operand(x: torch.Tensor) -> torch.Tensor:

@@ -63,6 +63,10 @@ def layer_norm(
     _check(x, weight, bias, residual)
     if not torch.compiler.is_compiling():  # a compiled graph chooses when it runs
         impl = dispatch.choose("layer_norm", impl, IMPLEMENTATIONS, x, weight, bias, residual)
+        if impl == "torch":  # whose own autograd keeps the same, and costs less than ours around it
+            total = x if residual is None else x.contiguous() + residual
+            y = _torch_fwd(total, weight, bias, eps)[0]
+            return y if residual is None else (y, total)
     if residual is None:
         return torch.ops.lbfast.layer_norm(x, weight, bias, eps, impl)[0]
     y, total, _, _ = torch.ops.lbfast.add_layer_norm(x, residual, weight, bias, eps, impl)
