@@ -96,7 +96,7 @@ PIECES = {
             for dtype in ("float32", "bfloat16")
         ),
         _encoder("video", "--seconds", "1", "--no-memory", limit=400, name="video-compile", extra=True),
-        Piece("training", "bench_training", ("--seconds", "3"), limit=300, extra=True),
+        Piece("training", "bench_training", ("--seconds", "3"), limit=500, extra=True),
     ),
     "gpu": (
         _encoder("image", "--batch", "1", "8", "64", "--seconds", "0.5", limit=90),
