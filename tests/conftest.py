@@ -1,4 +1,5 @@
 import os
+import sys
 
 import pytest
 import torch
@@ -15,6 +16,14 @@ from lbfast import testing
 def _poisoned_empty():
     with testing.poisoned_empty():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    """torch.compile recompiles a function eight times at most: cases of one test must not add up."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def pytest_collection_modifyitems(items):

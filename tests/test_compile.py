@@ -8,13 +8,6 @@ from lbfast.reference import languagebind as reference
 from tests.test_model import expected, inputs, load
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("case", ["image", "video_ft"])
 def test_vision_tower_compiles_without_a_break(case):
     tower, pixels = load(case).vision_model, inputs(case)["pixel_values"]
