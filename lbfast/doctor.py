@@ -151,10 +151,9 @@ def version(name: str, module: str, without: str) -> str:
     except importlib.metadata.PackageNotFoundError:
         return f"not installed: no {without}"
     try:
-        importlib.import_module(module)
+        return str(getattr(importlib.import_module(module), "__version__", found))  # torch's names its build too
     except Exception as error:  # broken installations fail in many ways
         return f"{found}, but cannot be imported: {type(error).__name__}: {error}"
-    return found
 
 
 def _devices() -> Table:

@@ -96,13 +96,10 @@ class Float8Linear(FrozenLinear):
 
     def _product(self, x: torch.Tensor, gelu: bool) -> torch.Tensor:
         values, scales = _to_float8(x)
-        y = torch._scaled_mm(
-            values,
-            self.weight.T,
-            scale_a=scales,
-            scale_b=self.scales,
-            out_dtype=torch.bfloat16,
-        )
+        if x.is_cuda:
+            y = torch._scaled_mm(values, self.weight.T, scale_a=scales, scale_b=self.scales, out_dtype=torch.bfloat16)
+        else:  # emulated: PyTorch 2.11's takes no scale a row there
+            y = (F.linear(values.float(), self.weight.float()) * scales * self.scales).bfloat16()
         y = y.to(self.dtype) + self.bias
         return F.gelu(y) if gelu else y
 

@@ -66,6 +66,8 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 def _torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """SDPA with (position, head) as its heads: no copies where the two fold, as in separate projections."""
+    if q.numel() == 0:  # SDPA of PyTorch 2.11 divides by zero on the CPU
+        return (q + k + v).contiguous()
     if q.device.type != "cpu":  # SDPA's CUDA backends index in 32 bits, and pad T to 128 in their backward
         _, t, n, h, d = q.shape
         limit = max(1, min(_GRID_LIMIT, (_INT32_LIMIT - 1) // (n * h * d * max(t, 128))))
