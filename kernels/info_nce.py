@@ -164,7 +164,7 @@ def _join_kernel(parts_ptr, stats_ptr, parts, n, BLOCK: tl.constexpr):
     p_part = parts_ptr + o
     for _ in range(parts):
         more = tl.load(p_part, mask=mask, other=0.0)
-        summand = tl.load(p_part + parts.to(tl.int64) * n, mask=mask, other=0.0)
+        summand = tl.load(p_part + tl.cast(parts, tl.int64) * n, mask=mask, other=0.0)
         top = tl.maximum(shift, more, propagate_nan=tl.PropagateNan.ALL)
         total = total * tl.exp(shift - top) + summand * tl.exp(more - top)
         shift = top

@@ -340,6 +340,7 @@ def test_no_time_left(commands, tmp_path, capsys):
 
 
 def test_on_a_gpu(commands, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(harness, "device", lambda: "cpu")
     assert run.main(["gpu"]) == 1 and "no CUDA device" in capsys.readouterr().err
     monkeypatch.setattr(harness, "device", lambda: "cuda")
     monkeypatch.setattr(machine, "facts", lambda device: {"device": "NVIDIA H200", "cuda": "13.0"})

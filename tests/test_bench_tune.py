@@ -33,7 +33,11 @@ def on_this_machine(monkeypatch):
 
     device = harness.device()
     if device == "cuda":
-        monkeypatch.setattr(tune, "_random", lambda d, *shapes, **k: [torch.randn(s, device=d) for s in shapes])
+
+        def random(device, *sizes):
+            return [torch.randn(size, device=device, requires_grad=True) for size in sizes]
+
+        monkeypatch.setattr(tune, "_random", random)
     return arch(torch.device(device)), device
 
 
