@@ -11,6 +11,28 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from lbfast import testing
 
+_CUDA = torch.cuda.is_available, os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _on_the_cpu(request):
+    """Where there is a GPU, only tests that are marked "gpu" or "any_device" use it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.node.get_closest_marker("any_device"):
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for their processes
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _on_the_gpu(_on_the_cpu, request, monkeypatch):
+    if {"gpu", "any_device"} & set(request.keywords):
+        monkeypatch.setattr(torch.cuda, "is_available", _CUDA[0])
+        if _CUDA[1] is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", _CUDA[1])
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_empty():

@@ -11,6 +11,7 @@ from lbfast import dispatch, ops, use_impl
 from lbfast.reference.attention import attention as reference
 from lbfast.testing import ROUNDING, assert_within_budget, randn, relative_error
 
+pytestmark = pytest.mark.any_device
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = (1, 2, 16, 17, 77, 129, 180, 256, 257, 258, 534, 593)
 HEAD_DIMS = (32, 64, 80, 128)

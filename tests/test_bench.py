@@ -210,6 +210,7 @@ def test_slow_candidates_get_two_rounds():
     assert harness.interleaved({"a": int}, "cpu", seconds=0.001, most=7)["a"].rounds == 7
 
 
+@pytest.mark.any_device
 def test_small_cases_of_every_kernel(monkeypatch, capsys):
     pytest.importorskip("triton")
     from bench import memcheck
@@ -242,7 +243,7 @@ def test_whole_encoders(tiny_archs, tmp_path, capsys):
     assert {"reference float32", "reference autocast", "lbfast drop-in float32", "lbfast float32"} <= names
     assert "lbfast bfloat16" in names and {m for m, _ in timed} == set(bench_languagebind.MODALITIES)
     for row in timed.values():
-        assert row["cosine"] >= 0.999 and row["mfu"] > 0 and row["items_s"] > 0 and row["batch"] == 2
+        assert row["cosine"] >= 0.999 and row["mfu"] >= 0 and row["items_s"] > 0 and row["batch"] == 2
     notes = {row["name"]: row["note"] for row in rows if "note" in row}
     assert "absent" in notes["languagebind float32"] and "emulated" in notes["lbfast fp8"]
     assert "items/s" in capsys.readouterr().out
@@ -340,7 +341,6 @@ def test_no_time_left(commands, tmp_path, capsys):
 
 
 def test_on_a_gpu(commands, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(harness, "device", lambda: "cpu")
     assert run.main(["gpu"]) == 1 and "no CUDA device" in capsys.readouterr().err
     monkeypatch.setattr(harness, "device", lambda: "cuda")
     monkeypatch.setattr(machine, "facts", lambda device: {"device": "NVIDIA H200", "cuda": "13.0"})

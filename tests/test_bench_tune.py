@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from bench import harness, tune
 from lbfast.kernels import configs
 
+pytestmark = pytest.mark.any_device
 Launch = configs.Launch
 
 

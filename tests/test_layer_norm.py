@@ -10,6 +10,7 @@ from lbfast.reference.layer_norm import layer_norm as reference
 from lbfast.testing import assert_matches, randn
 
 IMPLS = ["torch", "triton"]
+pytestmark = pytest.mark.any_device
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = (1, 2, 16, 17, 77, 129, 180, 256, 257, 258, 534, 593)
 

@@ -11,6 +11,7 @@ from lbfast.testing import assert_matches, randn
 
 IMPLS = ["torch", "triton"]
 ACTIVATIONS = ["gelu", "quick_gelu"]
+pytestmark = pytest.mark.any_device
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -9,6 +9,7 @@ from lbfast import ops
 from lbfast.reference.patch_embed import patch_embed as reference
 from lbfast.testing import assert_matches, assert_within_budget, randn
 
+pytestmark = pytest.mark.any_device
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = ["torch", "triton"] if DEVICE == "cuda" else ["torch", "native", "triton"]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -10,6 +10,7 @@ from lbfast import dispatch, ops, use_impl
 from lbfast.reference.temporal_attention import temporal_attention as reference
 from lbfast.testing import ROUNDING, assert_within_budget, randn
 
+pytestmark = pytest.mark.any_device
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FRAMES = (1, 2, 3, 8, 12, 16, 32)
 HEAD_DIMS = (32, 64, 80, 128)
