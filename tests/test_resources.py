@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHS = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"}
 
 
-def resources(*arguments):
+def compiled(module, *arguments):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "bench.resources", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+
+
+def resources(*arguments):
+    done = compiled("bench.resources", *arguments)
     assert done.stdout.startswith("["), done.stderr[-2000:]
     return json.loads(done.stdout), done.returncode
 
@@ -43,3 +48,12 @@ def test_every_kernel_fits():
         "gfx942": "mfma",
     }
     assert all(r["floor_us"] > 0 and r["registers"] > 0 for r in rows)
+
+
+@pytest.mark.slow
+def test_every_launch_compiles():
+    """With what a launch makes constant: numbers that are 1, tensors that are None."""
+    done = compiled("tests.launches")
+    assert done.returncode == 0, done.stderr[-3000:]
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob("*.py"))
+    assert set(done.stdout.split()) == set(re.findall(r"^def (_\w+_kernel)\(", sources, re.MULTILINE))

@@ -1,0 +1,117 @@
+"""Launches every Triton kernel as its op does on an H200, without one: compiled for what the launch specialises on,
+and not run. A process of its own, with TRITON_INTERPRET=0:
+
+    python -m tests.launches
+
+`bench.resources` compiles what kernels/X.py describes; this compiles what launches ask for, where Triton makes a
+constant of a number that is 1 and drops what is None.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import importlib
+from types import SimpleNamespace
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from bench import memcheck
+from bench.resources import ARCHS, KERNELS
+from lbfast import ops
+from lbfast.kernels import primitives
+
+OPS = ("attention", "temporal_attention", "layer_norm", "mlp", "patch_embed", "info_nce")
+LAUNCHED: collections.Counter[str] = collections.Counter()
+
+
+class Driver:
+    """Of a GPU that takes every launch and does nothing."""
+
+    utils = SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": ARCHS["sm_90"].shared, "multiprocessor_count": 132},
+        load_binary=lambda name, kernel, shared, device: (1, 1, 0, 0, 1024),
+    )
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def launcher_cls(self, source, metadata):
+        kinds = dict(source.signature)
+
+        def launch(x, y, z, stream, function, packed, about, enter, leave, *given):
+            LAUNCHED[metadata.name] += 1
+            assert 0 < x < 2**31 and 0 < y < 2**16 and 0 < z < 2**16, f"{metadata.name}: grid {x}, {y}, {z}"
+            for (name, kind), value in zip(kinds.items(), given):
+                fits = hasattr(value, "data_ptr") if kind[0] == "*" else kind[0] != "i" or isinstance(value, int)
+                assert fits, f"{metadata.name}: {name}: expected {kind}, got {value!r}"
+
+        return launch
+
+
+def pretend() -> None:
+    """From here on the CPU's tensors are an H200's to the kernels' launchers."""
+    driver.set_active(Driver())
+    for name in OPS:
+        importlib.import_module(f"lbfast.ops.{name}").IMPLEMENTATIONS["triton"] = lambda *inputs: []
+    answers = {
+        "arch": lambda device: "sm_90",
+        "programs": lambda device, per_sm: 132 * per_sm,
+        "on_device": lambda tensor: contextlib.nullcontext(),
+    }
+    for path in sorted(KERNELS.glob("*.py")):
+        module = primitives if path.stem == "primitives" else importlib.import_module(f"lbfast.kernels.{path.stem}")
+        for name, answer in answers.items():
+            if hasattr(module, name):
+                setattr(module, name, answer)
+    module = importlib.import_module("lbfast.kernels.info_nce")
+    module._launch = lambda x, busy, backward: module._row("sm_90", x.dtype == torch.float32, busy, backward)
+
+
+def ones(dtype: torch.dtype):
+    """Every count at 1: name -> an op and its inputs."""
+
+    def new(*shape):
+        return torch.randn(shape).to(dtype).requires_grad_()
+
+    def patches(pixels, weight, classes, position):
+        return ops.patch_embed(pixels, weight, class_embedding=classes, position_embedding=position, impl="triton")
+
+    scale = torch.tensor(14.3, requires_grad=True)
+    return {
+        "attention": (lambda *x: ops.attention(*x, impl="triton"), [new(1, 1, 1, 64) for _ in range(3)]),
+        "temporal": (lambda *x: ops.temporal_attention(*x, impl="triton"), [new(1, 1, 1, 1, 64) for _ in range(3)]),
+        "layer_norm": (lambda *x: ops.layer_norm(*x, impl="triton"), [new(1, 64), new(64), new(64)]),
+        "mlp": (
+            lambda *x: ops.mlp(*x, activation="quick_gelu", impl="triton"),
+            [new(1, 16), new(16, 16), new(16), new(16, 16), new(16)],
+        ),
+        "patch_embed": (patches, [new(1, 1, 14, 14), new(64, 1, 14, 14), new(64), new(2, 64)]),
+        "info_nce": (lambda *x: ops.info_nce(*x, impl="triton"), [new(1, 64), new(1, 64), scale]),
+        "info_nce, repeats": (
+            lambda *x: ops.info_nce(*x, ids=torch.zeros(300, dtype=torch.int64), impl="triton"),
+            [new(300, 64), new(300, 64), scale],
+        ),
+    }
+
+
+def main() -> None:
+    pretend()
+    for dtype in (torch.bfloat16, torch.float32):
+        for op, inputs in (*memcheck.cases("cpu", dtype).values(), *ones(dtype).values()):
+            out = op(*inputs)
+            outs = [out] if isinstance(out, torch.Tensor) else list(out)
+            torch.autograd.grad(outs, inputs, [torch.ones_like(o) for o in outs])
+    print(*sorted(LAUNCHED), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
