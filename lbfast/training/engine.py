@@ -82,7 +82,7 @@ def wrap(towers: Towers, engine: Engine, place: Place) -> nn.Module:
 def _shard(towers: Towers, place: Place) -> nn.Module:
     """FSDP2, a unit for each encoder layer; a text tower that is not trained stays whole, and so does the scale."""
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     model = towers.model
     mesh = DeviceMesh.from_group(place.group, place.device.type)
@@ -97,7 +97,12 @@ def _shard(towers: Towers, place: Place) -> nn.Module:
             fully_shard(layer, mesh=mesh)
             for method in ("packed", "pooled"):
                 register_fsdp_forward_method(layer, method)
-    return fully_shard(towers, mesh=mesh, reshard_after_forward=True, ignored_params=whole)  # type: ignore[return-value]
+    sharded = fully_shard(towers, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    if place.device.type == "cpu":
+        for unit in sharded.modules():
+            if isinstance(unit, FSDPModule):
+                unit.set_force_sum_reduction_for_comms(True)  # the gloo of PyTorch 2.8 takes a mean for a sum
+    return sharded  # type: ignore[return-value]
 
 
 def full(x: torch.Tensor) -> torch.Tensor:
