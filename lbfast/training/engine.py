@@ -97,12 +97,12 @@ def _shard(towers: Towers, place: Place) -> nn.Module:
             fully_shard(layer, mesh=mesh)
             for method in ("packed", "pooled"):
                 register_fsdp_forward_method(layer, method)
-    sharded = fully_shard(towers, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    fully_shard(towers, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     if place.device.type == "cpu":
-        for unit in sharded.modules():
+        for unit in towers.modules():
             if isinstance(unit, FSDPModule):
                 unit.set_force_sum_reduction_for_comms(True)  # the gloo of PyTorch 2.8 takes a mean for a sum
-    return sharded  # type: ignore[return-value]
+    return towers
 
 
 def full(x: torch.Tensor) -> torch.Tensor:
