@@ -412,6 +412,11 @@ def test_leaving_early_ends_the_workers(pictures):
     assert not decoder._running and time.monotonic() - begin < 20
 
 
+def _heeds_interrupts():
+    """A shell starts what it puts in the background deaf to SIGINT, and its children with it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
 def test_killed_and_interrupted_from_outside(models, tmp_path):
     """SIGKILL, then SIGINT, to a real run with a worker; a third run finishes what they left."""
@@ -424,7 +429,7 @@ def test_killed_and_interrupted_from_outside(models, tmp_path):
     command += ["--out", str(out), "--batch-size", "2", "--workers", "1"]
 
     def run_until(size: int, number: int) -> tuple[int, str]:
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=_heeds_interrupts)
         end = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < end:
             if partial_path(out).exists() and partial_path(out).stat().st_size > size:
