@@ -21,6 +21,8 @@ class AotCase:
     "fp32"), with ":16" behind it where the address or the number is a multiple of 16, as the launcher would find it;
     constants: the other arguments (constexpr, and None for tensors left out) -> value.
     flops, bytes: what one launch at this shape must do and move, for the floor.
+    programs: the launch's grid. trips: how often one program runs each loop of the source, in the source's order, the
+    mean where programs differ; for `bench.resources` to count instructions with.
     """
 
     name: str
@@ -31,6 +33,8 @@ class AotCase:
     num_stages: int
     flops: float
     bytes: float
+    programs: int = 0
+    trips: tuple[float, ...] = ()
 
 
 @functools.cache
