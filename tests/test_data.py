@@ -14,11 +14,12 @@ import torch
 from typer.testing import CliRunner
 
 from lbfast.cli import app
+from lbfast.data.manifest import Manifest
+from lbfast.data.reader import open_sources
+from lbfast.data.sample import Sample
+from lbfast.data.tar import members
 from lbfast.processing import default_tokenizer, transform_dict
-from lbfast.training.data import Batches, open_sources
-from lbfast.training.manifest import Manifest
-from lbfast.training.sample import Sample
-from lbfast.training.tar import members
+from lbfast.training.batches import Batches
 from tests import tiny
 from tests.tiny import Tokenizer, noise, shard, table
 from tests.workers import Noise

@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from lbfast.embedding import BadFileError, decode, embed_files, find_items, journal, open_checkpoints
-from lbfast.embedding.decode import Decoder, Processors, Task, Undecodable
+from lbfast.checkpoints import open_checkpoints
+from lbfast.data import decode
+from lbfast.data.decode import Decoder, Processors, Task, Undecodable
+from lbfast.embedding import BadFileError, embed_files, find_items, journal
 from lbfast.embedding.items import Item
 from lbfast.embedding.journal import Journal, partial_path
 from lbfast.model.languagebind import LanguageBind, model_dict

@@ -10,10 +10,10 @@ import tarfile
 import pytest
 import torch
 
+from lbfast.data.shards import Shard, expand_braces
+from lbfast.data.tar import BrokenTarError, members
 from lbfast.processing import transform_dict
-from lbfast.training.data import Batches
-from lbfast.training.shards import Shard, expand_braces
-from lbfast.training.tar import BrokenTarError, members
+from lbfast.training.batches import Batches
 from tests import tiny
 from tests.tiny import Tokenizer, noise, shard, table
 

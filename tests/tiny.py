@@ -15,7 +15,7 @@ from PIL import Image
 
 from lbfast.model.config import LanguageBindConfig, config_dict
 from lbfast.model.languagebind import LanguageBindModel, model_dict
-from lbfast.training.data import Batches
+from lbfast.training.batches import Batches
 from tests.workers import Noise
 
 SIZE = 16

@@ -13,7 +13,7 @@ from lbfast.cli.app import Precision, app, errors, plain_errors
 from lbfast.cli.embed import progress_bars
 
 if TYPE_CHECKING:
-    from lbfast.embedding.checkpoints import Checkpoint
+    from lbfast.checkpoints import Checkpoint
     from lbfast.evaluation.encoder import Encoder, Progress
     from lbfast.evaluation.report import Report
 
@@ -40,7 +40,7 @@ def zero_shot(
     json: Json = None,
 ) -> None:
     """Top-1 and top-5 accuracy, each class being the mean of its prompts' embeddings."""
-    from lbfast.embedding.checkpoints import open_checkpoints
+    from lbfast.checkpoints import open_checkpoints
     from lbfast.evaluation.prompts import templates_for
     from lbfast.evaluation.zero_shot import classify_files
 
@@ -82,7 +82,7 @@ def retrieval(
     Rows with one file are one item with several captions; a query's rank is that of its best match, and what ties with
     it counts as before it.
     """
-    from lbfast.embedding.checkpoints import open_checkpoints
+    from lbfast.checkpoints import open_checkpoints
     from lbfast.evaluation.retrieval import pair_files, retrieve_files
 
     with plain_errors():

@@ -60,7 +60,7 @@ def profile(
         else:
             if layers or lora:
                 raise ValueError("--layers, --lora: expected with --arch, a checkpoint has its own")
-            from lbfast.embedding.checkpoints import open_checkpoints
+            from lbfast.checkpoints import open_checkpoints
             from lbfast.model.languagebind import model_dict
 
             found = next(iter(open_checkpoints([str(model)]).values()))

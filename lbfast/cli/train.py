@@ -67,7 +67,7 @@ def train(
 ) -> None:
     from lbfast.processing.processor import transform_dict
     from lbfast.training import recipes, trainer
-    from lbfast.training.data import Batches
+    from lbfast.training.batches import Batches
     from lbfast.training.engine import processes
     from lbfast.training.start import initial_model, tokenizer_of
 

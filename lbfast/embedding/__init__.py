@@ -11,7 +11,6 @@ _WHERE = {
     "Summary": "pipeline",
     "embed_files": "pipeline",
     "find_items": "items",
-    "open_checkpoints": "checkpoints",
 }
 
 __all__ = [*_WHERE]

@@ -8,19 +8,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lbfast.embedding.checkpoints import MODALITY_NAMES
+from lbfast.data.suffixes import LANGUAGE, MODALITY_NAMES, modality_of
 
-LANGUAGE = "language"
 ORDER = (*MODALITY_NAMES, LANGUAGE)
 """Rows are sorted by modality, in this order."""
-
-_PICTURE = ("image", "depth", "thermal")
-_BY_SUFFIX: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"), _PICTURE),
-    **dict.fromkeys((".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv"), ("video",)),
-    **dict.fromkeys((".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".wma"), ("audio",)),
-    ".txt": (LANGUAGE,),
-}
 
 
 @dataclass(frozen=True)
@@ -63,11 +54,6 @@ class Listing:
     items: list[Item] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
-
-
-def suffixes_of(modality: str) -> tuple[str, ...]:
-    """File suffixes that may hold a modality: (".wav", ".flac", ...)."""
-    return tuple(suffix for suffix, modalities in _BY_SUFFIX.items() if modality in modalities)
 
 
 def split_modality(given: str) -> tuple[str | None, str]:
@@ -121,7 +107,7 @@ class _Finder:
         elif os.path.isdir(path):
             self._add_folder(path, wanted, named)
         else:
-            found = wanted or _modality_of(path, self._available)
+            found = wanted or modality_of(path, self._available)
             if found is not None and found in self._available:
                 self._add_file(path, found, named)
             else:
@@ -135,7 +121,7 @@ class _Finder:
             self._fail(str(error.filename or folder), error.strerror or str(error))
 
         for path in _walk(folder, unreadable):
-            found = _modality_of(path, self._available)
+            found = modality_of(path, self._available)
             if wanted is not None and found is not None:
                 found = wanted if (found == LANGUAGE) == (wanted == LANGUAGE) else None
             if found is not None and found in self._available:
@@ -171,12 +157,6 @@ def _walk(folder: str, on_error: Callable[[OSError], None]) -> Iterator[str]:
     for parent, folders, files in os.walk(folder, onerror=on_error):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.join(parent, name) for name in sorted(files) if not name.startswith("."))
-
-
-def _modality_of(path: str, available: Collection[str]) -> str | None:
-    """The first modality of the suffix that is available, else the first; None for an unknown suffix."""
-    candidates = _BY_SUFFIX.get(Path(path).suffix.lower(), ())
-    return next((name for name in candidates if name in available), candidates[0] if candidates else None)
 
 
 def _why_not(path: str, found: str | None) -> str:

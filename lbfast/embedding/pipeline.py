@@ -13,13 +13,12 @@ import numpy as np
 import torch
 
 import lbfast
-from lbfast.embedding.checkpoints import Checkpoint, open_checkpoints
-from lbfast.embedding.decode import Decoder, Processors, Task, Undecodable, plain_fields
-from lbfast.embedding.items import LANGUAGE, Failure, Item, find_items
+from lbfast.checkpoints import Checkpoint, open_checkpoints, pick_device, pick_dtype
+from lbfast.data.decode import Decoder, Processors, Task, Undecodable, plain_fields
+from lbfast.data.suffixes import LANGUAGE
+from lbfast.embedding.items import Failure, Item, find_items
 from lbfast.embedding.journal import Journal, partial_path
 from lbfast.model.languagebind import LanguageBindModel
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Progress = Callable[[str, int, int], None]
 """progress(modality, done, total) after each batch; rows done in an earlier run count as done."""
@@ -259,29 +258,4 @@ def _check_out(out: Path, overwrite: bool) -> Path:
     return out
 
 
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device: expected one that is here, got {name!r}; torch {torch.__version__} sees "
-            f"{torch.cuda.device_count()} GPUs"
-        )
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
-    if name == "auto":
-        from lbfast.model.inference import best_dtype
-
-        return best_dtype(device)
-    return getattr(torch, name)
-
-
-__all__ = ["DTYPES", "BadFileError", "Failure", "Summary", "embed_files", "partial_path"]
+__all__ = ["BadFileError", "Failure", "Summary", "embed_files", "partial_path"]

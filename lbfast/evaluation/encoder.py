@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from lbfast.embedding.checkpoints import Checkpoint, open_checkpoints
-from lbfast.embedding.decode import Decoder, Undecodable
-from lbfast.embedding.pipeline import pick_device, pick_dtype
-from lbfast.training.data import Draw, Reader
-from lbfast.training.sample import Sample
+from lbfast.checkpoints import Checkpoint, open_checkpoints, pick_device, pick_dtype
+from lbfast.data.decode import Decoder, Undecodable
+from lbfast.data.reader import Draw, Reader
+from lbfast.data.sample import Sample
 
 Progress = Callable[[str, int, int], None]
 """progress(what, done, total)"""

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from lbfast.data.manifest import Manifest
+from lbfast.data.reader import check_views, open_sources
+from lbfast.data.sample import Sample, candidates
 from lbfast.evaluation.encoder import Encoder
 from lbfast.evaluation.ranking import Ranking, ranks, summarise
 from lbfast.evaluation.report import Report, nothing_left
-from lbfast.training.data import check_views, open_sources
-from lbfast.training.manifest import Manifest
-from lbfast.training.sample import Sample, candidates
 
 KS = (1, 5, 10)
 
@@ -59,7 +59,7 @@ def retrieve_files(
 
     Args:
         encoder: of the modality.
-        data, captions, media: manifests or shards, as in `lbfast.training.data.Batches`.
+        data, captions, media: manifests or shards, as in `lbfast.training.batches.Batches`.
 
     Raises:
         FileNotFoundError, ValueError: no such data, or none in it that can be used.

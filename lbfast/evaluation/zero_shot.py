@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from lbfast.embedding.items import suffixes_of
+from lbfast.data.manifest import SUFFIXES, Manifest
+from lbfast.data.sample import Sample
+from lbfast.data.suffixes import suffixes_of
 from lbfast.evaluation.encoder import Encoder
 from lbfast.evaluation.prompts import check_templates, templates_for
 from lbfast.evaluation.ranking import Ranking, ranks, summarise
 from lbfast.evaluation.report import Report, nothing_left
-from lbfast.training.manifest import SUFFIXES, Manifest
-from lbfast.training.sample import Sample
 
 
 def class_embeddings(texts: torch.Tensor) -> torch.Tensor:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from rich.table import Table
 
+from lbfast.data.manifest import Manifest
 from lbfast.evaluation.encoder import Encoder
 from lbfast.evaluation.retrieval import retrieve
 from lbfast.mini.files import write_world
 from lbfast.mini.world import BLOCK
-from lbfast.training.manifest import Manifest
 
 TARGETS: dict[tuple[str, str], float] = {
     ("text", "image"): 0.9,

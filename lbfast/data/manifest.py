@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lbfast.training.sample import Sample
+from lbfast.data.sample import Sample
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 _CHUNK = 100_000  # rows that are Python objects at a time

@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 
-from lbfast.training.sample import Member, Sample
-from lbfast.training.tar import BrokenTarError, members
+from lbfast.data.sample import Member, Sample
+from lbfast.data.tar import BrokenTarError, members
 
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",

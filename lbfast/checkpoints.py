@@ -1,4 +1,4 @@
-"""The checkpoints of an embedding run: which modality each is of, and what tells it from another."""
+"""Checkpoints as applications open them: which modality each is of, what tells it from another, where it runs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
+from lbfast.data.suffixes import MODALITY_NAMES
+
+if TYPE_CHECKING:
     from lbfast.model.config import LanguageBindConfig
     from lbfast.model.languagebind import LanguageBindModel
 
-MODALITY_NAMES = ("image", "video", "audio", "depth", "thermal")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -123,3 +125,28 @@ def _modality_of(where: str, hub: dict[str, Any]) -> str:
             "where the weights are LanguageBind's all the same, say which: MODALITY=DIRECTORY"
         )
     return by_type[written]
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: expected one that is here, got {name!r}; torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} GPUs"
+        )
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
+    if name == "auto":
+        from lbfast.model.inference import best_dtype
+
+        return best_dtype(device)
+    return getattr(torch, name)
