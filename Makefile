@@ -6,7 +6,7 @@ GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench gpu floors clean
+.PHONY: help venv demo test test-fast lint docs bench gpu floors clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -18,6 +18,12 @@ demo: venv ## files of five modalities and captions -> embeddings, similarity ta
 
 test: venv ## every test; ARGS="-k embed" and the like go to pytest
 	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: venv ## a minute of tests: all but the slow ones, for a first look at a change
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+docs: $(VENV)/.docs ## the documentation as a site, strictly: build/docs/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check

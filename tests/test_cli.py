@@ -9,7 +9,6 @@ import pkgutil
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,10 +20,7 @@ import lbfast.ops
 from bench import demo as bench_demo
 from lbfast import demo, dispatch, doctor, native
 from lbfast.cli import app
-from lbfast.processing.text import write_clip_vocabulary
 from tests import tiny
-
-README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def invoke(*arguments: object):
@@ -192,35 +188,3 @@ def test_demo_compares_with_the_reference(made, monkeypatch):
     shallow = bench_demo.configs(("video", "audio"), 2)
     layers = [(c.vision_config.num_hidden_layers, c.text_config.num_hidden_layers) for c in shallow.values()]
     assert layers == [(2, 2)] * 2 and bench_demo.configs(["image"], None)["image"].vision_config.num_hidden_layers == 24
-
-
-def python_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-
-
-def test_the_readme_s_examples_run(tmp_path, monkeypatch):
-    """Verbatim, on local directories of the names that they use."""
-    for package in ("av", "kaldi_native_fbank"):
-        pytest.importorskip(package)
-    monkeypatch.chdir(tmp_path)
-    names = {name: f"LanguageBind_{name.capitalize()}" for name in ("thermal", "image", "depth")}
-    names |= {"video": "LanguageBind_Video_FT", "audio": "LanguageBind_Audio_FT"}
-    for modality, name in names.items():
-        tiny.model(modality).save_pretrained(tmp_path / "LanguageBind" / name)
-        write_clip_vocabulary(tmp_path / "LanguageBind" / name)
-    for stem in ("a", "b", "clip"):
-        tiny.clip(tmp_path / f"{stem}.mp4")
-        tiny.sound(tmp_path / f"{stem}.wav")
-        tiny.depth_map(tmp_path / f"{stem}.png")
-    files, one, faster, loss = python_blocks()
-    exec(files, {})
-    scope: dict = {}
-    exec(one, scope)
-    assert scope["out"].image_embeds.shape == (1, tiny.SIZE)
-    v, a, t = torch.nn.functional.normalize(torch.randn(3, 4, tiny.SIZE), dim=-1)
-    scope |= {"batch": scope["data"], "image_embeds": v, "text_embeds": t, "v": v, "a": a, "t": t}
-    scope["logit_scale"] = scope["model"].logit_scale
-    exec(loss, scope)
-    assert torch.isfinite(scope["loss"])
-    exec(faster, scope)
-    assert not any(p.requires_grad for p in scope["model"].parameters())

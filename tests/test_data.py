@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from lbfast.cli import app
 from lbfast.data.manifest import Manifest
-from lbfast.data.reader import open_sources
+from lbfast.data.reader import check_views, open_sources
 from lbfast.data.sample import Sample
 from lbfast.data.tar import members
 from lbfast.processing import default_tokenizer, transform_dict
@@ -49,6 +49,11 @@ def assert_same(ours, theirs) -> None:
     assert ours[0] == theirs[0]
     for a, b in zip(ours[1:], theirs[1:], strict=True):
         assert torch.equal(a, b)
+
+
+def test_captions_are_views_with_weights():
+    with pytest.raises(TypeError, match="captions: expected views with weights"):
+        check_views(["caption"])
 
 
 def test_an_epoch_is_a_permutation_drawn_from_seed_and_epoch(folder):

@@ -12,7 +12,7 @@ import torch
 from lbfast.model.checkpoint import CheckpointError
 from lbfast.model.languagebind import model_dict
 from lbfast.training import recipes
-from lbfast.training.export import export
+from lbfast.training.exporter import export
 from lbfast.training.parameters import prepare, trained
 from lbfast.training.recipes import RECIPES, Recipe, recipe
 from lbfast.training.start import initial_model, tokenizer_of

@@ -137,7 +137,7 @@ def export(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Replaced if it exists.")],
     style: Annotated[Style, typer.Option()] = Style["upstream"],
 ) -> None:
-    from lbfast.training.export import export as write, rebuilt
+    from lbfast.training.exporter import export as write, rebuilt
 
     with plain_errors():
         made, checkpoint, files = rebuilt(run)

@@ -141,6 +141,8 @@ def check_views(views: Mapping[str, float] | None) -> None:
     """Raises ValueError where weights are not numbers of at least 0, or none is above."""
     if views is None:
         return
+    if not isinstance(views, Mapping):
+        raise TypeError(f"captions: expected views with weights, as {{'caption': 1}}, got {views!r}")
     good = all(isinstance(w, int | float) and 0 <= w < float("inf") for w in views.values())
     if not good or not any(views.values()):
         raise ValueError(f"captions: expected views with weights of at least 0, one above, got {dict(views)!r}")

@@ -17,7 +17,7 @@ _WHERE = {
     "Summary": "lbfast.training.trainer",
     "TextCache": "lbfast.training.captions",
     "Towers": "lbfast.training.step",
-    "export": "lbfast.training.export",
+    "export": "lbfast.training.exporter",
     "initial_model": "lbfast.training.start",
     "prepare": "lbfast.training.parameters",
     "recipe": "lbfast.training.recipes",
@@ -26,7 +26,7 @@ _WHERE = {
 
 if TYPE_CHECKING:
     from lbfast.training.captions import TextCache as TextCache
-    from lbfast.training.export import export as export
+    from lbfast.training.exporter import export as export
     from lbfast.training.parameters import prepare as prepare
     from lbfast.training.recipes import Recipe as Recipe, recipe as recipe
     from lbfast.training.start import initial_model as initial_model

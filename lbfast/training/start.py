@@ -62,11 +62,12 @@ def initial_model(
     Raises ValueError, CheckpointError or OSError as `from_pretrained` does.
     """
     hub = {"cache_dir": cache_dir, "revision": revision}
+    where = _resolved(where)
     fields = _read_config(where, hub)
     source = None
     if not random:
         kind = next((m for m in model_dict.values() if m.config_class.model_type == fields["model_type"]), None)
-        source = (kind or model_dict["image"]).from_pretrained(checkpoint.full_name(where), **hub)  # type: ignore[arg-type]
+        source = (kind or model_dict["image"]).from_pretrained(where, **hub)  # type: ignore[arg-type]
     config = _config_for(recipe, fields)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
@@ -88,13 +89,19 @@ def tokenizer_of(where: str | os.PathLike[str], modality: str, **hub: Any) -> tu
     """The tokenizer beside a checkpoint, with its files; CLIP's own, without any, where a directory has none."""
     from lbfast.processing.text import TOKENIZERS, default_tokenizer
 
+    where = _resolved(where)
     path = Path(where)
     if path.is_file():
         path = path.parent
     files = [path / name for name in _TOKENIZER_FILES if (path / name).is_file()]
     if path.is_dir() and not {"vocab.json", "tokenizer.json"} & {file.name for file in files}:
         return default_tokenizer(TOKENIZERS[modality]), []
-    return TOKENIZERS[modality].from_pretrained(path if files else checkpoint.full_name(where), **hub), files
+    return TOKENIZERS[modality].from_pretrained(path if files else where, **hub), files
+
+
+def _resolved(where: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """A file as it is; else a directory, that of lbfast-mini too, or a repository id."""
+    return where if Path(where).is_file() else checkpoint.full_name(where)
 
 
 def _read_config(where: str | os.PathLike[str], hub: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +111,7 @@ def _read_config(where: str | os.PathLike[str], hub: Mapping[str, Any]) -> dict[
         if not path.is_file():
             raise FileNotFoundError(f"{path.parent}: expected a config.json in this directory, found none")
     elif not path.is_file():
-        path = checkpoint.fetch_file(checkpoint.full_name(where), "config.json", **hub)
+        path = checkpoint.fetch_file(str(where), "config.json", **hub)
     try:
         fields = json.loads(path.read_text())
         known = {config.model_type for config in config_dict.values()} | {"clip"}

@@ -22,7 +22,7 @@ from lbfast.model.languagebind import LanguageBindModel
 from lbfast.training import checkpoints, engine as engines, memory
 from lbfast.training.captions import TextCache, weights_digest
 from lbfast.training.engine import Place
-from lbfast.training.export import START, export
+from lbfast.training.exporter import START, export
 from lbfast.training.parameters import gradient_norm, groups, local, trained, training_mode
 from lbfast.training.recipes import MEMORY_FIELDS, Recipe, write
 from lbfast.training.report import Report, memory_mib
