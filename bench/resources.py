@@ -2,51 +2,69 @@
 
     python -m bench.resources                      every kernel for every architecture
     python -m bench.resources --arch sm_90 --kernel layer_norm --json
+    python -m bench.resources --arch sm_90 --out bench/results/kernels-ahead-of-time.json     for bench.report
 
 A kernel file kernels/X.py takes part by its `aot_cases(arch) -> list[AotCase]`. Registers and stack come from the
 compiled binary: a kernel without arrays of its own has a stack only where registers were spilt. Exits with 1 where
-a kernel spills or asks for more shared memory than the architecture gives a block.
+a kernel spills, asks for more shared memory than the architecture gives a block, or cannot be counted.
+
+The warp-instructions of a launch are counted in its SASS by bench/sass.py, for cases that state their grid. "issue" is
+the time in which four schedulers a multiprocessor issue them: a bound that no kernel reaches, as the floor is. CTAs:
+blocks that a multiprocessor holds by registers, shared memory and threads, whichever is least; waves: of such blocks.
+AMD's kernels are not counted.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import importlib
+import io
 import json
+import math
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from bench import sass
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 
 
 @dataclasses.dataclass(frozen=True)
 class Arch:
-    """device: the one whose peaks (dense 16-bit FLOP/s, bytes/s) set the floor. shared: most bytes a block can have."""
+    """device: the one whose peaks (dense 16-bit FLOP/s, bytes/s) set the floor. shared: most bytes a block can have.
+
+    clock: Hz. threads, blocks: most that a multiprocessor holds.
+    """
 
     device: str
     flops: float
     bytes: float
     shared: int
+    clock: float
+    threads: int = 0
+    blocks: int = 0
 
 
-# H200: measured (8192^3 matmul, device copy). The others: the makers' figures.
+# H200: measured (8192^3 matmul, device copy; its clock under load). The others: the makers' figures, clocks boosted.
 ARCHS = {
-    "sm_80": Arch("A100 80 GB", 312e12, 2.0e12, 163 * 1024),
-    "sm_86": Arch("A10", 125e12, 0.6e12, 99 * 1024),
-    "sm_89": Arch("L40S", 362e12, 0.86e12, 99 * 1024),
-    "sm_90": Arch("H200", 790e12, 4.3e12, 227 * 1024),
-    "sm_100": Arch("B200", 2250e12, 8.0e12, 227 * 1024),
-    "sm_120": Arch("RTX 5090", 209e12, 1.79e12, 99 * 1024),
-    "gfx942": Arch("MI300X", 1307e12, 5.3e12, 64 * 1024),
+    "sm_80": Arch("A100 80 GB", 312e12, 2.0e12, 163 * 1024, 1.41e9, 2048, 32),
+    "sm_86": Arch("A10", 125e12, 0.6e12, 99 * 1024, 1.695e9, 1536, 16),
+    "sm_89": Arch("L40S", 362e12, 0.86e12, 99 * 1024, 2.52e9, 1536, 24),
+    "sm_90": Arch("H200", 790e12, 4.3e12, 227 * 1024, 1.755e9, 2048, 32),
+    "sm_100": Arch("B200", 2250e12, 8.0e12, 227 * 1024, 1.965e9, 2048, 32),
+    "sm_120": Arch("RTX 5090", 209e12, 1.79e12, 99 * 1024, 2.407e9, 1536, 24),
+    "gfx942": Arch("MI300X", 1307e12, 5.3e12, 64 * 1024, 2.1e9),
 }
 
 _TENSOR_CORES = (
@@ -59,7 +77,11 @@ _TENSOR_CORES = (
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """registers, spills (bytes): a thread's. shared (bytes): a block's. floor_us: of the resource that is slower."""
+    """registers, spills (bytes): a thread's. shared (bytes): a block's. floor_us: of the resource that is slower.
+
+    instructions: warp-instructions of a launch, and which share of them are products on tensor cores, accesses to
+    memory, special functions; None where they are not counted. uncounted: why they cannot be.
+    """
 
     kernel: str
     case: str
@@ -73,10 +95,19 @@ class Row:
     floor_us: float
     bound: str
     error: str = ""
+    ctas: int | None = None
+    waves: float | None = None
+    instructions: int | None = None
+    tensor: float | None = None
+    memory: float | None = None
+    mufu: float | None = None
+    issue_us: float | None = None
+    uncounted: str = ""
 
     @property
     def fits(self) -> bool:
-        return not self.error and self.spills == 0 and self.shared <= self.shared_limit
+        wrong = self.error or self.uncounted
+        return not wrong and self.spills == 0 and self.shared <= self.shared_limit
 
 
 def kernel_names() -> list[str]:
@@ -103,8 +134,8 @@ def plan(archs: list[str], kernels: list[str], reduced: bool) -> list[tuple[str,
     return jobs
 
 
-def compile_case(kernel: str, index: int, arch: str) -> Row:
-    """Compiles one case and reads the binary."""
+def compile_case(kernel: str, index: int, arch: str, counted: bool = True) -> Row:
+    """Compiles one case, reads the binary, and counts its instructions if it is to be."""
     case = cases(kernel, arch)[index]
     peak = ARCHS[arch]
     compute, memory = case.flops / peak.flops * 1e6, case.bytes / peak.bytes * 1e6
@@ -119,11 +150,37 @@ def compile_case(kernel: str, index: int, arch: str) -> Row:
     registers, spills = _amd(compiled) if arch.startswith("gfx") else _nvidia(compiled)
     text = compiled.asm["amdgcn" if arch.startswith("gfx") else "ptx"]
     tensor_cores = next((name for name, pattern in _TENSOR_CORES if re.search(pattern, text)), "")
-    return Row(*described, registers, spills, compiled.metadata.shared, peak.shared, tensor_cores, *floor)
+    shared = compiled.metadata.shared
+    row = Row(*described, registers, spills, shared, peak.shared, tensor_cores, *floor)
+    if not counted or arch.startswith("gfx") or not case.programs:
+        return row
+    multiprocessors = importlib.import_module("lbfast.kernels.primitives").MULTIPROCESSORS[arch]
+    ctas = _ctas(peak, registers, shared, compiled.metadata.num_warps)
+    waves = round(case.programs / (ctas * multiprocessors), 2) if ctas else None
+    row = dataclasses.replace(row, ctas=ctas, waves=waves)
+    try:
+        if "scf." in compiled.asm["ttir"]:  # the same again, with TTIR's lines in place of the source's
+            compiled = _compile(case, arch, lines=True)
+        count = sass.count(_sass(compiled), compiled.asm["ttir"], compiled.asm["ttgir"], case.trips, case.shares)
+    except sass.CountError as error:
+        return dataclasses.replace(row, uncounted=str(error))
+    total = round(count.total * compiled.metadata.num_warps * case.programs)
+    shares = {kind: round(count.kinds[kind] / count.total, 4) for kind in (sass.TENSOR, sass.MEMORY, sass.MUFU)}
+    issue = round(total / (multiprocessors * 4 * peak.clock) * 1e6, 1)
+    return dataclasses.replace(row, instructions=total, issue_us=issue, **shares)
 
 
-def _compile(case: Any, arch: str) -> Any:
+def _ctas(peak: Arch, registers: int, shared: int, warps: int) -> int:
+    """Blocks that a multiprocessor holds: registers go to warps by 256, in four parts; a block has 1 KiB more."""
+    by_registers = 16384 // (math.ceil(registers * 32 / 256) * 256) * 4 // warps
+    by_shared = (peak.shared + 1024) // (shared + 1024)
+    return min(by_registers, by_shared, peak.threads // (32 * warps), peak.blocks)
+
+
+def _compile(case: Any, arch: str, lines: bool = False) -> Any:
+    """lines: instructions know their line of TTIR."""
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -140,19 +197,37 @@ def _compile(case: Any, arch: str) -> Any:
     aligned = {(names.index(name),) for name, kind in case.signature.items() if kind.endswith(":16")}
     attributes = {position: [["tt.divisibility", 16]] for position in aligned}
     source = ASTSource(case.kernel, signature, constants, attributes)
-    return triton.compile(source, target, {"num_warps": case.num_warps, "num_stages": case.num_stages})
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if not lines:
+        return triton.compile(source, target, options)
+    silent = contextlib.redirect_stdout(io.StringIO())  # Triton says that it does so
+    with knobs.compilation.scope(), knobs.cache.scope(), silent:
+        knobs.compilation.use_ir_loc = "ttir"
+        knobs.cache.dir = str(Path(knobs.cache.dir) / "lines")  # its key does not tell the two apart
+        return triton.compile(source, target, options)
+
+
+def _sass(compiled: Any) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return _tool("nvdisasm", "-c", "-g", file.name)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def _nvidia(compiled: Any) -> tuple[int, int]:
     """(registers, bytes of stack) from the cubin."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    usage = {key: int(number) for key, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout)}
+        text = _tool("cuobjdump", "--dump-resource-usage", file.name)
+    usage = {key: int(number) for key, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
@@ -162,11 +237,11 @@ def _amd(compiled: Any) -> tuple[int, int]:
     return int(notes["vgpr_count"]), int(notes["private_segment_fixed_size"])
 
 
-def measure(jobs: list[tuple[str, int, str]], workers: int) -> list[Row]:
-    """Compiles all jobs in `workers` processes, in order."""
+def measure(jobs: list[tuple[str, int, str]], workers: int, counted: Sequence[str]) -> list[Row]:
+    """Compiles all jobs in `workers` processes, in order; counts those for the architectures `counted`."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        return list(pool.map(compile_case, *zip(*jobs)))
+        return list(pool.map(compile_case, *zip(*jobs), (arch in counted for _, _, arch in jobs)))
 
 
 def show(rows: list[Row]) -> None:
@@ -176,46 +251,76 @@ def show(rows: list[Row]) -> None:
     table = Table(
         title="Kernels compiled without a GPU; floor on: " + ", ".join(f"{a} {ARCHS[a].device}" for a in ARCHS)
     )
-    for column in (
-        "case",
-        "arch",
-        "warps",
-        "registers",
-        "spills B",
-        "shared B",
-        "of",
-        "tensor cores",
-        "floor us",
-        "by",
-    ):
-        table.add_column(column, justify="left" if column in ("case", "arch", "tensor cores", "by") else "right")
+    for name, _ in COLUMNS:
+        table.add_column(name, justify="left" if name in ("case", "arch", "cores") else "right")
     for row in rows:
-        numbers = (row.warps, row.registers, row.spills, row.shared, row.shared_limit)
-        cells = [row.case, row.arch, *map(str, numbers), row.tensor_cores or "-", f"{row.floor_us:.1f}", row.bound]
-        table.add_row(*cells, style=None if row.fits else "red")
-    console = Console(width=None if sys.stdout.isatty() else 180)
+        table.add_row(*cells(dataclasses.asdict(row)), style=None if row.fits else "red")
+    console = Console(width=None if sys.stdout.isatty() else 220)
     console.print(table)
     for row in rows:
-        if row.error:
-            console.print(f"{row.case} {row.arch}: {row.error}", style="red", markup=False)
+        if wrong := row.error or row.uncounted:
+            console.print(f"{row.case} {row.arch}: {wrong}", style="red", markup=False)
+
+
+COLUMNS = (
+    ("case", "{case}"),
+    ("arch", "{arch}"),
+    ("warps", "{warps}"),
+    ("registers", "{registers}"),
+    ("spills B", "{spills}"),
+    ("shared KiB", "{shared_kib:.1f} of {limit_kib:.0f}"),
+    ("CTAs", "{ctas}"),
+    ("waves", "{waves:.2f}"),
+    ("cores", "{tensor_cores}"),
+    ("M warp-instr", "{millions:.3f}"),
+    ("tensor", "{tensor:.1%}"),
+    ("memory", "{memory:.1%}"),
+    ("MUFU", "{mufu:.1%}"),
+    ("other", "{other:.1%}"),
+    ("issue us", "{issue_us:.1f}"),
+    ("floor us", "{floor_us:.1f}"),
+    ("by", "{bound}"),
+)
+"""Of the table: heading, and how to write it. M warp-instr: of a launch, in millions."""
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A row, as --json has it, for COLUMNS; "-" where there is nothing."""
+    more: dict[str, Any] = {"shared_kib": row["shared"] / 1024, "limit_kib": row["shared_limit"] / 1024}
+    if row["instructions"] is not None:
+        more["millions"] = row["instructions"] / 1e6
+        more["other"] = 1 - row["tensor"] - row["memory"] - row["mufu"]
+    known = {key: value for key, value in {**row, **more}.items() if value is not None and value != ""}
+    return [form.format(**known) if re.findall(r"\{(\w+)", form)[0] in known else "-" for _, form in COLUMNS]
+
+
+def _header() -> dict[str, str]:
+    import triton
+
+    return {"slug": "kernels", "title": "Kernels compiled ahead of time", "triton": triton.__version__}
 
 
 def main(
     arch: Annotated[list[str] | None, typer.Option(help="Architecture; repeat for more. Default: all.")] = None,
     kernel: Annotated[list[str] | None, typer.Option(help="Kernel file; repeat for more. Default: all.")] = None,
-    reduced: Annotated[bool, typer.Option(help="All cases for sm_90; one case a jit function elsewhere.")] = False,
+    reduced: Annotated[bool, typer.Option(help="All for sm_90; elsewhere one case a function, uncounted.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Rows as JSON instead of a table.")] = False,
+    out: Annotated[Path | None, typer.Option(help="File for the rows, for bench.report.")] = None,
     workers: Annotated[int, typer.Option(help="Compiling processes.")] = min(8, os.cpu_count() or 1),
 ) -> None:
-    """Registers, spills, shared memory, tensor-core instructions and floors of every kernel."""
+    """Registers, spills, shared memory, instructions and floors of every kernel."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise typer.BadParameter("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled; unset it")
     for name, given, known in (("--arch", arch, list(ARCHS)), ("--kernel", kernel, kernel_names())):
         if unknown := sorted(set(given or ()) - set(known)):
             raise typer.BadParameter(f"{name}: expected some of {', '.join(known)}, got {', '.join(unknown)}")
-    rows = measure(plan(arch or list(ARCHS), kernel or kernel_names(), reduced), workers)
+    counted = ["sm_90"] if reduced else list(ARCHS)
+    rows = measure(plan(arch or list(ARCHS), kernel or kernel_names(), reduced), workers, counted)
+    listed = [{**dataclasses.asdict(row), "fits": row.fits} for row in rows]
+    if out:
+        out.write_text(json.dumps({"header": _header(), "rows": listed}, indent=1) + "\n")
     if as_json:
-        print(json.dumps([{**dataclasses.asdict(row), "fits": row.fits} for row in rows], indent=1))
+        print(json.dumps(listed, indent=1))
     else:
         show(rows)
     raise typer.Exit(0 if all(row.fits for row in rows) else 1)

@@ -15,6 +15,7 @@ Source: Dao, arXiv 2307.08691; Milakov and Gimelshein, arXiv 1805.02867.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 
 import torch
@@ -475,6 +476,9 @@ def aot_cases(arch: str) -> list[AotCase]:
         else:
             signature |= {"stride_pb": "i32:16", "stride_pm": "i32:16"}
             constants["pad_ptr"] = None
+        rows, cols = constants["ROWS"], constants["COLS"]
+        blocks, whole = triton.cdiv(n - 1, rows), (n - 1) // cols
+        last = [min(whole, triton.cdiv((block + 1) * rows, cols)) if text else whole for block in range(blocks)]
         cases.append(
             AotCase(
                 f"attention fwd {what} x{b}",
@@ -485,6 +489,9 @@ def aot_cases(arch: str) -> list[AotCase]:
                 launch.num_stages,
                 flops=(2 if text else 4) * b * h * n * n * d,
                 bytes=b * n * h * (4 * d * 2 + 4),
+                programs=b * h * blocks,
+                trips=(last[0], statistics.fmean(last[1:])),
+                shares=(1 / blocks,),
             )
         )
     return cases

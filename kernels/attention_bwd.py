@@ -12,6 +12,7 @@ Source: Dao, arXiv 2307.08691.
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import torch
@@ -435,6 +436,9 @@ def aot_cases(arch: str) -> list[AotCase]:
         else:
             signature |= {"stride_pb": "i32:16", "stride_pm": "i32:16"}
             constants["pad_ptr"] = None
+        rows, cols = constants["ROWS"], constants["COLS"]
+        blocks, whole = triton.cdiv(n - 1, rows), (n - 1) // cols
+        last = [min(whole, triton.cdiv((block + 1) * rows, cols)) if text else whole for block in range(blocks)]
         cases.append(
             AotCase(
                 f"attention bwd {what} x{b}",
@@ -445,6 +449,9 @@ def aot_cases(arch: str) -> list[AotCase]:
                 launch.num_stages,
                 flops=(5 if text else 10) * b * h * n * n * d,
                 bytes=b * n * h * (8 * d * 2 + 4),
+                programs=2 * b * h * (1 + blocks),
+                trips=(whole, statistics.fmean(last), whole, min(whole, 1) if text else whole),
+                shares=(blocks / (2 * blocks + 2), blocks / (blocks + 2), 1 / 2),
             )
         )
     return cases

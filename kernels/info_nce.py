@@ -439,10 +439,13 @@ def _aot(arch: str, d: int, kind: str, labels: bool, precision: str) -> list[Aot
     more = {"stride_rows": "i32:16", "stride_ds": "i32:16", "headroom": "fp32"}
 
     def case(name, kernel, signature, rows, moved, launch=launch) -> AotCase:
+        tiles, diagonal = _diagonal(launch, chunk if "bwd" in name else b, b)
+        shares = (1.0, *(1.0,) * ("kept" in name), diagonal) if "bwd" in name else (diagonal, 1.0)
+        trips = (triton.cdiv(d, launch.tile["BLOCK_K"]),)
         constants = absent | {"D": d, "PRECISION": precision} | dict(launch.tile)
         constants |= {} if "kept_ptr" in signature else {"kept_ptr": None, "kept_shift_ptr": None}
         options = (launch.num_warps, launch.num_stages, 2 * rows * b * d, moved)
-        return AotCase(f"info_nce {name} {what}", kernel, signature, constants, *options)
+        return AotCase(f"info_nce {name} {what}", kernel, signature, constants, *options, tiles, trips, shares)
 
     fwd, bwd = operands | parts | numbers, operands | stats | numbers | more
     cases = [
@@ -457,6 +460,25 @@ def _aot(arch: str, d: int, kind: str, labels: bool, precision: str) -> list[Aot
         signature = {"parts_ptr": "*fp32:16", "stats_ptr": "*fp32:16", "parts": "i32", "n": "i32:16"}
         columns = -(-b // launch.tile["BLOCK_M"])
         cases.append(
-            AotCase(f"info_nce join {columns}x{b}", _join_kernel, signature, {"BLOCK": 128}, 4, 3, 0, 8 * columns * b)
+            AotCase(
+                f"info_nce join {columns}x{b}",
+                _join_kernel,
+                signature,
+                {"BLOCK": 128},
+                4,
+                3,
+                0,
+                8 * columns * b,
+                programs=triton.cdiv(b, 128),
+                trips=(columns,),
+            )
         )
     return cases
+
+
+def _diagonal(launch: configs.Launch, m: int, n: int) -> tuple[int, float]:
+    """Tiles of the first m rows, and the share of them that hold positives."""
+    tiles_m, tiles_n = _tiles(launch, m, n)
+    height, width = launch.tile["BLOCK_M"], launch.tile["BLOCK_N"]
+    held = sum(-(-(i + 1) * height // width) - i * height // width for i in range(tiles_m))
+    return tiles_m * tiles_n, held / (tiles_m * tiles_n)

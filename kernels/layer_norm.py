@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from lbfast.kernels.primitives import AotCase, accumulator, arch, on_device, programs
+from lbfast.kernels.primitives import MULTIPROCESSORS, AotCase, accumulator, arch, on_device, programs
 
 from lbfast.kernels import configs
 
@@ -294,9 +294,12 @@ def aot_cases(arch: str) -> list[AotCase]:
                     fwd.num_stages,
                     0,
                     traffic,
+                    programs=triton.cdiv(rows, block_m),
                 )
             )
         block_m, block_d = _tile(d, bwd.tile["ELEMENTS"])
+        tiles = triton.cdiv(rows, block_m)
+        grid = min(tiles, MULTIPROCESSORS[arch] * bwd.tile["PER_SM"])
         pointers = {f"{name}_ptr": tensor for name in ("dy", "dtotal", "total", "weight", "dx")}
         pointers |= {f"{name}_ptr": wide for name in ("mean", "rstd", "sums")}
         cases.append(
@@ -309,6 +312,8 @@ def aot_cases(arch: str) -> list[AotCase]:
                 bwd.num_stages,
                 0,
                 4 * moved,
+                programs=grid,
+                trips=(tiles / grid,),
             )
         )
     return cases

@@ -148,6 +148,7 @@ def aot_cases(arch: str) -> list[AotCase]:
     cases = []
     rows = 32 * 8 * 257
     fwd, bwd = configs.lookup(configs.MLP_FWD, arch), configs.lookup(configs.MLP_BWD, arch)
+    parts = triton.cdiv(rows, bwd.tile["ROWS_EACH"])
     tensor = "*bf16:16"
     for f in (4096, 5120):
         moved = rows * f * 2
@@ -164,6 +165,7 @@ def aot_cases(arch: str) -> list[AotCase]:
                     fwd.num_stages,
                     0,
                     2 * moved,
+                    programs=triton.cdiv(rows * f, fwd.tile["BLOCK"]),
                 )
             )
             pointers = {"da_ptr": tensor, "h_ptr": tensor, "a_ptr": tensor, "sums_ptr": "*fp32:16"}
@@ -177,6 +179,8 @@ def aot_cases(arch: str) -> list[AotCase]:
                     bwd.num_stages,
                     0,
                     4 * moved,
+                    programs=parts * triton.cdiv(f, bwd.tile["BLOCK_F"]),
+                    trips=(rows / parts / bwd.tile["BLOCK_M"],),
                 )
             )
     return cases

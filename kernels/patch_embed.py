@@ -272,6 +272,7 @@ class AotShape:
     what: str
     row: str
     tensor: str
+    rows: int
     sizes: dict[str, Any]
     pixels: dict[str, str]
     kept: dict[str, str]
@@ -281,14 +282,26 @@ class AotShape:
     bytes: float
 
     def case(
-        self, name: str, kernel: Any, table: Any, signature: dict[str, str], constants: dict[str, Any], *work: float
+        self,
+        name: str,
+        kernel: Any,
+        table: Any,
+        signature: dict[str, str],
+        constants: dict[str, Any],
+        *work: float,
+        programs: int,
+        trips: tuple[float, ...] = (),
     ) -> AotCase:
         """With the table's tile sizes, as far as the kernel has them; work: (flops, bytes) if not the GEMM's."""
         row = configs.lookup(table, self.row)
         tile = {key: value for key, value in row.tile.items() if key in kernel.arg_names}
-        flops, moved = work or (self.flops, self.bytes)
-        name = f"patch_embed {name} {self.what}"
-        return AotCase(name, kernel, signature, constants | tile, row.num_warps, row.num_stages, flops, moved)
+        work = work or (self.flops, self.bytes)
+        name, constants = f"patch_embed {name} {self.what}", constants | tile
+        return AotCase(name, kernel, signature, constants, row.num_warps, row.num_stages, *work, programs, trips)
+
+    def tile(self, table: Any) -> dict[str, int]:
+        """Of the table's row."""
+        return dict(configs.lookup(table, self.row).tile)
 
 
 def aot_shape(arch: str, d: int, tube: int, kind: str, half: bool) -> AotShape:
@@ -307,6 +320,7 @@ def aot_shape(arch: str, d: int, tube: int, kind: str, half: bool) -> AotShape:
         what=f"{kind} tube {tube} {images}x{1 + k}x{d}",
         row="wide" if kind == "fp32" else arch,
         tensor="*fp32:16" if kind == "fp32" else "*bf16:16",
+        rows=rows,
         sizes=sizes,
         pixels={"pixels_ptr": f"*{kind}:16"},
         kept={"kept_ptr": "*i64:16"} if half else {},
@@ -329,12 +343,19 @@ def aot_cases(arch: str) -> list[AotCase]:
             signature["bias_ptr"] = "*fp32:16"
         else:
             constants["bias_ptr"] = None
-        cases.append(shape.case("fwd", _patch_embed_fwd_kernel, configs.PATCH_EMBED_FWD, signature, constants))
+        table = configs.PATCH_EMBED_FWD
+        tile = shape.tile(table)
+        launched = {
+            "programs": triton.cdiv(shape.rows, tile["BLOCK_M"]) * triton.cdiv(d, tile["BLOCK_N"]),
+            "trips": (triton.cdiv(shape.sizes["KP"], tile["BLOCK_K"]),),
+        }
+        cases.append(shape.case("fwd", _patch_embed_fwd_kernel, table, signature, constants, **launched))
         if kind == "u8":
             signature = {f"{name}_ptr": "*fp32:16" for name in ("mean", "std", "bias")}
             signature |= {f"{name}_ptr": shape.tensor for name in ("weight", "packed")}
             constants = {name: size for name, size in shape.sizes.items() if name != "D"}
             constants |= {"BLOCK": triton.next_power_of_2(shape.sizes["KP"]), "C": 3, "ACC": tl.float32}
             moved = 4 * d * shape.sizes["KP"]
-            cases.append(shape.case("pack", _pack_kernel, configs.PATCH_EMBED_PACK, signature, constants, 0, moved))
+            table = configs.PATCH_EMBED_PACK
+            cases.append(shape.case("pack", _pack_kernel, table, signature, constants, 0, moved, programs=d))
     return cases

@@ -252,12 +252,21 @@ def aot_cases(arch: str) -> list[AotCase]:
         shape = aot_shape(arch, d, tube, kind, half)
         common = {"dtokens_ptr": shape.tensor, **shape.kept, **shape.numbers}
         signature = common | shape.pixels | {"parts_ptr": "*fp32:16", "rows_each": "i32:16"}
-        kernel = _patch_embed_bwd_weight_kernel
-        cases.append(shape.case("bwd weight", kernel, configs.PATCH_EMBED_BWD_WEIGHT, signature, shape.gemm))
+        kernel, table, kp = _patch_embed_bwd_weight_kernel, configs.PATCH_EMBED_BWD_WEIGHT, shape.sizes["KP"]
+        tile = shape.tile(table)
+        splits = triton.cdiv(shape.rows, tile["BLOCK_M"] * triton.cdiv(shape.rows, tile["BLOCK_M"] * tile["SPLITS"]))
+        tiles = triton.cdiv(d, tile["BLOCK_N"]) * triton.cdiv(kp, tile["BLOCK_K"])
+        launched = {"programs": tiles * splits, "trips": (triton.cdiv(shape.rows, tile["BLOCK_M"]) / splits,)}
+        cases.append(shape.case("bwd weight", kernel, table, signature, shape.gemm, **launched))
         if kind != "u8":
             signature = common | {"packed_ptr": shape.tensor, "dpixels_ptr": shape.tensor}
-            kernel = _patch_embed_bwd_pixels_kernel
-            cases.append(shape.case("bwd pixels", kernel, configs.PATCH_EMBED_BWD_PIXELS, signature, shape.gemm))
+            kernel, table = _patch_embed_bwd_pixels_kernel, configs.PATCH_EMBED_BWD_PIXELS
+            tile = shape.tile(table)
+            launched = {
+                "programs": triton.cdiv(shape.rows, tile["BLOCK_M"]) * triton.cdiv(kp, tile["BLOCK_K"]),
+                "trips": (triton.cdiv(d, tile["BLOCK_N"]),),
+            }
+            cases.append(shape.case("bwd pixels", kernel, table, signature, shape.gemm, **launched))
         signature = {"dtokens_ptr": shape.tensor, "dposition_ptr": "*fp32:16", "clips": "i32:16"}
         signature |= dict.fromkeys(("frames", "n", "positions"), "i32")
         constants = {"D": d, "ACC": tl.float32}
@@ -268,5 +277,10 @@ def aot_cases(arch: str) -> list[AotCase]:
         moved = 32 * 8 // tube * (129 if half else 257) * d * (4 if kind == "fp32" else 2)
         kernel = _patch_embed_bwd_position_kernel
         table = configs.PATCH_EMBED_BWD_POSITION
-        cases.append(shape.case("bwd position", kernel, table, signature, constants, 0, moved))
+        tile, n = shape.tile(table), 129 if half else 257
+        launched = {
+            "programs": 257 * triton.cdiv(d, tile["BLOCK_D"]),
+            "trips": (triton.cdiv(shape.rows // n, tile["BLOCK_B"]),),
+        }
+        cases.append(shape.case("bwd position", kernel, table, signature, constants, 0, moved, **launched))
     return cases

@@ -280,16 +280,18 @@ def aot_cases(arch: str) -> list[AotCase]:
             signature = {f"{name}_ptr": "*bf16:16" for name in names.split()}
             signature |= {f"stride_{name}{axis}": "i32:16" for name in strided.split() for axis in "btnh"}
             signature |= {"N": "i32", "H": "i32:16", "scale": "fp32"}
+            constants = _constants(t, d, launch.tile["ROWS"], torch.bfloat16)
             cases.append(
                 AotCase(
                     f"temporal_attention {what} {b}x{t}x{n}x{h}x{d}",
                     kernel,
                     signature,
-                    _constants(t, d, launch.tile["ROWS"], torch.bfloat16),
+                    constants,
                     launch.num_warps,
                     launch.num_stages,
                     flops=(4 if what == "fwd" else 10) * b * n * h * t * t * d,
                     bytes=len(names.split()) * b * t * n * h * d * 2,
+                    programs=b * triton.cdiv(n, constants["POSITIONS"]) * h,
                 )
             )
     return cases

@@ -1,0 +1,482 @@
+"""Counts the warp-instructions that a kernel's program executes, out of its SASS and without running it.
+
+Every instruction knows the line of Triton's IR (TTIR) that it came from: the kernel is compiled with `USE_IR_LOC=ttir`.
+TTIR says in plain regions what SASS has in branches: each `scf.for` or `scf.while` is a loop, each `scf.if` a branch.
+A case states, in TTIR's order (the source's, a function once for each place that calls it, without tl.static_range):
+
+    trips: how often a loop's body runs each time the loop is reached, the mean where programs differ
+    shares: of those who reach an `if`, how many take its first arm
+
+Loops of SASS are the natural loops of its control flow. Which of TTIR's a loop is, and which arm of an `if` a block is,
+most of its instructions say; what moved elsewhere counts where it is now. A block that every pass runs takes no share
+into account, whatever its lines say. How many of TTIR's trips one pass of a SASS loop makes (unrolling), and how many
+are written out before and after it (peeling), products say, or stores, or else loads: each is in TTIR's loop once a
+trip, and what it costs in instructions the layouts of TTGIR say. Where this does not come out, there is an error and no
+number.
+
+Left out, since they are rare: a call at a branch (a 64-bit division's or a denormal's slow way), more than one turn of
+a loop that waits for a barrier. Predicated instructions count: they are issued.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+TENSOR, MEMORY, MUFU, OTHER = KINDS = ("tensor", "memory", "mufu", "other")
+_TENSOR = re.compile(r"[HIQBDO]G?MMA|UTC\w*MMA")
+_MEMORY = re.compile(r"LD[GSLT]?(\.|$)|LDGSTS|LDSM|ST[GSLT]?(\.|$)|STSM|ATOM|RED(\.|G|$)|UTMA|UBLKCP|LDTM|STTM")
+
+
+class CountError(Exception):
+    """The count cannot be told."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """op: with its modifiers. line: of TTIR, 0 if unknown. target: label that it may jump to. always: no predicate."""
+
+    op: str
+    line: int = 0
+    target: str = ""
+    always: bool = True
+
+    @property
+    def kind(self) -> str:
+        if _TENSOR.match(self.op):
+            return TENSOR
+        if _MEMORY.match(self.op):
+            return MEMORY
+        return MUFU if self.op.startswith("MUFU") else OTHER
+
+
+@dataclasses.dataclass
+class Region:
+    """A loop of TTIR, or an arm of an if. weight: its trips, or its share. path: outermost first, itself included."""
+
+    loop: bool
+    first: int
+    parent: Region | None
+    weight: float = 1.0
+    last: int = 0
+
+    @property
+    def path(self) -> list[Region]:
+        return [*(self.parent.path if self.parent else ()), self]
+
+    @property
+    def loops(self) -> list[Region]:
+        return [region for region in self.path if region.loop]
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def regions(ttir: str, trips: Sequence[float], shares: Sequence[float]) -> tuple[list[Region], dict[int, Region]]:
+    """TTIR's loops, and line -> innermost loop or arm."""
+    found: list[Region] = []
+    inside: dict[int, Region] = {}
+    stack: list[Region | None] = []
+    branches = 0
+    for number, line in enumerate(ttir.splitlines(), 1):
+        text = re.sub(r"\s*loc\(.*\)\s*$", "", line).strip()
+        if "cf.cond_br" in text:
+            raise CountError("an early return makes branches that no share describes: write it as an if")
+        arm = None
+        if text.startswith("}") and stack:
+            closed = stack.pop()
+            if closed and text.startswith(("} else", "} do")):
+                if closed.loop:
+                    stack.append(closed)
+                    continue
+                arm = Region(False, number, closed.parent, 1 - closed.weight)
+            if closed:
+                closed.last = number
+        current = next((region for region in reversed(stack) if region), None)
+        if current:
+            inside[number] = current
+        if not text.endswith("{"):
+            continue
+        if re.search(r"\bscf\.(for|while)\b", text):
+            arm = Region(True, number, current, trips[len(found)] if len(found) < len(trips) else math.nan)
+            found.append(arm)
+        elif re.search(r"\bscf\.if\b", text):
+            arm = Region(False, number, current, shares[branches] if branches < len(shares) else math.nan)
+            branches += 1
+        stack.append(arm)
+        if arm:
+            inside[number] = arm
+    if (len(trips), len(shares)) != (len(found), branches):
+        raise CountError(
+            f"the kernel has {len(found)} loops and {branches} ifs, the case states {len(trips)} trips and "
+            f"{len(shares)} shares"
+        )
+    return found, inside
+
+
+def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
+    """`nvdisasm -c -g` -> instructions, and label -> the instruction behind it."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    line = 0
+    for row in text.splitlines():
+        if mark := re.match(r"\s*//## File .*, line (\d+)", row):
+            line = int(mark[1])
+        elif label := re.match(r"\s*(\.L_x_\d+):", row):
+            labels[label[1]] = len(instructions)
+        elif code := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;", row):
+            given = re.match(r"(@!?U?P\w+\s+)?(\S+)\s*(.*)", code[1])
+            assert given
+            predicate, op, rest = given.groups()
+            target = re.search(r"\(?(\.L_x_\d+)", rest)
+            jumps = op.startswith(("BRA", "JMP", "CALL")) and target
+            always = not predicate and not re.match(r"!?U?P\d", rest)
+            instructions.append(Instruction(op, line, target[1] if jumps and target else "", always))
+    return instructions, labels
+
+
+@dataclasses.dataclass
+class Loop:
+    """A natural loop. blocks: nested ones' too. passes: how often its body runs each time it is reached."""
+
+    header: int
+    blocks: set[int]
+    parent: Loop | None = None
+    region: Region | None = None
+    fused: Region | None = None
+    passes: float = 1.0
+
+    @property
+    def chain(self) -> list[Loop]:
+        return [*(self.parent.chain if self.parent else ()), self]
+
+
+class Flow:
+    """Basic blocks (ranges of instructions), edges between them, natural loops, and which blocks every pass runs."""
+
+    def __init__(self, instructions: Sequence[Instruction], labels: Mapping[str, int]) -> None:
+        self.instructions = instructions
+        ends = {i + 1 for i, one in enumerate(instructions) if re.match("BRA|JMP|BRX|EXIT|RET|CALL|KILL", one.op)}
+        starts = sorted({0, *labels.values(), *ends} - {len(instructions)})
+        self.blocks = [range(a, b) for a, b in zip(starts, [*starts[1:], len(instructions)])]
+        at = {block.start: index for index, block in enumerate(self.blocks)}
+        self.next: list[list[int]] = [self._next(index, block, labels, at) for index, block in enumerate(self.blocks)]
+        self.reached = _reach(0, self.next)
+        self.loops = self._find_loops()
+
+    def _next(self, index: int, block: range, labels: Mapping[str, int], at: Mapping[int, int]) -> list[int]:
+        last = self.instructions[block[-1]]
+        following = [index + 1] if index + 1 < len(self.blocks) else []
+        if last.op.startswith("BRX"):
+            raise CountError("a jump table")
+        if last.op.startswith(("BRA", "JMP")):
+            slow = last.op.startswith("BRA.DIV")
+            jump = [at[labels[last.target]]] if labels.get(last.target) in at and not slow else []
+            return list(dict.fromkeys(jump + ([] if last.always and not slow else following)))
+        if last.op.startswith(("EXIT", "RET", "KILL")):
+            return [] if last.always else following
+        return following
+
+    def _find_loops(self) -> list[Loop]:
+        dominators = _dominators(0, self.reached, self.next)
+        before = _reverse(self.reached, self.next)
+        found: dict[int, set[int]] = {}
+        for a in self.reached:
+            for b in self.next[a]:
+                if b in dominators[a]:
+                    body = found.setdefault(b, {b})
+                    pending = [a]
+                    while pending:
+                        if (block := pending.pop()) not in body:
+                            body.add(block)
+                            pending += before[block]
+        loops = sorted((Loop(header, body) for header, body in found.items()), key=lambda loop: -len(loop.blocks))
+        for index, loop in enumerate(loops):
+            loop.parent = next((o for o in reversed(loops[:index]) if loop.header in o.blocks), None)
+        return loops
+
+    def innermost(self, block: int) -> Loop | None:
+        return next((loop for loop in reversed(self.loops) if block in loop.blocks), None)
+
+    def always_run(self, loop: Loop | None) -> set[int]:
+        """Blocks of the loop (None: of the program) that every pass runs, whichever way it takes."""
+        blocks = loop.blocks if loop else self.reached
+        header = loop.header if loop else 0
+        end = len(self.blocks)
+        edges: dict[int, list[int]] = {end: []}
+        for block in blocks:
+            inner = [b for b in self.next[block] if b in blocks and b != header]
+            leaves = len(inner) < len(self.next[block]) or not self.next[block]
+            last = self.instructions[self.blocks[block][-1]]
+            leaves |= last.op.startswith("EXIT")
+            edges[block] = inner + [end] * leaves
+        back = _reverse(edges, edges)
+        everything = set(edges)
+        after = _dominators(end, everything, [back.get(i, []) for i in range(end + 1)])
+        return after.get(header, set()) - {end}
+
+    def code(self, blocks: Iterable[int]) -> Iterable[Instruction]:
+        for block in blocks:
+            yield from (self.instructions[i] for i in self.blocks[block])
+
+
+def _reach(start: int, edges: Sequence[Sequence[int]]) -> set[int]:
+    seen, pending = {start}, [start]
+    while pending:
+        for block in edges[pending.pop()]:
+            if block not in seen:
+                seen.add(block)
+                pending.append(block)
+    return seen
+
+
+def _reverse(blocks: Iterable[int], edges: Mapping[int, Sequence[int]] | Sequence[Sequence[int]]) -> dict[int, list]:
+    back: dict[int, list[int]] = collections.defaultdict(list)
+    for block in blocks:
+        for following in edges[block]:
+            back[following].append(block)
+    return back
+
+
+def _dominators(start: int, blocks: set[int], edges: Sequence[Sequence[int]]) -> dict[int, set[int]]:
+    before = _reverse(blocks, edges)
+    found = {block: set(blocks) for block in blocks}
+    found[start] = {start}
+    changed = True
+    while changed:
+        changed = False
+        for block in sorted(blocks - {start}):
+            known = [found[b] for b in before[block] if b in blocks]
+            new = {block} | (set.intersection(*known) if known else set())
+            changed |= new != found[block]
+            found[block] = new
+    return found
+
+
+PRODUCTS, SCALAR_PRODUCTS, STORES, LOADS = range(4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Anchor:
+    """What TTIR's line does once a trip: rank (of the above, the best one counts), and how much of it as by `work`."""
+
+    line: int
+    rank: int
+    amount: float
+
+
+def work(one: Instruction, rank: int) -> float:
+    """Products: multiplications and additions of a warp. Stores, loads: bytes of a thread in global memory."""
+    if rank == PRODUCTS:
+        if mma := re.match(r"[HIQBDO]GMMA\.(?:SP\.)?(\d+)x(\d+)x(\d+)", one.op):
+            return math.prod(map(int, mma.groups())) / 4
+        mma = re.match(r"[HIQBDO]MMA\.(?:SP\.)?168(\d+)", one.op)
+        return 16 * 8 * int(mma[1]) if mma else 0
+    if rank == SCALAR_PRODUCTS:
+        return {"FFMA": 32, "FFMA2": 64, "DFMA": 32}.get(one.op.split(".")[0], 0)
+    if not one.op.startswith(("STG", "ST.") if rank == STORES else ("LDG", "LD.")):
+        return 0
+    width = re.search(r"\.(128|64|U16|S16|U8|S8)\b", one.op)
+    return {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}[width[1]] if width else 4
+
+
+def anchors(ttgir: str) -> list[Anchor]:
+    """Of TTGIR whose locations are TTIR's lines."""
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*>)$", ttgir, re.MULTILINE))
+    lines = {
+        name: int(number) for name, number in re.findall(r'^(#loc\d*) = loc\(".*":(\d+):\d+\)$', ttgir, re.MULTILINE)
+    }
+    found = []
+    for row in ttgir.splitlines():
+        at = re.search(r'loc\((#loc\d*|".*":(\d+):\d+)\)$', row)
+        line = (int(at[2]) if at[2] else lines.get(at[1], 0)) if at else 0
+        if not line:
+            continue
+        if "warp_group_dot " in row or re.search(r"= tt\.dot ", row):
+            inner = re.search(r"(?:memdesc|tensor)<(?:\d+x)*?(\d+)x(\d+)x\w+,.*\* ", row)
+            result = re.search(r"-> tensor<([\dx]+)x\w+, (#\w+)>", row)
+            if inner and result:
+                layout = layouts.get(result[2], "")
+                rank = SCALAR_PRODUCTS if layout.startswith("#ttg.blocked") else PRODUCTS
+                found.append(Anchor(line, rank, _threads(result[1], layout) * int(inner[2]) * 32))
+        elif move := re.search(
+            r"(tt\.store|tt\.load|ttg\.async_copy_global_to_local) .*?"
+            r": tensor<([\dx]+)x!tt\.ptr<(\w+)>, (#[\w.]+(?:<.*?>)?)>",
+            row,
+        ):
+            size = re.search(r"\d+$", move[3])
+            width = max(8, int(size[0]) if size else 32) // 8
+            layout = layouts.get(move[4], move[4])
+            if threads := _threads(move[2], layout):
+                found.append(Anchor(line, STORES if move[1] == "tt.store" else LOADS, threads * width))
+    return [anchor for anchor in found if anchor.amount]
+
+
+def _threads(shape: str, layout: str) -> float:
+    """Numbers of a tensor that a thread has, each once; 0 where the layout is one that is not understood here."""
+    sizes = [int(size) for size in shape.split("x")]
+
+    def listed(name: str) -> list[int]:
+        given = re.search(rf"{name} = \[([\d, ]*)\]", layout)
+        return [int(number) for number in given[1].split(",")] if given else []
+
+    if layout.startswith("#ttg.blocked"):
+        out = 1
+        for size, each, lanes, warps in zip(
+            sizes, listed("sizePerThread"), listed("threadsPerWarp"), listed("warpsPerCTA")
+        ):
+            own = min(each, size)
+            spread = min(lanes, size // own)
+            out *= own * max(1, size // (own * spread * min(warps, max(1, size // (own * spread)))))
+        return out
+    if layout.startswith("#ttg.nvidia_mma"):
+        tile, warps = listed("instrShape"), listed("warpsPerCTA")
+        steps = [
+            math.ceil(size / (one * warp))
+            for size, one, warp in zip(sizes[-2:], tile[-3:] if len(tile) > 2 else tile, warps[-2:])
+        ]
+        return math.prod(steps) * tile[0] * tile[1] / 32
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """Warp-instructions of one warp of the mean program, in all and by kind."""
+
+    total: float
+    kinds: Mapping[str, float]
+
+
+def count(sass: str, ttir: str, ttgir: str, trips: Sequence[float], shares: Sequence[float]) -> Count:
+    """Of a kernel; raises CountError where it cannot be told."""
+    found, inside = regions(ttir, trips, shares)
+    flow = Flow(*parse(sass))
+    _name_loops(flow, inside)
+    _solve_passes(flow, found, inside, anchors(ttgir) if found else [])
+    kinds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    runs = {id(loop): flow.always_run(loop) for loop in (None, *flow.loops)}
+    for block in sorted(flow.reached):
+        weight = _weight(flow, block, inside, runs)
+        for one in flow.code([block]):
+            kinds[one.kind] += weight
+    total = sum(kinds.values())
+    if not math.isfinite(total):
+        raise CountError("trips or shares are no numbers")
+    return Count(total, kinds)
+
+
+def _vote(instructions: Iterable[Instruction], inside: Mapping[int, Region]) -> list[Region]:
+    """The innermost region that holds more than half of those instructions whose line is known, with its path."""
+    votes: collections.Counter[Region] = collections.Counter()
+    known = 0
+    for one in instructions:
+        if one.line:
+            known += 1
+            votes.update(inside[one.line].path if one.line in inside else ())
+    likely = [region for region, number in votes.items() if 2 * number > known]
+    return max((region.path for region in likely), key=len, default=[])
+
+
+def _name_loops(flow: Flow, inside: Mapping[int, Region]) -> None:
+    """Says which of TTIR's loops each of SASS's is; inner ones first."""
+    for loop in reversed(flow.loops):
+        nested = [other for other in flow.loops if other.parent is loop]
+        own = list(flow.code(loop.blocks.difference(*(other.blocks for other in nested))))
+        hidden = {other.region for other in nested if other.region}
+        if hidden:
+            allowed = set.intersection(*({r for r in region.loops if r is not region} for region in hidden))
+            path = [r for r in _vote((o for o in own if not _within(o, hidden, inside)), inside) if r in allowed]
+        else:
+            path = [region for region in _vote(own, inside) if region.loop]
+        if path:
+            loop.region = path[-1]
+        elif not any("TRYWAIT" in one.op or "NANOSLEEP" in one.op for one in own):
+            raise CountError(f"a loop of {len(own)} instructions that the source does not have")
+        if loop.region and any("TRYWAIT" in one.op for one in own) and len(own) < 12:
+            loop.region = None  # waits for a barrier, within a loop of the source
+
+
+def _within(one: Instruction, hidden: set[Region], inside: Mapping[int, Region]) -> bool:
+    return one.line in inside and bool(hidden & set(inside[one.line].path))
+
+
+def _solve_passes(flow: Flow, found: Sequence[Region], inside: Mapping[int, Region], known: Sequence[Anchor]) -> None:
+    """Sets `passes` of every loop by what the source's loop does once a trip."""
+    for region in found:
+        copies = [loop for loop in flow.loops if loop.region is region]
+        inner = [loop for loop in flow.loops if loop.region and region in loop.region.loops[:-1]]
+        if not copies and inner and any(inside.get(o.line) is region for o in flow.code(inner[0].blocks)):
+            if len(inner) > 1:
+                raise CountError(f"{len(inner)} loops where TTIR nests one in another at line {region.first}")
+            inner[0].fused = region
+            continue
+        own = [a for a in known if a.line in inside and inside[a.line].loops[-1:] == [region]]
+        if not own:
+            if len(copies) == 1 and inner:
+                copies[0].passes = region.weight  # nothing of its own to see unrolling by; its inner loops show it
+                continue
+            raise CountError(f"the loop at TTIR line {region.first} has neither product, store nor load to count by")
+        rank = min(anchor.rank for anchor in own)
+        needed = sum({a.line: a.amount for a in own if a.rank == rank}.values())
+        within = set().union(*(loop.blocks for loop in copies)) if copies else set()
+        unrolled = [round(_done(rank, flow.code(_own(flow, loop))) / needed) for loop in copies]
+        outside = 0
+        if rank != LOADS or not copies:
+            strays = (one for one in flow.code(flow.reached - within) if inside.get(one.line) is region)
+            outside = round(_done(rank, strays) / needed)
+        if 0 in unrolled:
+            raise CountError(f"the loop at TTIR line {region.first}: SASS has a loop without its work")
+        left = region.weight - outside
+        if copies:
+            order = sorted(zip(unrolled, copies, strict=True), key=lambda pair: -pair[0])
+            if len(order) > 2 or (len(order) == 2 and order[0][0] == order[1][0]):
+                raise CountError(f"{len(order)} SASS loops for the one at TTIR line {region.first}")
+            for ratio, loop in order[:-1]:
+                loop.passes = left // ratio
+                left -= loop.passes * ratio
+            order[-1][1].passes = left / order[-1][0]
+        elif abs(left) > 0.01:
+            raise CountError(
+                f"the loop at TTIR line {region.first} is written out {outside} times, not {region.weight}"
+            )
+    for loop in flow.loops:
+        if loop.fused:
+            loop.passes *= loop.fused.weight
+
+
+def _own(flow: Flow, loop: Loop) -> set[int]:
+    """Its blocks that are in no other loop of the source within it."""
+    return loop.blocks.difference(*(o.blocks for o in flow.loops if o is not loop and loop in o.chain and o.region))
+
+
+def _done(rank: int, code: Iterable[Instruction]) -> float:
+    return sum(work(one, rank) for one in code)
+
+
+def _weight(flow: Flow, block: int, inside: Mapping[int, Region], runs: Mapping[int, set[int]]) -> float:
+    """How often a warp of the mean program runs a block."""
+    loop = flow.innermost(block)
+    weight, taken = 1.0, set()
+    for one in loop.chain if loop else ():
+        for region in one.region.path if one.region else ():
+            if not region.loop and region not in taken:
+                taken.add(region)
+                weight *= region.weight
+        weight *= one.passes
+    if block in runs[id(loop)]:
+        return weight
+    if flow.instructions[flow.blocks[block][-1]].op.startswith("CALL"):
+        return 0.0
+    path = _vote(flow.code([block]), inside)
+    for region in path:
+        if not region.loop and region not in taken:
+            weight *= region.weight
+    if loop and loop.fused and loop.region not in path and loop.fused in path:
+        weight /= loop.passes / loop.fused.weight
+    return weight
