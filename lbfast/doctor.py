@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 import lbfast
@@ -120,15 +121,24 @@ def _why_passed_over(name: str, before: bool) -> str:
     return "could; LBFAST_IMPL or use_impl asks for another"
 
 
-def examine(console: Console) -> None:
-    """Prints everything. What cannot be found out shows its reason."""
+def examine(console: Console, why: bool = False) -> None:
+    """Prints everything; `why`: with the reasons against what an op does not take. What cannot be found out shows its
+    reason."""
     console.print(_versions())
     console.print(_devices())
     with console.status("building the native kernels, once for each version") if console.is_terminal else _nothing():
         reason = _native()
     console.print(_native_table(reason))
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    console.print(_ops(devices))
+    found = [choice for device in devices for choice in choices(device)]
+    console.print(_ops(found))
+    if why:
+        for choice in found:
+            console.print(f"[bold]{choice.label}, {choice.device}[/]")
+            for line in _reasons(choice):
+                console.print(Padding(escape(line), (0, 0, 0, 2)))
+    else:
+        console.print("Why not the others: lbfast doctor --why")
 
 
 def _nothing() -> contextlib.AbstractContextManager[None]:
@@ -219,18 +229,18 @@ def _native_table(reason: str) -> Table:
     return table
 
 
-def _ops(devices: list[str]) -> Table:
+def _ops(found: list[Choice]) -> Table:
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    table = Table("op", "device", *names, "why not the others", title="Implementations", title_justify="left")
-    for device in devices:
-        for choice in choices(device):
-            taken = [escape(choice.chosen[dtype]) for dtype in DTYPES]
-            table.add_row(choice.label, device, *taken, escape(_reasons(choice)))
-        table.add_section()
+    table = Table("op", "device", *names, title="Implementations", title_justify="left")
+    for number, choice in enumerate(found):
+        last = number + 1 == len(found) or found[number + 1].device != choice.device
+        taken = [escape(choice.chosen[dtype]) for dtype in DTYPES]
+        table.add_row(choice.label, choice.device, *taken, end_section=last)
     return table
 
 
-def _reasons(choice: Choice) -> str:
+def _reasons(choice: Choice) -> list[str]:
+    """What speaks against each implementation that is not taken, a line each."""
     lines = []
     for name, reasons in choice.against.items():
         for reason, dtypes in reasons.items():
@@ -238,4 +248,4 @@ def _reasons(choice: Choice) -> str:
                 "" if len(dtypes) == len(DTYPES) else f" ({', '.join(str(d).removeprefix('torch.') for d in dtypes)})"
             )
             lines.append(f"{name}{only}: {reason}")
-    return "\n".join(lines)
+    return lines

@@ -110,9 +110,9 @@ def test_doctor_says_why():
     assert not any("could, and comes after" in why for why in chosen["temporal_attention"].against["native"])
 
 
-def printed() -> str:
-    console = Console(width=200, file=io.StringIO())
-    doctor.examine(console)
+def printed(width: int = 200, why: bool = False) -> str:
+    console = Console(width=width, file=io.StringIO())
+    doctor.examine(console, why)
     return console.file.getvalue()
 
 
@@ -121,6 +121,16 @@ def test_doctor_on_this_machine():
     assert torch.__version__ in shown and doctor.cpu_name() in shown
     assert all(name in shown for name in op_names())
     assert "cannot" not in shown
+    assert "the tensors are not on a GPU" not in shown and "the tensors are not on a GPU" in printed(why=True)
+
+
+def test_doctor_fits_a_terminal():
+    lines = printed(width=80).splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines) <= 60
+    assert not any("…" in line for line in printed(width=80, why=True).splitlines())
+    table = lines[lines.index(next(line for line in lines if line.startswith("Implementations"))) :]
+    for label in doctor.SAMPLES:
+        assert sum(line.split("│")[1].strip() == label for line in table if line.startswith("│")) >= 1, label
 
 
 def test_doctor_on_a_broken_machine(monkeypatch):

@@ -128,6 +128,25 @@ def test_an_unknown_option_is_seen():
         check_options(shlex.split("lbfast evaluate"))
 
 
+def every_command(command=None, path=("lbfast",)):
+    """(words that name it, the command) of all."""
+    command = command or typer.main.get_command(app)
+    if not hasattr(command, "commands"):
+        yield path, command
+    for name, part in getattr(command, "commands", {}).items():
+        yield from every_command(part, (*path, name))
+
+
+def test_every_command_says_what_it_prints_and_gives_an_example():
+    for path, command in every_command():
+        first = command.help.splitlines()[0]
+        verb, where = first.split()[0], r"\b(prints?|table|folder|file|it|them)\b"
+        assert verb == "Prints" or (verb in ("Writes", "Makes", "Binds") and re.search(where, first)), path
+        example = re.search(r"Example: (lbfast [^\n]+)", command.help)
+        assert example and tuple(shlex.split(example[1])[: len(path)]) == path, path
+        check_options(shlex.split(example[1]))
+
+
 def test_links_lead_somewhere():
     """Links of README and docs to files of the project; mkdocs checks those among its pages."""
     for page in PAGES:

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -327,6 +328,18 @@ def test_what_is_shown(tmp_path):
     board = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("loss")] == list(range(1, 10))
     assert [event.value for event in board.Scalars("loss")] == pytest.approx(losses_of(tmp_path))
+
+
+def test_progress_fits_a_terminal():
+    """Of 80 columns: how far, how long still, loss and rate."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    numbers = {"loss": 3.1, "samples_per_second": 123.4, "lr": 1e-4, "scale": 14.3, "memory_mib": 45_000}
+    with report.Report(None, 123456, 0, console) as shown:
+        shown.step({"step": 1002, **numbers})
+        shown._bar.refresh()
+    line = max(console.file.getvalue().replace("\r", "\n").splitlines(), key=lambda each: "1002/123456" in each)
+    assert "1002/123456" in line and "loss 3.1000  123.4/s  43.95 GiB" in line and ":" in line
+    assert len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)) <= 80
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -12,19 +12,27 @@ from lbfast.cli.app import app, plain_errors
 
 
 @app.command()
-def doctor() -> None:
-    """Shows versions, devices, and which implementation each op takes where, with the reasons against the others."""
+def doctor(
+    why: Annotated[bool, typer.Option("--why", help="Also the reasons against what is not taken.")] = False,
+) -> None:
+    """Prints versions, devices, and which implementation each op takes on each, by precision.
+
+    Example: lbfast doctor --why
+    """
     from lbfast.doctor import examine
 
     with plain_errors():
-        examine(Console())
+        examine(Console(), why)
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the files it makes.")] = Path("demo-out"),
 ) -> None:
-    """Makes files of five modalities, embeds them with the small model of the package, and shows who finds whom."""
+    """Makes files of five modalities in a folder, embeds them with lbfast-mini, and prints who finds whom.
+
+    Example: lbfast demo --out demo-out
+    """
     from lbfast.demo import run, show
 
     with plain_errors():

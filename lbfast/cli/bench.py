@@ -21,7 +21,8 @@ BENCHES = {
 
 
 @app.command(
-    help="Measures this machine: an op or whole encoders, beside what else computes the same.\n\n"
+    help="Prints times of this machine: an op or whole encoders, beside what else computes the same.\n\n"
+    "Example: lbfast bench attention --shape 257 16 64\n\n"
     + "\n\n".join(f"[bold]{name}[/]  {what}" for name, what in BENCHES.items())
     + "\n\nWhat follows the name goes to the bench: [bold]lbfast bench attention --help[/] shows what it takes.",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},

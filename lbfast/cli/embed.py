@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 @app.command(
-    help="Embeds files and captions into one Parquet file.\n\n"
+    help="Writes the embeddings of files and captions to one Parquet file, and prints how many.\n\n"
+    "Example: lbfast embed clips/ captions.txt --model LanguageBind_Video_FT --out clips.parquet\n\n"
     "Its rows are [bold]id, modality, path, embedding, model[/]; embeddings are float32 of unit length. Captions come "
     "from text files, one a line.\n\n"
     "A run that was interrupted goes on where it stopped when the same command is given again. A bad file is reported "

@@ -39,7 +39,12 @@ def zero_shot(
     device: Device = "auto",
     json: Json = None,
 ) -> None:
-    """Top-1 and top-5 accuracy, each class being the mean of its prompts' embeddings."""
+    """Prints top-1 and top-5 accuracy of zero-shot classification; --json writes it too.
+
+    A class is the mean of its prompts' embeddings.
+
+    Example: lbfast eval zero-shot --model LanguageBind_Image --data photos/
+    """
     from lbfast.checkpoints import open_checkpoints
     from lbfast.evaluation.prompts import templates_for
     from lbfast.evaluation.zero_shot import classify_files
@@ -77,7 +82,9 @@ def retrieval(
     device: Device = "auto",
     json: Json = None,
 ) -> None:
-    """R@1, R@5, R@10, median and mean rank, in both directions.
+    """Prints R@1, R@5, R@10, median and mean rank, in both directions; --json writes them too.
+
+    Example: lbfast eval retrieval --model LanguageBind_Video_FT --data msrvtt.csv
 
     Rows with one file are one item with several captions; a query's rank is that of its best match, and what ties with
     it counts as before it.

@@ -27,7 +27,10 @@ def make(
         list[Modality] | None, typer.Option(help="Which files to write; may be repeated. Default: all five.")
     ] = None,
 ) -> None:
-    """Writes scenes of the small world: pictures, clips, sounds, depth maps, thermal pictures, and captions."""
+    """Writes scenes of the small world to a folder: pictures, clips, sounds, depth maps, heat, captions.
+
+    Example: lbfast mini make scenes --samples 8
+    """
     from lbfast.mini.files import write_world
     from lbfast.mini.world import SEES
 
@@ -40,7 +43,10 @@ def make(
 def train(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where data, runs and weights go.")],
 ) -> None:
-    """Makes lbfast-mini again: data, five runs of [bold]lbfast train[/], weights, and the table of what it can do."""
+    """Makes lbfast-mini again in a folder: data, seven runs of [bold]lbfast train[/], weights; prints what it can do.
+
+    Example: lbfast mini train --out mini
+    """
     from lbfast.mini import recipe
 
     with plain_errors():
@@ -55,7 +61,10 @@ def table(
     ] = None,
     draws: Annotated[int, typer.Option(min=1, help="Of 100 scenes each.")] = 5,
 ) -> None:
-    """Retrieval among scenes that lbfast-mini has not seen, with text and between senses never trained together."""
+    """Prints a table of retrieval among unseen scenes: with text, and between senses never trained together.
+
+    Example: lbfast eval mini --draws 1
+    """
     from lbfast.mini import WEIGHTS
 
     folder = weights or WEIGHTS

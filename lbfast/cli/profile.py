@@ -20,10 +20,12 @@ Mode = Enum("Mode", {name: name for name in ("inference", "train")})  # type: ig
 Arch = Enum("Arch", {name: name for name in ("L/14", "H/14")})  # type: ignore[misc]
 
 TOP = 20
+WIDE = 110  # columns of a terminal that the whole table fits
 
 
 @app.command(
-    help="Shows where a model's time goes.\n\n"
+    help="Prints where a model's time goes, and writes a trace and plots to a folder.\n\n"
+    "Example: lbfast profile --arch L/14 --modality video --out profile-out\n\n"
     "OUT gets [bold]trace.json[/] (for chrome://tracing and Perfetto), [bold]profile.json[/], and with matplotlib "
     "[bold]roofline.png[/] and [bold]memory.png[/]. With a GPU and nvidia-ml-py its power, clocks, temperature and "
     "memory are sampled too. --mode train: loss and gradients, without the optimizer's step."
@@ -87,22 +89,20 @@ def profile(
 def show(result: Profile, console: Console) -> None:
     """The header, the operators that took longest, and the sums."""
     console.print(escape(", ".join(f"{key} {value}" for key, value in result.header.items())), highlight=False)
-    table = Table("operator", title="One call, operators by time", title_justify="left")
-    for column in ("calls", "ms", "share", "GFLOP", "MB", "TFLOP/s", "GB/s", "of roofline"):
+    table = Table(title="One call, operators by time", title_justify="left")
+    table.add_column("operator", no_wrap=True)
+    columns = ("calls", "ms", "share", "GFLOP", "MB", "TFLOP/s", "GB/s", "roofline")
+    shown = columns if console.width >= WIDE else ("calls", "ms", "share", "roofline")
+    for column in shown:
         table.add_column(column, justify="right")
     whole = sum(op.ms for op in result.operators)
     for op in result.operators[:TOP]:
         rates = (op.flops / op.ms / 1e9, op.bytes / op.ms / 1e6)
-        cells = (f"{op.flops / 1e9:.1f}", f"{op.bytes / 1e6:.0f}", f"{rates[0]:.2f}", f"{rates[1]:.0f}")
-        known = op.roofline > 0
-        table.add_row(
-            escape(op.name),
-            f"{op.calls:.0f}",
-            f"{op.ms:.2f}",
-            f"{op.ms / whole:.0%}",
-            *(cells if known else ("", "", "", "")),
-            f"{op.roofline:.0%}" if known else "",
-        )
+        cells = {"calls": f"{op.calls:.0f}", "ms": f"{op.ms:.2f}", "share": f"{op.ms / whole:.0%}"}
+        if op.roofline > 0:
+            cells |= {"GFLOP": f"{op.flops / 1e9:.1f}", "MB": f"{op.bytes / 1e6:.0f}", "TFLOP/s": f"{rates[0]:.2f}"}
+            cells |= {"GB/s": f"{rates[1]:.0f}", "roofline": f"{op.roofline:.0%}"}
+        table.add_row(escape(op.name.removeprefix("aten::")), *(cells.get(column, "") for column in shown))
     console.print(table)
     rest = result.operators[TOP:]
     if rest:

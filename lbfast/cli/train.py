@@ -21,7 +21,8 @@ Style = Enum("Style", {name: name for name in ("upstream", "plain", "merged", "p
 
 
 @app.command(
-    help="Binds a modality to language.\n\n"
+    help="Binds a modality to language, and writes the model and how it went to a folder.\n\n"
+    "Example: lbfast train --recipe depth --model LanguageBind_Image --data train.csv --out runs/depth\n\n"
     "The gradient is that of the whole global batch; memory depends on the micro-batch alone. A run that was stopped "
     "or killed goes on from its last checkpoint when the same command is given again. Several processes: "
     "[bold]torchrun --nproc-per-node N -m lbfast train ...[/]\n\n"
@@ -127,7 +128,8 @@ def train(
 
 
 @app.command(
-    help="Writes the model of a training run.\n\n"
+    help="Writes the model of a training run to a folder, as others read it.\n\n"
+    "Example: lbfast export runs/depth --out depth-model --style merged\n\n"
     "RUN is a run's directory, for its newest checkpoint, or one of its checkpoints. Styles: [bold]upstream[/], "
     "adapters apart, as upstream saves; [bold]plain[/], our names; [bold]merged[/], adapters added into the weights; "
     "[bold]peft[/], adapters alone, with the other trained parameters beside them."

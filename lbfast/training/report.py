@@ -74,9 +74,9 @@ class Report:
             for name, value in numbers.items():
                 if name != "step":
                     self._board.add_scalar(name, value, int(numbers["step"]))
-        line = (
-            f"loss {numbers['loss']:.4f}  {numbers['samples_per_second']:.1f}/s  lr {numbers['lr']:.2e}  "
-            f"scale {numbers['scale']:.2f}  {numbers['memory_mib'] / 1024:.2f} GiB"
+        line = (  # what is worth most first: a narrow terminal shows no more
+            f"loss {numbers['loss']:.4f}  {numbers['samples_per_second']:.1f}/s  "
+            f"{numbers['memory_mib'] / 1024:.2f} GiB  lr {numbers['lr']:.2e}  scale {numbers['scale']:.2f}"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=numbers["step"], numbers=line)
@@ -121,13 +121,13 @@ def memory_mib(device: torch.device) -> float:
 
 def _bar(console: Console) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}"),
-        TimeRemainingColumn(),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
         console=console,
     )
 
@@ -143,6 +143,7 @@ def _plot(rows: list[dict[str, float]], path: Path) -> Path:
         axes.plot([row["step"] for row in rows], [row[name] for row in rows], linewidth=1)
         axes.set_ylabel({"lr": "learning rate", "scale": "logit scale"}.get(name, name))
         axes.grid(alpha=0.3)
+        axes.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 4))
     panels[-1].set_xlabel("step")
     figure.savefig(path, dpi=120)
     return path
