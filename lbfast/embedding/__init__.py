@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 _WHERE = {
     "BadFileError": "pipeline",
@@ -12,6 +12,14 @@ _WHERE = {
     "embed_files": "pipeline",
     "find_items": "items",
 }
+
+if TYPE_CHECKING:
+    from lbfast.embedding.items import Failure as Failure, find_items as find_items
+    from lbfast.embedding.pipeline import (
+        BadFileError as BadFileError,
+        Summary as Summary,
+        embed_files as embed_files,
+    )
 
 __all__ = [*_WHERE]
 

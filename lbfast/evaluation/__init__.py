@@ -9,7 +9,7 @@ print(retrieve_files(encoder, "msrvtt.csv").rankings)
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 _WHERE = {
     "Encoder": "encoder",
@@ -24,6 +24,22 @@ _WHERE = {
     "retrieve_files": "retrieval",
     "templates_for": "prompts",
 }
+
+if TYPE_CHECKING:
+    from lbfast.evaluation.encoder import Encoder as Encoder
+    from lbfast.evaluation.prompts import templates_for as templates_for
+    from lbfast.evaluation.ranking import Ranking as Ranking, ranks as ranks
+    from lbfast.evaluation.report import Report as Report
+    from lbfast.evaluation.retrieval import (
+        pair_files as pair_files,
+        retrieve as retrieve,
+        retrieve_files as retrieve_files,
+    )
+    from lbfast.evaluation.zero_shot import (
+        class_embeddings as class_embeddings,
+        classify as classify,
+        classify_files as classify_files,
+    )
 
 __all__ = [*_WHERE]
 

@@ -1,0 +1,29 @@
+"""Names that are imported at first use have types all the same."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mypy")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.slow
+def test_a_users_script_passes_and_wrong_calls_are_seen(tmp_path):
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(
+        "from lbfast.embedding import embed_files\n"
+        "from lbfast.evaluation import retrieve\n"
+        "from lbfast import optimize_for_inference\n"
+        "embed_files(1, bogus=2)\n"
+        "retrieve('a', 'b')\n"
+        "optimize_for_inference(1)\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--strict", "--ignore-missing-imports", "--follow-imports=silent"]
+    done = subprocess.run(
+        [*command, "tests/user_script.py", str(wrong)], cwd=ROOT, capture_output=True, text=True, timeout=500
+    )
+    errors = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert {line.split(": error:")[0] for line in errors} == {f"{wrong}:{number}" for number in (4, 5, 6)}, done.stdout

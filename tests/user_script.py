@@ -1,0 +1,27 @@
+"""What a user writes, for `mypy --strict`: names have types, right calls pass, and wrong ones don't (see test_typing.py)."""
+
+from __future__ import annotations
+
+import torch
+
+import lbfast
+from lbfast import InfoNCELoss, LanguageBind, LanguageBindImage, LanguageBindLoss, ops, transform_dict
+from lbfast.embedding import embed_files
+from lbfast.evaluation import Encoder, retrieve, retrieve_files
+from lbfast.training import LargeBatchStep, Towers, initial_model, recipe
+
+model = LanguageBindImage.from_pretrained("lbfast-mini/image")
+faster = lbfast.optimize_for_inference(model, dtype="bfloat16")
+towers = LanguageBind({"image": "lbfast-mini/image"}).eval()
+pixels = transform_dict["image"](model.config)(["a.jpg"])
+x: torch.Tensor = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
+loss: torch.Tensor = InfoNCELoss()(x, x, torch.tensor(10.0))
+several: torch.Tensor = LanguageBindLoss()({"image": x, "language": x}, torch.tensor(10.0))
+value: torch.Tensor = ops.info_nce(x, x, torch.tensor(10.0))
+y: torch.Tensor = ops.attention(x[None, :, None], x[None, :, None], x[None, :, None])
+there, back = retrieve(x, x)
+report = retrieve_files(Encoder.open("lbfast-mini/audio"), "scenes/manifest.jsonl")
+plan = recipe("depth")
+step = LargeBatchStep(Towers(initial_model("lbfast-mini/image", plan)), micro_batch=4)
+summary = embed_files(["clips"], ["lbfast-mini/video"], "clips.parquet")
+done: int = summary.embedded["video"]
