@@ -26,4 +26,5 @@ def test_a_users_script_passes_and_wrong_calls_are_seen(tmp_path):
         [*command, "tests/user_script.py", str(wrong)], cwd=ROOT, capture_output=True, text=True, timeout=500
     )
     errors = [line for line in done.stdout.splitlines() if ": error:" in line]
-    assert {line.split(": error:")[0] for line in errors} == {f"{wrong}:{number}" for number in (4, 5, 6)}, done.stdout
+    where = {Path(line.split(": error:")[0]).name for line in errors}  # the cache may know another folder
+    assert where == {"wrong.py:4", "wrong.py:5", "wrong.py:6"}, done.stdout
