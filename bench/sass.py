@@ -286,8 +286,10 @@ def work(one: Instruction, rank: int) -> float:
     return {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}[width[1]] if width else 4
 
 
-def anchors(ttgir: str) -> list[Anchor]:
-    """Of TTGIR whose locations are TTIR's lines."""
+def anchors(ttir: str, ttgir: str) -> list[Anchor]:
+    """Of TTGIR whose locations are TTIR's lines. Compilers split products: their length is TTIR's."""
+    shapes = r"tt\.dot .* : tensor<(?:\d+x)*(\d+)x\w+> \* tensor<"
+    lengths = {n: int(at[1]) for n, row in enumerate(ttir.splitlines(), 1) if (at := re.search(shapes, row))}
     layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*>)$", ttgir, re.MULTILINE))
     lines = {
         name: int(number) for name, number in re.findall(r'^(#loc\d*) = loc\(".*":(\d+):\d+\)$', ttgir, re.MULTILINE)
@@ -299,12 +301,11 @@ def anchors(ttgir: str) -> list[Anchor]:
         if not line:
             continue
         if "warp_group_dot " in row or re.search(r"= tt\.dot ", row):
-            inner = re.search(r"(?:memdesc|tensor)<(?:\d+x)*?(\d+)x(\d+)x\w+,.*\* ", row)
             result = re.search(r"-> tensor<([\dx]+)x\w+, (#\w+)>", row)
-            if inner and result:
+            if result and line in lengths:
                 layout = layouts.get(result[2], "")
                 rank = SCALAR_PRODUCTS if layout.startswith("#ttg.blocked") else PRODUCTS
-                found.append(Anchor(line, rank, _threads(result[1], layout) * int(inner[2]) * 32))
+                found.append(Anchor(line, rank, _threads(result[1], layout) * lengths[line] * 32))
         elif move := re.search(
             r"(tt\.store|tt\.load|ttg\.async_copy_global_to_local) .*?"
             r": tensor<([\dx]+)x!tt\.ptr<(\w+)>, (#[\w.]+(?:<.*?>)?)>",
@@ -315,7 +316,7 @@ def anchors(ttgir: str) -> list[Anchor]:
             layout = layouts.get(move[4], move[4])
             if threads := _threads(move[2], layout):
                 found.append(Anchor(line, STORES if move[1] == "tt.store" else LOADS, threads * width))
-    return [anchor for anchor in found if anchor.amount]
+    return list(dict.fromkeys(anchor for anchor in found if anchor.amount))
 
 
 def _threads(shape: str, layout: str) -> float:
@@ -358,7 +359,7 @@ def count(sass: str, ttir: str, ttgir: str, trips: Sequence[float], shares: Sequ
     found, inside = regions(ttir, trips, shares)
     flow = Flow(*parse(sass))
     _name_loops(flow, inside)
-    _solve_passes(flow, found, inside, anchors(ttgir) if found else [])
+    _solve_passes(flow, found, inside, anchors(ttir, ttgir) if found else [])
     kinds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     runs = {id(loop): flow.always_run(loop) for loop in (None, *flow.loops)}
     for block in sorted(flow.reached):
@@ -408,6 +409,7 @@ def _within(one: Instruction, hidden: set[Region], inside: Mapping[int, Region])
 
 def _solve_passes(flow: Flow, found: Sequence[Region], inside: Mapping[int, Region], known: Sequence[Anchor]) -> None:
     """Sets `passes` of every loop by what the source's loop does once a trip."""
+    trips: dict[Region | None, int] = {None: 1}  # of the source's loop that SASS's one has, in all its copies
     for region in found:
         copies = [loop for loop in flow.loops if loop.region is region]
         inner = [loop for loop in flow.loops if loop.region and region in loop.region.loops[:-1]]
@@ -416,38 +418,73 @@ def _solve_passes(flow: Flow, found: Sequence[Region], inside: Mapping[int, Regi
                 raise CountError(f"{len(inner)} loops where TTIR nests one in another at line {region.first}")
             inner[0].fused = region
             continue
-        own = [a for a in known if a.line in inside and inside[a.line].loops[-1:] == [region]]
-        if not own:
-            if len(copies) == 1 and inner:
-                copies[0].passes = region.weight  # nothing of its own to see unrolling by; its inner loops show it
-                continue
-            raise CountError(f"the loop at TTIR line {region.first} has neither product, store nor load to count by")
-        rank = min(anchor.rank for anchor in own)
-        needed = sum({a.line: a.amount for a in own if a.rank == rank}.values())
-        within = set().union(*(loop.blocks for loop in copies)) if copies else set()
-        unrolled = [round(_done(rank, flow.code(_own(flow, loop))) / needed) for loop in copies]
-        outside = 0
-        if rank != LOADS or not copies:
-            strays = (one for one in flow.code(flow.reached - within) if inside.get(one.line) is region)
-            outside = round(_done(rank, strays) / needed)
-        if 0 in unrolled:
-            raise CountError(f"the loop at TTIR line {region.first}: SASS has a loop without its work")
-        left = region.weight - outside
-        if copies:
-            order = sorted(zip(unrolled, copies, strict=True), key=lambda pair: -pair[0])
-            if len(order) > 2 or (len(order) == 2 and order[0][0] == order[1][0]):
-                raise CountError(f"{len(order)} SASS loops for the one at TTIR line {region.first}")
-            for ratio, loop in order[:-1]:
-                loop.passes = left // ratio
-                left -= loop.passes * ratio
-            order[-1][1].passes = left / order[-1][0]
-        elif abs(left) > 0.01:
-            raise CountError(
-                f"the loop at TTIR line {region.first} is written out {outside} times, not {region.weight}"
-            )
+        if not copies:
+            continue
+        rank, needed = _needed(region, inside, known)
+        if not needed:
+            if len(copies) > 1 or not inner:
+                raise CountError(f"the loop at TTIR line {region.first} has no product, store or load to count by")
+            needed, order = 1.0, [(1, copies[0])]
+        else:
+            order = [(round(_done(rank, flow.code(_own(flow, loop))) / needed), loop) for loop in copies]
+            order.sort(key=lambda pair: -pair[0])
+        ratios = [ratio for ratio, _ in order]
+        if 0 in ratios or len(set(ratios)) < len(ratios) or len(ratios) > 2:
+            raise CountError(f"the loop at TTIR line {region.first} is {len(ratios)} in SASS, unrolled {ratios}")
+        trips[region] = sum(ratios)
+        left = region.weight - (_peeled(flow, region, inside, known, rank) if rank < LOADS else 0)
+        for ratio, loop in order[:-1]:
+            loop.passes = left // ratio
+            left -= loop.passes * ratio
+        order[-1][1].passes = left / order[-1][0]
+    for region in found:
+        _check_written_out(flow, region, found, inside, known, trips)
     for loop in flow.loops:
         if loop.fused:
             loop.passes *= loop.fused.weight
+
+
+def _needed(region: Region | None, inside: Mapping[int, Region], known: Sequence[Anchor]) -> tuple[int, float]:
+    """The rank that tells most of a loop (None: of what is in none), and how much of it a trip has."""
+    own = [a for a in known if (inside[a.line].loops[-1:] if a.line in inside else []) == ([region] if region else [])]
+    rank = min((anchor.rank for anchor in own), default=PRODUCTS)
+    return rank, sum({a.line: a.amount for a in own if a.rank == rank}.values())
+
+
+def _peeled(flow: Flow, region: Region, inside: Mapping[int, Region], known: Sequence[Anchor], rank: int) -> int:
+    """How many trips of a loop are written out beside it."""
+    within = set().union(*(loop.blocks for loop in flow.loops if loop.region is region))
+    strays = (one for one in flow.code(flow.reached - within) if _within(one, {region}, inside))
+    return round(_done(rank, strays) / _needed(region, inside, known)[1])
+
+
+def _check_written_out(
+    flow: Flow,
+    region: Region,
+    found: Sequence[Region],
+    inside: Mapping[int, Region],
+    known: Sequence[Anchor],
+    trips: Mapping[Region | None, int],
+) -> None:
+    """Raises where a loop of the source that SASS has none for is not all there, trip by trip.
+
+    By the work of all that surrounds it: products may bear the line of a neighbour.
+    """
+    if region in trips or any(loop.fused is region for loop in flow.loops):
+        return
+    rank, needed = _needed(region, inside, known)
+    around = next((outer for outer in reversed(region.loops[:-1]) if outer in trips), None)
+    blocks = flow.reached.difference(*(loop.blocks for loop in flow.loops if loop.region)) if around is None else set()
+    for loop in flow.loops:
+        if around and loop.region is around:
+            blocks |= _own(flow, loop)
+    gone = [r for r in found if r not in trips and (r is region or around is None or around in r.loops)]
+    expected = sum(_needed(r, inside, known)[1] * r.weight for r in gone if _needed(r, inside, known)[0] == rank)
+    surrounding = _needed(around, inside, known)
+    expected += surrounding[1] if surrounding[0] == rank else 0
+    done = _done(rank, flow.code(blocks)) / trips[around]
+    if not needed or abs(done - expected) > needed / 2:
+        raise CountError(f"the loop at TTIR line {region.first} is none in SASS, nor written out as often as it runs")
 
 
 def _own(flow: Flow, loop: Loop) -> set[int]:
