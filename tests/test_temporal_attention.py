@@ -17,8 +17,7 @@ HEAD_DIMS = (32, 64, 80, 128)
 DTYPES = {
     "torch": (torch.float32, torch.float16, torch.bfloat16),
     "native": (torch.float32, torch.bfloat16),
-    "triton": (torch.float32, torch.float16)
-    + (torch.bfloat16,) * (DEVICE == "cuda"),  # the interpreter's bfloat16 is wrong
+    "triton": (torch.float32, torch.float16, torch.bfloat16),
 }
 IMPLS = tuple(name for name in DTYPES if name != "native" or DEVICE == "cpu")
 FLOAT64 = ("torch", "triton") if DEVICE == "cpu" else ("torch",)  # which impls take it
