@@ -19,9 +19,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import harness, headline, plot
+from . import harness, headline, plot, resources
 
 ROOT = harness.HERE.parent
+AHEAD = "kernels-ahead-of-time.json"
 NO_GPU = "**GPU numbers: not measured yet.** `make gpu` measures them on any machine with an NVIDIA GPU."
 ENCODERS = ("image", "video", "audio", "text")
 SHOWN = {"image": "image (depth, thermal)", "video": "video, 8 frames", "audio": "audio", "text": "text, 5-20 tokens"}
@@ -51,11 +52,32 @@ def load(folder: Path) -> dict[str, dict[str, Result]]:
     """slug of the device -> what -> result."""
     found: dict[str, dict[str, Result]] = {}
     for path in _files(folder):
+        if path.name == AHEAD:
+            continue
         content = json.loads(path.read_text())
         slug = content["header"]["slug"]
         what = path.stem.removeprefix(slug + "-")
         found.setdefault(slug, {})[what] = Result(what, content["header"], content["rows"])
     return found
+
+
+def ahead(folder: Path) -> str:
+    """What `bench.resources --arch sm_90 --out` said of the kernels, or nothing."""
+    if not (folder / AHEAD).exists():
+        return ""
+    content = json.loads((folder / AHEAD).read_text())
+    header, rows = content["header"], content["rows"]
+    text = f"""
+## Kernels, compiled ahead of time
+
+Counted, not measured: what `python -m bench.resources` reads out of each kernel's binary for an H100 or H200 (Triton
+{header["triton"]}), without a GPU. "issue us" is the time in which all schedulers issue a launch's warp-instructions,
+"floor us" that of the slower of memory and tensor cores on an H200: bounds that no kernel reaches.
+
+"""
+    shown = [dict(zip(resources.HEADINGS, resources.cells(row))) for row in rows if row["arch"] == "sm_90"]
+    columns = [name for name in resources.HEADINGS if name != "arch"]
+    return text + harness.table(columns, [[row[name] for name in columns] for row in shown]) + "\n"
 
 
 def _files(folder: Path) -> list[Path]:
@@ -268,6 +290,7 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
     folder = root / "bench" / "results"
     machines = load(folder)
     text, pictures = index(machines)
+    text += ahead(folder)
     made = {folder / name: content for name, content in pictures.items()}
     return {root / "README.md": readme((root / "README.md").read_text(), machines), folder / "README.md": text, **made}
 

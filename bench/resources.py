@@ -251,7 +251,7 @@ def show(rows: list[Row]) -> None:
     table = Table(
         title="Kernels compiled without a GPU; floor on: " + ", ".join(f"{a} {ARCHS[a].device}" for a in ARCHS)
     )
-    for name, _ in COLUMNS:
+    for name in HEADINGS:
         table.add_column(name, justify="left" if name in ("case", "arch", "cores") else "right")
     for row in rows:
         table.add_row(*cells(dataclasses.asdict(row)), style=None if row.fits else "red")
@@ -282,6 +282,7 @@ COLUMNS = (
     ("by", "{bound}"),
 )
 """Of the table: heading, and how to write it. M warp-instr: of a launch, in millions."""
+HEADINGS = tuple(name for name, _ in COLUMNS)
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:

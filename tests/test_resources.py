@@ -48,6 +48,18 @@ def test_every_kernel_fits():
         "gfx942": "mfma",
     }
     assert all(r["floor_us"] > 0 and r["registers"] > 0 for r in rows)
+    check_counts([r for r in rows if r["arch"] == "sm_90"])
+
+
+def check_counts(rows):
+    """Each case's warp-instructions, counted for sm_90, lie below its ceiling; both in millions of a launch."""
+    ceilings = json.loads((ROOT / "bench" / "ceilings.json").read_text(encoding="utf-8"))
+    counts = {r["case"]: (r["instructions"] or 0) / 1e6 for r in rows}
+    assert all(counts.values()), f"cases without a grid: {[case for case, count in counts.items() if not count]}"
+    assert counts.keys() == ceilings.keys(), f"not in both: {sorted(counts.keys() ^ ceilings.keys())}"
+    above = [f"{case}: {count:.3f} > {ceilings[case]}" for case, count in counts.items() if count > ceilings[case]]
+    assert not above, "more warp-instructions than bench/ceilings.json allows, in millions:\n" + "\n".join(above)
+    assert all(0 < r["tensor"] + r["memory"] + r["mufu"] < 1 and r["ctas"] > 0 and r["waves"] > 0 for r in rows)
 
 
 @pytest.mark.slow
