@@ -23,7 +23,7 @@ from lbfast import dispatch, native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_PACKAGES = {  # distribution: (module, what goes without it)
+_PACKAGES = {  # distribution: (module, what it is for)
     "torch": ("torch", "everything"),
     "triton": ("triton", "the GPU kernels"),
     "transformers": ("transformers", "the models"),
@@ -159,7 +159,7 @@ def version(name: str, module: str, without: str) -> str:
     try:
         found = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return f"not installed: no {without}"
+        return f"not installed; it is for {without}"
     try:
         return str(getattr(importlib.import_module(module), "__version__", found))  # torch's names its build too
     except Exception as error:  # broken installations fail in many ways

@@ -142,7 +142,7 @@ def test_doctor_on_a_broken_machine(monkeypatch):
     monkeypatch.setattr(dispatch, "why_not_native", broken)
     monkeypatch.setattr(doctor, "_PACKAGES", {"numpy": ("no_such_module", "x"), "nonesuch": ("nonesuch", "sound")})
     shown = printed()
-    assert "but cannot be imported: ModuleNotFoundError" in shown and "not installed: no sound" in shown
+    assert "but cannot be imported: ModuleNotFoundError" in shown and "not installed; it is for sound" in shown
     assert "not available: OSError: libhurt.so: file too short" in shown
     assert "cannot tell: libhurt.so: file too short" in shown
 
