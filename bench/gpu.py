@@ -188,10 +188,9 @@ def work_through(chosen: Sequence[Phase], only: Sequence[str], runner: Runner, s
 
 def plan() -> str:
     """Phases and their jobs, as a table."""
-    found = phases.Found(Path(), {})
     rows = []
     for phase in phases.PHASES:
-        jobs = phase.jobs(found)
+        jobs = phase.jobs(phases.NOTHING)
         rows.append((phase.name, "", f"{phase.seconds:.0f}", phase.about))
         if phase.together:
             rows.append(("", f"{len(jobs)} jobs at once", "", ""))
@@ -217,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(plan())
         return 0
     known = {phase.name for phase in phases.PHASES} | {
-        job.name for phase in phases.PHASES for job in phase.jobs(phases.Found(Path(), {}))
+        job.name for phase in phases.PHASES for job in phase.jobs(phases.NOTHING)
     }
     if unknown := [part for part in given.only if not any(part in name for name in known)]:
         parser.error(f"--only: {', '.join(unknown)}: expected a phase or part of a job's name; --list shows them")

@@ -59,6 +59,9 @@ class Found:
     results: Mapping[str, Mapping[str, Any]]
 
 
+NOTHING = Found(Path(), {})
+
+
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """`jobs` of what was found before. together: at once, as far as cores and the GPU's memory go; else one by one."""

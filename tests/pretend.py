@@ -47,6 +47,7 @@ def pretended_gpu():
     answers = {
         "is_available": lambda: True,
         "get_device_properties": lambda device: properties,
+        "current_device": lambda: 0,
         "get_device_capability": lambda device=None: (9, 0),
         "Stream": lambda: stream,
         "current_stream": lambda: stream,
@@ -65,4 +66,5 @@ def pretended_gpu():
             patch.setattr(torch.cuda, name, answer)
         patch.setattr(harness, "MIB", 2**10)  # of what pushes the inputs out of the cache
         patch.setattr(harness, "_cold", [])
+        patch.setattr(torch.random, "fork_rng", lambda *given, **more: contextlib.nullcontext())
         yield
