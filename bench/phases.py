@@ -78,14 +78,21 @@ def _bench(name: str, *arguments: str, module: str = "", seconds: float, op: str
     return Job(name, module, arguments, op=op, seconds=seconds, gib=gib)
 
 
+def _attention(case: str, *arguments: str, name: str = "", seconds: float) -> Job:
+    arguments = ("--only", case, *arguments, *QUICK)
+    return _bench(f"attention{name}", *arguments, module="bench_attention", seconds=seconds, op="attention", gib=10)
+
+
 DEVICE = (_bench("device", module="device", seconds=12),)
 OP_BENCHES = (
-    _bench("attention", "--only", "L", *QUICK, seconds=30, op="attention", gib=10),
-    _bench("info-nce", "--size", "32768", "8192", "--dim", "768", *QUICK, seconds=20, op="info_nce", gib=20),
+    _attention("image L/14", seconds=12),
+    _attention("audio L/14", "--samples", "128", name="-audio", seconds=12),  # whole score matrices of more don't fit
+    _attention("text L", name="-text", seconds=9),
+    _bench("info-nce", "--size", "32768", "8192", "--dim", "768", *QUICK, seconds=18, op="info_nce", gib=20),
     _bench("mlp", "--shape", "1024", "4096", *QUICK, seconds=12, op="mlp"),
-    _bench("patch-embed", "--width", "1024", *QUICK, seconds=12, op="patch_embed"),
-    _bench("layer-norm", "--width", "1024", *QUICK, seconds=12, op="layer_norm"),
-    _bench("temporal-attention", "--shape", "257", "16", "64", *QUICK, seconds=14, op="temporal_attention"),
+    _bench("patch-embed", "--width", "1024", *QUICK, seconds=11, op="patch_embed"),
+    _bench("layer-norm", "--width", "1024", *QUICK, seconds=11, op="layer_norm"),
+    _bench("temporal-attention", "--shape", "257", "16", "64", *QUICK, seconds=12, op="temporal_attention"),
 )
 CANDIDATES = (
     "reference float32",
@@ -123,6 +130,7 @@ WARM = {
     "bench_languagebind": (*FEW, "--layers", "2", "--no-memory"),
     "bench_training": (*FEW, "--layers", "2", "--batch", "256", "--memory-batch"),
     "bench_info_nce": (*FEW, "--size", "4096"),
+    "bench_attention": (*FEW, "--samples", "16"),
 }
 
 

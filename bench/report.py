@@ -1,9 +1,9 @@
-"""The README's tables and bench/results/README.md with its pictures, out of the results that git has:
+"""The tables of README.md and docs/numbers.md, and bench/results/README.md with its pictures, out of git's results:
 
     python -m bench.report            writes them
     python -m bench.report --check    exit status 1 where what is there differs
 
-Tables go between the README's markers <!-- bench:NAME --> and <!-- bench:end -->; a test runs the check. Results count
+Tables go between the pages' markers <!-- bench:NAME --> and <!-- bench:end -->; a test runs the check. Results count
 once git knows them (git add); outside a checkout all in bench/results do. A CPU's results are a file each, a GPU's are
 in one file a device.
 """
@@ -28,6 +28,7 @@ NO_GPU = "**GPU numbers: not measured yet.** `make gpu` measures them on any mac
 ENCODERS = ("image", "video", "audio", "text")
 SHOWN = {"image": "image (depth, thermal)", "video": "video, 8 frames", "audio": "audio", "text": "text, 5-20 tokens"}
 OPS = ("attention", "temporal-attention", "patch-embed", "layer-norm", "mlp")
+PAGES = ("README.md", "docs/numbers.md")
 HIDDEN = ("rejected", "sources")  # of what rows say
 _MARKER = re.compile(r"(<!-- bench:(?!end)([a-z-]+) -->\n).*?(<!-- bench:end -->)", re.DOTALL)
 
@@ -181,9 +182,9 @@ def row_of_batches(machine: Machine) -> str:
 def ops(machine: Machine) -> str:
     """Forward and backward of each op beside the fastest of the others."""
     table = []
-    for what in OPS:
-        if what in machine:
-            table += [line.cells(what.replace("-", " ")) for line in headline.lines(machine[what].rows)]
+    for op in OPS:
+        for what in (w for w in machine if w == op or (w.startswith(f"{op}-") and not w.endswith("-tuned"))):
+            table += [line.cells(op.replace("-", " ")) for line in headline.lines(machine[what].rows)]
     columns = ("op", "input", *headline.COLUMNS[2:])
     return harness.table(columns, table, left=4)
 
@@ -276,19 +277,19 @@ def _gpu(machine: Machine) -> bool:
     return any(result.on_gpu for result in machine.values())
 
 
-def readme(text: str, machines: Mapping[str, Machine]) -> str:
-    """The README with its tables made anew. ValueError for a marker of another name."""
+def page(text: str, machines: Mapping[str, Machine]) -> str:
+    """A page with its tables made anew. ValueError for a marker of another name."""
 
     def fill(match: re.Match[str]) -> str:
         if match[2] not in SECTIONS:
-            raise ValueError(f"README.md: bench:{match[2]}: expected one of {', '.join(SECTIONS)}")
+            raise ValueError(f"bench:{match[2]}: expected one of {', '.join(SECTIONS)}")
         return f"{match[1]}{section(match[2], machines)}\n{match[3]}"
 
     return _MARKER.sub(fill, text)
 
 
 def outside(text: str) -> str:
-    """The README without what is made here: numbers of speed must not be there."""
+    """A page without what is made here: numbers of speed must not be there."""
     return _MARKER.sub("", text)
 
 
@@ -339,7 +340,8 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
     text, pictures = index(machines)
     text += ahead(folder)
     made = {folder / name: content for name, content in pictures.items()}
-    return {root / "README.md": readme((root / "README.md").read_text(), machines), folder / "README.md": text, **made}
+    pages = [path for name in PAGES if (path := root / name).exists()]
+    return {**{path: page(path.read_text(), machines) for path in pages}, folder / "README.md": text, **made}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -387,7 +387,7 @@ def _cost(table: str, key: str, row: Any, arch: str) -> float | None:
                     compiled = resources.compile_case(name, index, arch)
                     if not compiled.fits:
                         return None
-                    costs.append(getattr(compiled, "issue_us", 0.0))
+                    costs.append(compiled.issue_us or 0.0)
         return sum(costs) if costs else None
     finally:
         rows.clear()

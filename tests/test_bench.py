@@ -198,6 +198,18 @@ def test_whole_encoders(tiny_archs, tmp_path, capsys):
     assert "items/s" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("modality", bench_languagebind.MODALITIES)
+def test_plain_torchs_best_is_the_same_model(tiny_archs, modality):
+    """SDPA and weights in bfloat16, which torch.compile then has to beat."""
+    about = bench_languagebind.subject(modality, "L/14", None, "bfloat16", "cpu")
+    given = bench_languagebind.inputs(about, 2, "cpu")
+    build = bench_languagebind._theirs(bench_languagebind._sdpa, compiled=False, short=True)
+    with torch.inference_mode():
+        got, expected = build(about)(given), bench_languagebind.CANDIDATES["reference float32"](about)(given)
+    assert got.dtype == torch.bfloat16 and next(about.model.parameters()).dtype == torch.float32
+    assert torch.cosine_similarity(got.double(), expected.double(), dim=-1).min() > 0.999
+
+
 def test_an_encoder_that_is_wrong_is_not_timed(tiny_archs, tmp_path, monkeypatch):
     wrong = bench_languagebind._as_is(lambda pixel_values: torch.randn(len(pixel_values), tiny.SIZE))
     monkeypatch.setitem(bench_languagebind.CANDIDATES, "lbfast float32", lambda about: wrong)
@@ -351,7 +363,7 @@ def test_report_of_results(tmp_path):
     assert "- peer: not timed: absent" in every and "![languagebind-video](a-cpu-languagebind-video.svg)" in every
     assert made["a-cpu-languagebind-video.svg"].count("<rect") == 1 + 4
     with pytest.raises(ValueError, match="bench:speed: expected one of"):
-        report.readme("<!-- bench:speed -->\n<!-- bench:end -->", {})
+        report.page("<!-- bench:speed -->\n<!-- bench:end -->", {})
 
 
 def test_pictures_are_the_same_each_time():

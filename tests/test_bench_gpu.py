@@ -259,7 +259,7 @@ def test_peers_and_tools_that_are_not_there(here, monkeypatch, capsys):
     code, results = here.call()
     said = capsys.readouterr().out
     assert code == 0 and results.keys() >= FIGURES
-    assert "memeff: absent: memeff is not installed (attention, info-nce, mlp" in said
+    assert "memeff: absent: memeff is not installed (attention, attention-audio, attention-text, info-nce, mlp" in said
     assert "memcheck mlp: absent: compute-sanitizer is not on this machine" in said.split("MISSING\n")[1]
     assert "tests mlp float32: absent: pytest is not installed" in said
     assert results["mlp"]["header"]["tests"] == "not finished: absent: pytest is not installed"
@@ -297,6 +297,13 @@ def test_a_short_call_shrinks_the_shares(here):
     assert set(here.asked) <= {job.name for job in phases.OP_BENCHES}
     with pytest.raises(SystemExit):
         here.call("--only", "smell")
+
+
+def test_tests_that_were_skipped_have_not_passed(here):
+    skipped = "tests/test_gpu.py::test_mlp[1] SKIPPED (no GPU) [100%]\n"
+    here.faults |= {f"tests-mlp-{dtype}": (0, skipped) for dtype in phases.DTYPES}
+    _, results = here.call()
+    assert results["mlp"]["header"]["tests"] == "not run" and results["attention"]["header"]["tests"] == "passed"
 
 
 def test_no_time_left_is_said(here, capsys):
