@@ -372,6 +372,17 @@ def plan(tunables: Sequence[Tunable], arch: str, workers: int) -> dict[str, list
     return found
 
 
+def _lines(known: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> str:
+    """JSON, a row of a table on each line."""
+    archs = []
+    for arch, tables in known.items():
+        shown = [
+            f"  {json.dumps(name)}: [\n   " + ",\n   ".join(map(json.dumps, tables[name])) + "]" for name in tables
+        ]
+        archs.append(f" {json.dumps(arch)}: {{\n" + ",\n".join(shown) + "}")
+    return "{\n" + ",\n".join(archs) + "}\n"
+
+
 def _cost(table: str, key: str, row: Any, arch: str) -> float | None:
     """Counted microseconds of what the row changes in what is compiled; None where that won't fit, or is nothing."""
     from . import resources
@@ -414,7 +425,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.plan:
         known = json.loads(PLAN.read_text()) if PLAN.exists() else {}
         known[given.plan] = {**known.get(given.plan, {}), **plan(chosen, given.plan, given.workers)}
-        PLAN.write_text(json.dumps(known, indent=1) + "\n")
+        PLAN.write_text(_lines(known))
         return 0
     if harness.device() != "cuda":
         print("error: launch tables are tuned on a GPU, and torch finds none", file=sys.stderr)

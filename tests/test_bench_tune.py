@@ -163,7 +163,9 @@ def test_rows_as_planned(monkeypatch, tmp_path):
     assert prices[1] is None and prices[[1024, 2048, 4096, 8192].index(present)] is None  # spills; changes nothing
     assert 0 < prices[3] < prices[0]
     monkeypatch.setattr(tune, "PLAN", tmp_path / "tune.json")
-    tune.PLAN.write_text(json.dumps({"sm_90": {"LAYER_NORM_FWD": [dataclasses.asdict(rows[3])]}}))
+    known = {"sm_90": {"LAYER_NORM_FWD": [dataclasses.asdict(row) for row in rows[3:]], "MLP_FWD": []}}
+    tune.PLAN.write_text(tune._lines({**known, "sm_100": {}}))
+    assert json.loads(tune.PLAN.read_text()) == {**known, "sm_100": {}}
     assert tunable.candidates("sm_90") == [rows[3]] and len(tunable.candidates("sm_80")) == 4
 
 
