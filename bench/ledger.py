@@ -36,11 +36,12 @@ def judge(job: Job, code: int | None, text: str, seconds: float) -> tuple[str, s
         return "open", f"stopped after {seconds:.0f} s; what it had is kept"
     if code == 0:
         return "done", ""
-    if code == -signal.SIGKILL or "out of memory" in text[-TAIL:].lower():
+    wrong = [line for line in text.splitlines() if line.startswith("lbfast") and ": wrong" in line]
+    if not wrong and (code == -signal.SIGKILL or "out of memory" in _last(text).lower()):
         return "done", f"memory short: {_last(text) or 'killed'}"
     if job.kind == "compile":  # the bench itself comes later, and says so
         return "done", f"exit status {code}: {_last(text)}"
-    return "red", f"FAILED with exit status {code}: {_last(text)}"
+    return "red", f"FAILED with exit status {code}: {wrong[0] if wrong else _last(text)}"
 
 
 def _judge_tests(code: int | None, text: str, seconds: float) -> tuple[str, str]:

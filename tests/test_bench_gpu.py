@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from _pytest.mark.expression import Expression
 
-from bench import bench_languagebind, gpu, harness, ledger, phases, report, story, tune
+from bench import bench_languagebind, compare, gpu, harness, ledger, phases, report, story, tune
 from lbfast.profiling import machine, subjects
 from tests import tiny
 from tests.pretend import pretended_gpu
@@ -203,10 +203,10 @@ def test_the_whole_with_the_benches_themselves(here, monkeypatch, capsys):
     with tarfile.open(here.folder / "out" / ledger.ARCHIVE) as archive:
         assert len(archive.getnames()) <= 8 and "nvidia-h200-image.trace.json.gz" in archive.getnames()
         archive.extractall(home, filter="data")
-    machines = report.load(home)
+    machines = {**report.load(harness.RESULTS), **report.load(home)}
     assert machines["nvidia-h200"].keys() >= FIGURES
     tables = {name: report.section(name, machines) for name in report.SECTIONS}
-    assert "NVIDIA H200" in tables["encoders"] and report.NO_GPU not in tables["encoders"]
+    assert tables["encoders"].startswith("On NVIDIA H200") and report.NO_GPU not in tables["encoders"]
     assert "layer norm" in tables["ops"] and "32x16" in tables["info-nce"]
     every, _ = report.index(machines)
     assert "nvidia-h200: profile" in every and "| languagebind-row " in every
@@ -328,6 +328,15 @@ def test_memory_short(here, capsys):
     assert "tests layer_norm other: memory short: test_layer_norm_beyond_int32" in missing
 
 
+def test_one_of_ours_that_is_wrong_is_red(here):
+    """Whatever a peer ran out of."""
+    said = f"eager: not timed: {SHORT_OF_MEMORY}\nlbfast triton: not timed: wrong: 1e-1 from reference\n/out.json\n"
+    here.faults["mlp"] = (1, said)
+    code, results = here.call()
+    assert code == 1 and results.keys() >= FIGURES
+    assert endings(results)["mlp"][1].startswith("FAILED with exit status 1: lbfast triton: not timed: wrong: 1e-1")
+
+
 def test_a_bench_that_crashes_is_red(here):
     here.faults["patch-embed"] = (1, "Traceback\nValueError: crashed\n")
     code, results = here.call()
@@ -352,6 +361,8 @@ def test_a_killed_run_is_gone_on_with(here, capsys):
     assert "attention" in capsys.readouterr().out.split("OPS")[1]  # the first run's figures are told, too
     here.asked.clear()
     assert here.call()[0] == 0 and not here.asked
+    file = str(here.folder / "results" / "nvidia-h200.json")
+    assert compare.main([file, file]) == 0 and "mlp: c" in capsys.readouterr().out
     here.call("--again")
     assert first <= set(here.asked)
 
