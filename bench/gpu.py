@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -247,4 +248,5 @@ def _main(given: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the running job's process ends too
     sys.exit(main())
