@@ -31,16 +31,16 @@ lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/mypy
 
 bench: venv $(VENV)/.bench ## tests, then benchmarks of the CPU in ten minutes; ARGS="--only languagebind" and the like
-	$(BIN)/python -m bench.run cpu $(ARGS)
+	$(BIN)/python -m bench.run $(ARGS)
 
-gpu: ## tests, then benchmarks of an NVIDIA GPU in eight minutes; installs nothing; PYTHON=... chooses the Python
-	PYTHONPATH=. $(GPU_PYTHON) -m bench.run gpu $(ARGS)
+gpu: ## everything worth knowing from ten minutes of an NVIDIA GPU (bench/GPU.md); installs nothing; PYTHON=...
+	PYTHONPATH=. $(GPU_PYTHON) -m bench.gpu $(ARGS)
 
 floors: venv ## a few ratios of speed, measured now, against those in bench/floors.json
 	$(BIN)/python -m bench.compare --floors
 
 clean: ## removes what the commands above made, the virtual environment too
-	rm -rf $(VENV) demo-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) demo-out gpu-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each stamp is an extra of pyproject.toml; installing again happens only when the files that say what to install change.

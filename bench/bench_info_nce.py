@@ -26,6 +26,8 @@ from . import contest, harness, peers
 
 GPU_SIZES, CPU_SIZES = [1024, 4096, 8192, 16384, 32768, 65536, 131072], [1024, 4096]
 FLOPS = {"fwd": 2, "bwd": 6, "both": 8}  # times B^2 D
+PEERS_TO = 2**18
+"""Pairs: with more, the others would take minutes; ours then take seconds, and are called once for each number."""
 DENSE_LIMIT_GIB = {"cpu": 8, "cuda": 100}
 """Dense candidates that would need more than this are left out."""
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 2e-2}
@@ -84,6 +86,8 @@ def candidates(size: int, dtype: str, device: str) -> tuple[list[str], dict[str,
             names.append(f"lbfast {impl}")
     for name, (_, package) in PEERS.items():
         reason = peers.missing(package) if package else ""
+        if size > PEERS_TO:
+            reason = f"left out: takes minutes above {PEERS_TO} pairs"
         if name.startswith("dense"):
             need = 7 * size**2 * getattr(torch, dtype).itemsize / 2**30
             if need > DENSE_LIMIT_GIB[device]:
@@ -100,12 +104,12 @@ def measure(size: int, dim: int, dtype: str, record: harness.Record, passes: Seq
     tensors = inputs(size, dim, dtype, record.device)
     about = {"case": f"{size}x{dim}", "dtype": dtype}
     record.add({**about, "name": name, "note": reason} for name, reason in absent.items())
-    memory, able = {}, []
+    memory, able, often = {}, [], size <= PEERS_TO
     exact = _exact(tensors) if size <= 4096 else None
     for name in names:
         try:
             if record.device == "cuda":
-                memory[name] = harness.gpu_extra_mib(step(name, "both", tensors))
+                memory[name] = harness.gpu_extra_mib(step(name, "both", tensors), warm=often)
             else:
                 memory[name] = harness.cpu_memory(whole_step, name, size, dim, dtype, warm=(name, 64, dim, dtype)).extra
             if exact is not None:
@@ -123,7 +127,8 @@ def measure(size: int, dim: int, dtype: str, record: harness.Record, passes: Seq
         for group in groups:
             steps = {n: step(n, part, tensors) for n in group}
             rows = []
-            for name, timing in harness.interleaved(steps, record.device, seconds).items():
+            timings = harness.interleaved(steps, record.device, seconds, least=3 if often else 1, warm=often)
+            for name, timing in timings.items():
                 row = {**about, "part": part, "name": name, **dataclasses.asdict(timing)}
                 row["tflops"] = round(flops / timing.median_ms / 1e9, 3)
                 row["gbytes"] = 0

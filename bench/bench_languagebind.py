@@ -12,7 +12,8 @@ Candidates: lbfast as a change of the import gives it ("drop-in"), and after `op
 shorter dtype and, on a GPU that has it, in float8; the eager reference, which is upstream's arithmetic, in float32 and
 under autocast of float32 weights, which is how upstream runs in a shorter dtype; PyPI's `languagebind` where it can be
 imported; the latter two under torch.compile (--compile layers: layer by layer, which compiles one of them; whole: the
-encoder at once, minutes; max-autotune: that, with its products tuned). They take turns, in one run.
+encoder at once, minutes; max-autotune: that, with its products tuned); and what a user can have of PyTorch alone, the
+reference with SDPA and weights in the shorter dtype under torch.compile. They take turns, in one run.
 MFU: FLOP that the embeddings need (no padding, the last layer for the pooled token) over time, as a part of the rate of
 the library's matrix product, measured in the same run. Peak memory: on a CPU the resident size of a process that does
 nothing else, libraries and weights included; on a GPU weights and what the call allocates.
@@ -30,6 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from lbfast.model import checkpoint
 from lbfast.model.config import published_config
@@ -84,6 +86,22 @@ class Subject:
             made = reference.LanguageBind(self.model.config, modality.temporal_mlp, modality.mel_grid)
         made.load_state_dict(self.model.state_dict(), strict=True, assign=True)
         return made.eval()
+
+
+class SdpaAttention(reference.Attention):
+    """The reference's attention by PyTorch's own kernel."""
+
+    def forward(
+        self, x: torch.Tensor, causal: torch.Tensor | None = None, padding: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        b, n, _ = x.shape
+        q, k, v = (
+            linear(x).view(b, n, self.heads, self.head_dim).transpose(1, 2)
+            for linear in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        masks = [mask for mask in (causal, padding) if mask is not None]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=sum(masks) if masks else None)
+        return self.out_proj(y.transpose(1, 2).reshape(b, n, self.width)), x  # there are no weights to give back
 
 
 def subject(modality: str, arch: str, layers: int | None, short: str, device: str) -> Subject:
@@ -163,6 +181,10 @@ def _autocast(method: Callable[..., torch.Tensor], short: torch.dtype) -> Embed:
     return embed
 
 
+def _cast(method: Callable[..., torch.Tensor], short: torch.dtype) -> Embed:
+    return lambda given: method(**{name: x.to(short) if x.is_floating_point() else x for name, x in given.items()})
+
+
 def _as_is(method: Callable[..., torch.Tensor]) -> Embed:
     return lambda given: method(**given)
 
@@ -178,9 +200,19 @@ def _theirs(make: Callable[[Subject], Any], compiled: bool, short: bool) -> Any:
         elif compiled:
             mode = None if about.compile == "whole" else about.compile
             method = torch.compile(method, dynamic=False, mode=mode)
+        if next(model.parameters()).dtype == about.short:
+            return _cast(method, about.short)
         return _autocast(method, about.short) if short else _as_is(method)
 
     return build
+
+
+def _sdpa(about: Subject) -> Any:
+    model = copy.deepcopy(about.eager()).to(about.short)
+    for module in model.modules():
+        if type(module) is reference.Attention:
+            module.__class__ = SdpaAttention
+    return model
 
 
 def _upstream(about: Subject) -> Any:
@@ -196,6 +228,7 @@ CANDIDATES: dict[str, Callable[[Subject], Embed]] = {
     "lbfast fp8": _ours(_fp8),
     "reference torch.compile float32": _theirs(Subject.eager, compiled=True, short=False),
     "reference torch.compile autocast": _theirs(Subject.eager, compiled=True, short=True),
+    "sdpa torch.compile short": _theirs(_sdpa, compiled=True, short=True),
     "languagebind float32": _theirs(_upstream, compiled=False, short=False),
     "languagebind autocast": _theirs(_upstream, compiled=False, short=True),
     "languagebind torch.compile autocast": _theirs(_upstream, compiled=True, short=True),
@@ -238,7 +271,9 @@ def measure(modality: str, batch: int, record: harness.Record, given: argparse.N
             call = torch.inference_mode()(functools.partial(embed, fields))
             out = normalised(call().double())
             if device == "cuda":
-                peaks[name] = _gpu_peak(call, before, about, own=name.startswith("lbfast") and "drop-in" not in name)
+                peaks[name] = _gpu_peak(
+                    call, before, about, own=name.startswith(("lbfast", "sdpa")) and "drop-in" not in name
+                )
         except Exception as error:  # absent, or not able to
             record.add([{**row, "note": contest.reason(error)}])
             continue

@@ -1,19 +1,22 @@
 """A training step: the exact large-batch step beside one dense batch and beside open_clip's accumulation.
 
 python -m bench.bench_training                         time at a batch where all fit, memory from 64 to 512 pairs
-python -m bench.bench_training --batch 1024 --micro-batch 128 --width 1024 --layers 24     on a GPU
+python -m bench.bench_training --published --batch 1024 --micro-batch 128 --memory-batch 512 8192     on a GPU
 
 dense: forward and backward of the whole batch. accumulation: embed all of it without gradients; then, for each
 micro-batch, embed it again and back-propagate the loss of the whole batch, all of its logits each time (open_clip's
 accum-freq, which upstream uses). Extra memory is what a step needs beyond weights and the batch itself, pixels
-included; gradients are made anew in each step. Every size takes as many steps as see the largest one's pairs: the
-allocator's fragments grow with the work done; medians of three. The towers are cut down so that a CPU can do it;
-random weights.
+included; gradients are made anew in each step. On a CPU every size takes as many steps as see the largest one's pairs:
+the allocator's fragments grow with the work done; medians of three. On a GPU, whose allocator counts, memory above
+--batch is that of one step, and of lbfast's alone. The towers are cut down so that a CPU can do it; --published: those
+of L/14. Random weights. A step that can't be taken, for want of memory, is a row that says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import gc
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -23,46 +26,64 @@ from typing import Any
 import torch
 
 from lbfast import ops
-from lbfast.model.config import config_dict
+from lbfast.model.config import config_dict, published_config
 from lbfast.model.languagebind import LanguageBindModel, model_dict
 from lbfast.training.parameters import prepare
 from lbfast.training.recipes import recipe
 from lbfast.training.step import LargeBatchStep, Towers, unit
 
-from . import harness, peers
+from . import contest, harness, peers
 
 KINDS = ("dense", "accumulation", "lbfast")
 TUNED = {"full": 0, "lora": 16}
 
 
-def model_of(tuned: str, width: int, layers: int, device: str) -> LanguageBindModel:
-    """An image model of 14 x 14 patches of 16 pixels and a small text tower, prepared."""
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """micro_batch: pairs. width, layers: of the vision tower; published: L/14's, of so many layers (0: all)."""
+
+    micro_batch: int
+    width: int
+    layers: int
+    published: bool = False
+
+
+def model_of(tuned: str, size: Size, device: str) -> LanguageBindModel:
+    """L/14, or an image model of 14 x 14 patches of 16 pixels and a small text tower; prepared."""
     plan = recipe("depth", modality="image", lora_r=TUNED[tuned], patch_dropout=0.0, lock_image=True)
-    tower = {"num_attention_heads": width // 64, "hidden_size": width, "intermediate_size": 4 * width}
-    text = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = config_dict["image"](
-        text_config={**text, "hidden_act": "gelu"},
-        vision_config={**tower, "num_hidden_layers": layers, "patch_size": 16, "hidden_act": "gelu", "lora_r": 0},
-        projection_dim=256,
-    )
+    if size.published:
+        config = published_config("image")
+        config.vision_config.num_hidden_layers = size.layers or config.vision_config.num_hidden_layers
+    else:
+        width = size.width
+        tower = {"num_attention_heads": width // 64, "hidden_size": width, "intermediate_size": 4 * width}
+        text = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = config_dict["image"](
+            text_config={**text, "hidden_act": "gelu"},
+            vision_config={
+                **tower, "num_hidden_layers": size.layers, "patch_size": 16, "hidden_act": "gelu", "lora_r": 0
+            },
+            projection_dim=256,
+        )  # fmt: skip
     torch.manual_seed(0)
-    return prepare(model_dict["image"](config), plan).to(device)  # type: ignore[arg-type]
+    with torch.device(device):
+        model = model_dict["image"](config)
+    return prepare(model, plan).to(device)  # type: ignore[arg-type]
 
 
 def pairs(count: int) -> SimpleNamespace:
-    """On the CPU, where the data comes from."""
+    """On the CPU, where the data comes from. Drawing pixels takes long: pictures repeat."""
     ids = torch.randint(1, 49000, (count, 16))
     ids[:, -1] = 49407
-    pixels = torch.randn(count, 3, 224, 224)
+    drawn = torch.randn(min(count, 512), 3, 224, 224)
+    pixels = drawn.repeat(-(-count // len(drawn)), 1, 1, 1)[:count]
     return SimpleNamespace(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
-def step(
-    kind: str, tuned: str, batch: int, micro_batch: int, width: int, layers: int, device: str, times: int = 1
-) -> Callable[[], Any]:
+def step(kind: str, tuned: str, batch: int, size: Size, device: str, times: int = 1) -> Callable[[], Any]:
     """Training steps without the optimiser's; for harness.cpu_memory too, which makes them in a process of its own."""
-    model = model_of(tuned, width, layers, device)
-    data = pairs(batch)
+    model = model_of(tuned, size, device)
+    data, micro_batch = pairs(batch), size.micro_batch
     autocast = torch.bfloat16 if device == "cuda" else None
     large = LargeBatchStep(Towers(model), micro_batch, autocast=autocast)
 
@@ -106,56 +127,83 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--memory-batch", type=int, nargs="*", default=[64, 512], help="pairs, for the memory")
     parser.add_argument("--micro-batch", type=int, default=16, help="(%(default)s)")
     parser.add_argument("--width", type=int, default=256, help="of the vision tower (%(default)s)")
-    parser.add_argument("--layers", type=int, default=4, help="of the vision tower (%(default)s)")
+    parser.add_argument("--layers", type=int, default=0, help="of the vision tower (4; with --published all)")
+    parser.add_argument("--published", action="store_true", help="the towers of L/14")
     parser.add_argument("--tuned", nargs="+", choices=list(TUNED), default=list(TUNED), help="what is trained")
     parser.add_argument("--seconds", type=float, default=6.0, help="for each candidate (%(default)s)")
     parser.add_argument("--out", help="a JSON file")
     given = parser.parse_args(argv)
-    device = harness.device()
-    record = harness.Record("Training step", device, given.out)
-    size = (given.micro_batch, given.width, given.layers, device)
+    record = harness.Record("Training step", harness.device(), given.out)
+    layers = given.layers or (0 if given.published else 4)
+    size = Size(given.micro_batch, given.width, layers, given.published)
     for tuned in given.tuned:
-        runs = {kind: step(kind, tuned, given.batch, *size) for kind in KINDS}
-        times = harness.interleaved(runs, device, given.seconds)
-        record.add(
-            {
-                "what": "time",
-                "trained": tuned,
-                "step": kind,
-                "batch": given.batch,
-                "micro_batch": given.batch if kind == "dense" else given.micro_batch,
-                "ms": times[kind].median_ms,
-                "p20_ms": times[kind].p20_ms,
-                "p80_ms": times[kind].p80_ms,
-                "of_dense": round(times[kind].median_ms / times["dense"].median_ms, 3),
-            }
-            for kind in KINDS
-        )
-        del runs
-        for kind in KINDS:
-            for batch in given.memory_batch:
-                if kind == "dense" and batch > given.batch and device == "cpu":
-                    continue  # it needs as many times more
-                arguments = (kind, tuned, batch, *size, 1 if kind == "dense" else max(given.memory_batch) // batch)
-                if device == "cuda":
-                    extra = harness.gpu_extra_mib(step(*arguments))
-                else:
-                    warm = (kind, tuned, 2, 1, *size[1:])
-                    peaks = [harness.cpu_memory(step, *arguments, warm=warm).extra for _ in range(3)]
-                    extra = statistics.median(peaks)  # they differ by a tenth: the allocator's doing
-                record.add([{"what": "memory", "trained": tuned, "step": kind, "batch": batch, "MiB": round(extra, 1)}])
+        measure_time(tuned, given.batch, size, record, given.seconds)
+    for batch in given.memory_batch:  # of all before the larger one: it takes longest
+        for tuned in given.tuned:
+            measure_memory(tuned, batch, size, record, given.batch, max(given.memory_batch))
     show(record)
     return 0
 
 
+def measure_time(tuned: str, batch: int, size: Size, record: harness.Record, seconds: float) -> None:
+    about = {"what": "time", "trained": tuned, "batch": batch}
+    runs: dict[str, Callable[[], Any]] = {}
+    for kind in KINDS:
+        try:
+            run = step(kind, tuned, batch, size, record.device)
+            run()
+            runs[kind] = run
+        except torch.OutOfMemoryError as error:
+            record.add([{**about, "step": kind, "note": contest.reason(error)}])
+        _give_back(record.device)
+    times = harness.interleaved(runs, record.device, seconds, warm=False)
+    for kind, timing in times.items():
+        row = {**about, "step": kind, "micro_batch": batch if kind == "dense" else size.micro_batch}
+        row |= {"ms": timing.median_ms, "p20_ms": timing.p20_ms, "p80_ms": timing.p80_ms}
+        if "dense" in times:
+            row["of_dense"] = round(timing.median_ms / times["dense"].median_ms, 3)
+        record.add([row])
+
+
+def measure_memory(tuned: str, batch: int, size: Size, record: harness.Record, compared: int, largest: int) -> None:
+    """Up to `compared` pairs of every kind of step."""
+    for kind in KINDS:
+        if batch > compared and (kind == "dense" if record.device == "cpu" else kind != "lbfast"):
+            continue  # it needs as many times more memory, or time
+        about = {"what": "memory", "trained": tuned, "step": kind, "batch": batch}
+        try:
+            if record.device == "cuda":
+                extra = harness.gpu_extra_mib(step(kind, tuned, batch, size, "cuda"), warm=batch <= compared)
+            else:
+                times = 1 if kind == "dense" else largest // batch
+                warm = (kind, tuned, 2, dataclasses.replace(size, micro_batch=1), "cpu")
+                arguments = (kind, tuned, batch, size, "cpu", times)
+                peaks = [harness.cpu_memory(step, *arguments, warm=warm).extra for _ in range(3)]
+                extra = statistics.median(peaks)  # they differ by a tenth: the allocator's doing
+            record.add([{**about, "MiB": round(extra, 1)}])
+        except torch.OutOfMemoryError as error:
+            record.add([{**about, "note": contest.reason(error)}])
+        _give_back(record.device)
+
+
+def _give_back(device: str) -> None:
+    """What a step that ended held, to the next one."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
 def show(record: harness.Record) -> None:
     print(harness.describe(record.header))
-    rows = [row for row in record.rows if row["what"] == "time"]
     columns = ["trained", "step", "batch", "micro_batch", "ms", "p20_ms", "p80_ms", "of_dense"]
-    print(harness.table(columns, [[row[name] for name in columns] for row in rows], left=2))
-    rows = [row for row in record.rows if row["what"] == "memory"]
+    rows = [row for row in record.rows if "ms" in row]
+    print(harness.table(columns, [[row.get(name, "") for name in columns] for row in rows], left=2))
     columns = ["trained", "step", "batch", "MiB"]
+    rows = [row for row in record.rows if "MiB" in row]
     print(harness.table(columns, [[row[name] for name in columns] for row in rows], left=2))
+    for row in record.rows:
+        if "note" in row:
+            print(f"{row['trained']}, {row['step']}, batch {row['batch']}, {row['what']}: {row['note']}")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,11 @@ Key = tuple[str, ...]
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A result: {"header": ..., "rows": [...]}. ValueError where it is none."""
+    """A result: {"header": ..., "rows": [...]}, or all of a GPU's as one. ValueError where it is neither."""
     result = json.loads(Path(path).read_text())
+    if isinstance(result, dict) and "run" in result:
+        rows = [{**row, "case": f"{what}: {row.get('case', '')}"} for what in result for row in result[what]["rows"]]
+        result = {"header": result["run"]["header"], "rows": rows}
     if not isinstance(result, dict) or not {"header", "rows"} <= result.keys():
         raise ValueError(f"{path}: expected a result with header and rows")
     return result

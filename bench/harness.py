@@ -30,7 +30,9 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 MIB = 2**20
 TESTS = "LBFAST_BENCH_TESTS"
-"""Environment variable by which bench.run tells its benches how the tests went: "passed"."""
+"""Environment variable by which bench.run and bench.gpu tell their benches how the tests went: "passed"."""
+COMMIT = "LBFAST_COMMIT"
+"""Environment variable: the checkout's commit, where git is not there to say it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ def header(device: str) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The checkout's commit, "+" behind it where files differ from it; "unknown" outside a checkout."""
+    """The checkout's commit, "+" behind it where files differ from it; outside one what COMMIT says, or "unknown"."""
     try:
         git = ["git", "-C", str(HERE)]
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
@@ -72,7 +74,7 @@ def _commit() -> str:
         changed = [*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)bench/results"]
         dirty = subprocess.run(changed, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get(COMMIT, "unknown")
     return commit.stdout.strip() + ("+" if dirty else "")
 
 
@@ -186,9 +188,10 @@ def _gpu_ms(run: Callable[[], Any]) -> float:
     return first.elapsed_time(last)
 
 
-def gpu_extra_mib(run: Callable[[], Any]) -> float:
-    """Peak of the CUDA allocator during a call, above what was allocated before it."""
-    run()
+def gpu_extra_mib(run: Callable[[], Any], warm: bool = True) -> float:
+    """Peak of the CUDA allocator during a call, above what was allocated before it; with `warm`, of the second call."""
+    if warm:
+        run()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

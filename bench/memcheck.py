@@ -1,12 +1,13 @@
 """One small case of each Triton kernel, forward and backward, for compute-sanitizer:
 
-compute-sanitizer --tool memcheck --error-exitcode 99 python -m bench.memcheck
+compute-sanitizer --tool memcheck --error-exitcode 99 python -m bench.memcheck [OP ...]
 
 Sizes are ragged, so that every mask is at work. TRITON_INTERPRET=1 runs it on a CPU, where it checks only itself.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -67,9 +68,12 @@ def cases(device: str, dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    wanted = sys.argv[1:] if argv is None else argv
     device = harness.device()
     for dtype in (torch.float16, torch.float32) if device == "cpu" else (torch.bfloat16, torch.float32):
         for name, (op, inputs) in cases(device, dtype).items():
+            if wanted and re.split(r"[ ,]", name)[0] not in wanted:
+                continue
             out = op(*inputs)
             outs = [out] if isinstance(out, torch.Tensor) else list(out)
             grads = torch.autograd.grad(outs, inputs, [torch.randn_like(o) for o in outs])

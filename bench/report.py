@@ -1,10 +1,11 @@
-"""The README's tables and bench/results/README.md with its pictures, out of the results that git has:
+"""The tables of README.md and docs/numbers.md, and bench/results/README.md with its pictures, out of git's results:
 
     python -m bench.report            writes them
     python -m bench.report --check    exit status 1 where what is there differs
 
-Tables go between the README's markers <!-- bench:NAME --> and <!-- bench:end -->; a test runs the check. Results count
-once git knows them (git add); outside a checkout all in bench/results do.
+Tables go between the pages' markers <!-- bench:NAME --> and <!-- bench:end -->; a test runs the check. Results count
+once git knows them (git add); outside a checkout all in bench/results do. A CPU's results are a file each, a GPU's are
+in one file a device.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import harness, headline, plot, resources
+from . import harness, headline, phases, plot, resources, run as cpu
 
 ROOT = harness.HERE.parent
 AHEAD = "kernels-ahead-of-time.json"
@@ -27,6 +28,8 @@ NO_GPU = "**GPU numbers: not measured yet.** `make gpu` measures them on any mac
 ENCODERS = ("image", "video", "audio", "text")
 SHOWN = {"image": "image (depth, thermal)", "video": "video, 8 frames", "audio": "audio", "text": "text, 5-20 tokens"}
 OPS = ("attention", "temporal-attention", "patch-embed", "layer-norm", "mlp")
+PAGES = ("README.md", "docs/numbers.md")
+HIDDEN = ("rejected", "sources")  # of what rows say
 _MARKER = re.compile(r"(<!-- bench:(?!end)([a-z-]+) -->\n).*?(<!-- bench:end -->)", re.DOTALL)
 
 Row = Mapping[str, Any]
@@ -34,7 +37,7 @@ Row = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One file: what was measured ("attention", "languagebind-video", ...), on what, and the rows."""
+    """What was measured ("attention", "languagebind-video", ...), on what, and the rows."""
 
     what: str
     header: Mapping[str, Any]
@@ -55,9 +58,12 @@ def load(folder: Path) -> dict[str, dict[str, Result]]:
         if path.name == AHEAD:
             continue
         content = json.loads(path.read_text())
-        slug = content["header"]["slug"]
-        what = path.stem.removeprefix(slug + "-")
-        found.setdefault(slug, {})[what] = Result(what, content["header"], content["rows"])
+        if "header" in content:
+            slug = content["header"]["slug"]
+            content = {path.stem.removeprefix(slug + "-"): content}
+        for what, result in content.items():
+            slug = result["header"]["slug"]
+            found.setdefault(slug, {})[what] = Result(what, result["header"], result["rows"])
     return found
 
 
@@ -114,15 +120,25 @@ def _cases(machine: Machine) -> Iterable[tuple[str, Sequence[Row], str]]:
             yield f"{SHOWN[modality]}, batch {case.rsplit(' ', 1)[1]}", result.rows, case
 
 
+RIVAL, FP8 = "sdpa torch.compile bfloat16", "lbfast fp8"
+
+
 def encoders(machine: Machine) -> str:
-    """What a user gains: both precisions beside upstream's arithmetic."""
+    """What a user gains: both precisions beside upstream's arithmetic; where it was measured, beside the best of plain
+    PyTorch, too."""
     table = []
-    for name, rows, case in _cases(machine):
+    cases = list(_cases(machine))
+    more = any(_best(rows, RIVAL, case) for _, rows, case in cases)
+    for name, rows, case in cases:
         theirs, cast = (_best(rows, f"reference {kind}", case) for kind in ("float32", "autocast"))
         ours, short = (_best(rows, f"lbfast {kind}", case) for kind in ("float32", "bfloat16"))
-        cells = (_ms(theirs), _ms(cast), _ms(ours), _ms(short))
-        table.append((name, *cells, _over(theirs, ours), _over(cast, short), _over(theirs, short)))
-    columns = (
+        cells = [_ms(theirs), _ms(cast), _ms(ours), _ms(short)]
+        cells += [_over(theirs, ours), _over(cast, short), _over(theirs, short)]
+        if more:
+            rival, fp8 = _best(rows, RIVAL, case), _best(rows, FP8, case)
+            cells += [_ms(rival), _over(rival, short), _ms(fp8), _over(rival, fp8)]
+        table.append((name, *cells))
+    columns = [
         "encoder",
         "upstream float32, ms",
         "upstream autocast, ms",
@@ -131,7 +147,9 @@ def encoders(machine: Machine) -> str:
         "speed-up, float32",
         "speed-up, bfloat16 over autocast",
         "speed-up, bfloat16 over float32",
-    )
+    ]
+    if more:
+        columns += ["SDPA, compiled, bfloat16, ms", "speed-up, bfloat16", "lbfast float8, ms", "speed-up, float8"]
     return harness.table(columns, table)
 
 
@@ -164,9 +182,9 @@ def row_of_batches(machine: Machine) -> str:
 def ops(machine: Machine) -> str:
     """Forward and backward of each op beside the fastest of the others."""
     table = []
-    for what in OPS:
-        if what in machine:
-            table += [line.cells(what.replace("-", " ")) for line in headline.lines(machine[what].rows)]
+    for op in OPS:
+        for what in (w for w in machine if w == op or (w.startswith(f"{op}-") and not w.endswith("-tuned"))):
+            table += [line.cells(op.replace("-", " ")) for line in headline.lines(machine[what].rows)]
     columns = ("op", "input", *headline.COLUMNS[2:])
     return harness.table(columns, table, left=4)
 
@@ -174,7 +192,8 @@ def ops(machine: Machine) -> str:
 def info_nce(machine: Machine) -> str:
     """Forward and backward of every implementation: time and extra memory."""
     table = []
-    for what in sorted((w for w in machine if w.startswith("info-nce")), key=lambda w: _size(machine[w])):
+    every = (w for w in machine if w.startswith("info-nce") and not w.endswith("-tuned"))
+    for what in sorted(every, key=lambda w: _size(machine[w])):
         rows = [r for r in machine[what].rows if r.get("part") == "both"]
         for case, dtype in dict.fromkeys((r["case"], r["dtype"]) for r in rows):
             group = [r for r in rows if (r["case"], r["dtype"]) == (case, dtype)]
@@ -194,6 +213,7 @@ def _size(result: Result) -> int:
 def _on(machine: Machine) -> str:
     """The machine in a sentence, and the commits its results are of."""
     header = next(iter(machine.values())).header
+    failed = sorted({r.header["tests"] for r in machine.values() if r.header.get("tests", "").startswith("failed")})
     commits = sorted({result.header["commit"] for result in machine.values()})
     dates = sorted({result.header["date"] for result in machine.values()})
     device = header["device"]
@@ -204,7 +224,12 @@ def _on(machine: Machine) -> str:
     elif "driver" in header:
         device += f" (driver {header['driver']})"
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"{device}, torch {header['torch']}, {span}, commit {', '.join(commits)}"
+    return "; ".join(
+        [
+            f"{device}, torch {header['torch']}, {span}, commit {', '.join(commits)}",
+            *(f"**tests {each}**" for each in failed),
+        ]
+    )
 
 
 SECTIONS = {"encoders": encoders, "details": details, "batches": row_of_batches, "ops": ops, "info-nce": info_nce}
@@ -226,23 +251,45 @@ def section(name: str, machines: Mapping[str, Machine]) -> str:
     return "\n\n".join(parts or ["Not measured yet."])
 
 
+def coverage(machines: Mapping[str, Machine]) -> str:
+    """What was measured on which device, of all that is planned for a CPU or for a GPU; what never was is a dash."""
+    slugs = sorted(machines, key=lambda s: (not _gpu(machines[s]), s))
+    gpu = [job.name for phase in phases.FIRST if not phase.together for job in phase.jobs(phases.NOTHING)]
+    gpu += [job.name for job in phases.tuned(phases.NOTHING)]
+    planned = dict.fromkeys((*gpu, *(piece.name for piece in cpu.PIECES)))
+    every = dict.fromkeys((*planned, *(what for machine in machines.values() for what in sorted(machine))))
+    every.pop("run", None)
+
+    def cell(what: str, slug: str) -> str:
+        if what not in machines[slug]:
+            return "-" if what in (gpu if _gpu(machines[slug]) else [p.name for p in cpu.PIECES]) else ""
+        header = machines[slug][what].header
+        return f"{header['date']}{' (tests failed)' * header.get('tests', '').startswith('failed')}"
+
+    rows = [(what, *(cell(what, slug) for slug in slugs)) for what in every]
+    if any(map(_gpu, machines.values())):
+        return harness.table(("result", *slugs), rows, left=1 + len(slugs))
+    rows = [(*row, "-" if row[0] in gpu else "") for row in rows]
+    return harness.table(("result", *slugs, "a GPU"), rows, left=2 + len(slugs))
+
+
 def _gpu(machine: Machine) -> bool:
     return any(result.on_gpu for result in machine.values())
 
 
-def readme(text: str, machines: Mapping[str, Machine]) -> str:
-    """The README with its tables made anew. ValueError for a marker of another name."""
+def page(text: str, machines: Mapping[str, Machine]) -> str:
+    """A page with its tables made anew. ValueError for a marker of another name."""
 
     def fill(match: re.Match[str]) -> str:
         if match[2] not in SECTIONS:
-            raise ValueError(f"README.md: bench:{match[2]}: expected one of {', '.join(SECTIONS)}")
+            raise ValueError(f"bench:{match[2]}: expected one of {', '.join(SECTIONS)}")
         return f"{match[1]}{section(match[2], machines)}\n{match[3]}"
 
     return _MARKER.sub(fill, text)
 
 
 def outside(text: str) -> str:
-    """The README without what is made here: numbers of speed must not be there."""
+    """A page without what is made here: numbers of speed must not be there."""
     return _MARKER.sub("", text)
 
 
@@ -253,6 +300,7 @@ def index(machines: Mapping[str, Machine]) -> tuple[str, dict[str, str]]:
     text += ["and `make gpu`. Times are medians, with the 20th and 80th percentile; candidates took turns in one run."]
     if not any(map(_gpu, machines.values())):
         text += ["", NO_GPU]
+    text += ["", "When what was measured; a dash: never, though it is planned.", "", coverage(machines)]
     for slug, machine in sorted(machines.items()):
         for what, result in sorted(machine.items()):
             text += ["", f"## {slug}: {what}", "", f"{harness.describe(result.header)}", ""]
@@ -280,7 +328,7 @@ def _every(rows: Sequence[Row]) -> str:
     """All rows that have numbers, with all that any of them says."""
     timed = [row for row in rows if "note" not in row]
     left = [key for key in ("what", "case", "trained", "step", "dtype", "part", "name") if any(key in r for r in timed)]
-    rest = dict.fromkeys(key for row in timed for key in row if key not in left)
+    rest = dict.fromkeys(key for row in timed for key in row if key not in (*left, *HIDDEN))
     columns = [*left, *rest]
     return harness.table(columns, [[row.get(key, "") for key in columns] for row in timed], left=len(left))
 
@@ -292,7 +340,8 @@ def outputs(root: Path = ROOT) -> dict[Path, str]:
     text, pictures = index(machines)
     text += ahead(folder)
     made = {folder / name: content for name, content in pictures.items()}
-    return {root / "README.md": readme((root / "README.md").read_text(), machines), folder / "README.md": text, **made}
+    pages = [path for name in PAGES if (path := root / name).exists()]
+    return {**{path: page(path.read_text(), machines) for path in pages}, folder / "README.md": text, **made}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

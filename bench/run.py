@@ -1,9 +1,8 @@
-"""Correctness first, then every bench, then one short table: `make bench` and `make gpu`.
+"""On a CPU: correctness first, then every bench, then one short table: `make bench`. (`make gpu` is bench/gpu.py.)
 
-    python -m bench.run cpu                        at most 10 minutes on 2 cores
-    python -m bench.run gpu                        at most 8 minutes; needs torch, triton, transformers and pytest
-    python -m bench.run cpu --only languagebind    pieces whose name has this in it
-    python -m bench.run cpu --list
+    python -m bench.run                        at most 10 minutes on 2 cores
+    python -m bench.run --only languagebind    pieces whose name has this in it
+    python -m bench.run --list
 
 Every bench is a process of its own that writes bench/results/<device>-<name>.json as it goes: one that fails or hangs
 is reported and the others still run. Where the tests are red nothing is measured. The exit status is 0 where all went
@@ -13,12 +12,10 @@ well, else 1.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
+import contextlib
 import dataclasses
-import glob
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +30,7 @@ ROOT = harness.HERE.parent
 OPS = ("attention", "info_nce", "layer_norm", "mlp", "patch_embed", "temporal_attention")
 SLOW = "triton or 768 or 1024 or published_sizes or opcheck or compile or export or gradcheck"
 """Of the ops' tests on a CPU: kernels that are not measured there, and what takes long."""
-BUDGET = {"cpu": 590, "gpu": 460}  # seconds, all in all
+BUDGET = 590  # seconds, all in all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,157 +54,85 @@ MAIN = ("reference float32", "reference autocast", "lbfast float32", "lbfast sho
 COMPILED = ("lbfast drop-in float32", "reference torch.compile autocast")
 ROW = ("--batch", "1", "2", "4", "8", "16", "32", "64", "--no-memory", "--candidates", *MAIN)
 QUICK = ("--seconds", "0.2")
-PIECES = {
-    "cpu": (
-        _encoder("image", "--batch", "1", "--seconds", "1", "--candidates", *MAIN, *COMPILED, limit=120),
-        _encoder("video", "--seconds", "1", "--candidates", *MAIN, limit=200),
-        _encoder("audio", "--seconds", "1", "--candidates", *MAIN, "--no-memory", limit=180),
-        _encoder("text", "--seconds", "1", "--candidates", *MAIN, "--no-memory", limit=90),
-        _encoder(
-            "image", "--batch", "8", "--seconds", "1", "--candidates", *MAIN, "--no-memory", limit=120, name="image-8"
-        ),
-        Piece("info-nce", "bench_info_nce", ("--size", "1024", "--dim", "768", "--seconds", "0.1"), limit=90),
-        Piece("attention", "bench_attention", ("--only", "L", *QUICK, "--no-compile"), limit=60),
+PIECES = (
+    _encoder("image", "--batch", "1", "--seconds", "1", "--candidates", *MAIN, *COMPILED, limit=120),
+    _encoder("video", "--seconds", "1", "--candidates", *MAIN, limit=200),
+    _encoder("audio", "--seconds", "1", "--candidates", *MAIN, "--no-memory", limit=180),
+    _encoder("text", "--seconds", "1", "--candidates", *MAIN, "--no-memory", limit=90),
+    _encoder(
+        "image", "--batch", "8", "--seconds", "1", "--candidates", *MAIN, "--no-memory", limit=120, name="image-8"
+    ),
+    Piece("info-nce", "bench_info_nce", ("--size", "1024", "--dim", "768", "--seconds", "0.1"), limit=90),
+    Piece("attention", "bench_attention", ("--only", "L", *QUICK, "--no-compile"), limit=60),
+    Piece(
+        "temporal-attention",
+        "bench_temporal_attention",
+        ("--shape", "257", "16", "64", *QUICK, "--no-compile"),
+        limit=60,
+    ),
+    Piece("patch-embed", "bench_patch_embed", ("--width", "1024", *QUICK, "--no-compile"), limit=60),
+    Piece("layer-norm", "bench_layer_norm", ("--width", "1024", *QUICK, "--no-compile"), limit=60),
+    Piece("mlp", "bench_mlp", ("--shape", "1024", "4096", *QUICK, "--no-compile"), limit=60),
+    _encoder("image", "--layers", "2", "--seconds", "0.2", *ROW, limit=150, name="row"),
+    Piece(
+        "info-nce-4k",
+        "bench_info_nce",
+        ("--size", "4096", "--passes", "both", "--seconds", "0.3"),
+        limit=150,
+        extra=True,
+    ),
+    *(
         Piece(
-            "temporal-attention",
-            "bench_temporal_attention",
-            ("--shape", "257", "16", "64", *QUICK, "--no-compile"),
-            limit=60,
-        ),
-        Piece("patch-embed", "bench_patch_embed", ("--width", "1024", *QUICK, "--no-compile"), limit=60),
-        Piece("layer-norm", "bench_layer_norm", ("--width", "1024", *QUICK, "--no-compile"), limit=60),
-        Piece("mlp", "bench_mlp", ("--shape", "1024", "4096", *QUICK, "--no-compile"), limit=60),
-        _encoder("image", "--layers", "2", "--seconds", "0.2", *ROW, limit=150, name="row"),
-        Piece(
-            "info-nce-4k",
+            f"info-nce-16k-{dtype}",
             "bench_info_nce",
-            ("--size", "4096", "--passes", "both", "--seconds", "0.3"),
-            limit=150,
+            ("--size", "16384", "--dim", "768", "--dtype", dtype, "--passes", "both", "--seconds", "1"),
+            limit=300,
             extra=True,
-        ),
-        *(
-            Piece(
-                f"info-nce-16k-{dtype}",
-                "bench_info_nce",
-                ("--size", "16384", "--dim", "768", "--dtype", dtype, "--passes", "both", "--seconds", "1"),
-                limit=300,
-                extra=True,
-            )
-            for dtype in ("float32", "bfloat16")
-        ),
-        _encoder("video", "--seconds", "1", "--no-memory", limit=400, name="video-compile", extra=True),
-        Piece("training", "bench_training", ("--seconds", "3"), limit=500, extra=True),
+        )
+        for dtype in ("float32", "bfloat16")
     ),
-    "gpu": (
-        _encoder("image", "--batch", "1", "8", "64", "--seconds", "0.5", limit=90),
-        _encoder("video", "--batch", "1", "32", "--seconds", "0.5", limit=90),
-        Piece(
-            "info-nce",
-            "bench_info_nce",
-            ("--size", "8192", "32768", "--dim", "768", "--dtype", "bfloat16", "--seconds", "0.3"),
-            limit=60,
-        ),
-        Piece("attention", "bench_attention", ("--only", "L", *QUICK, "--no-compile"), limit=50),
-        Piece("temporal-attention", "bench_temporal_attention", ("--shape", "257", "16", "64", *QUICK), limit=50),
-        Piece("patch-embed", "bench_patch_embed", ("--width", "1024", *QUICK), limit=50),
-        Piece("layer-norm", "bench_layer_norm", ("--width", "1024", *QUICK), limit=50),
-        Piece("mlp", "bench_mlp", ("--shape", "1024", "4096", *QUICK), limit=50),
-        _encoder("audio", "--batch", "8", "--seconds", "0.5", limit=60),
-        _encoder("text", "--batch", "64", "1024", "--seconds", "0.5", limit=60),
-        _encoder("image", "--seconds", "0.3", *ROW, limit=60, name="row"),
-        Piece("training", "bench_training", ("--seconds", "3"), limit=300, extra=True),
-        Piece("info-nce-sweep", "bench_info_nce", ("--seconds", "0.5"), limit=400, extra=True),
-        *(
-            _encoder(
-                modality,
-                "--batch",
-                batch,
-                "--compile",
-                "max-autotune",
-                limit=580,
-                name=f"{modality}-autotune",
-                extra=True,
-            )
-            for modality, batch in (("image", "64"), ("video", "32"))
-        ),
-        _encoder("image", "--batch", "256", "--arch", "H/14", limit=200, name="image-huge", extra=True),
-        _encoder("video", "--batch", "8", "--arch", "H/14", limit=200, name="video-huge", extra=True),
-    ),
-}
+    _encoder("video", "--seconds", "1", "--no-memory", limit=400, name="video-compile", extra=True),
+    Piece("training", "bench_training", ("--seconds", "3"), limit=500, extra=True),
+)
 
 
-def tests(kind: str, seconds: float) -> str:
+def tests(seconds: float) -> str:
     """Runs the tests; an empty string where they are green, else what went wrong."""
     if not (ROOT / "tests").is_dir():
         return f"no tests in {ROOT}: they come with a checkout, not with a wheel"
+    files = [f"tests/test_{name}.py" for name in (*OPS, "model", "inference")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    env = {**environment(kind), "OMP_NUM_THREADS": "1"}  # what they compute on the CPU is small
-    if kind == "cpu":
-        files = [f"tests/test_{name}.py" for name in (*OPS, "model", "inference")]
-        code = run([*command, "-m", "not slow", "-k", f"not ({SLOW})", *files], seconds, env)
-        return "" if code == 0 else _ending(code, "the tests")
-    marked = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text(encoding="utf-8")]
-    # most of the time is Triton compiling, on the CPU: an op each, at once where the GPU's memory allows it
-    parts = [f"{op} and not temporal" if op == "attention" else op for op in OPS]
-    parts.append(f"not ({' or '.join(OPS)})")
-    commands = [[*command, "-m", "gpu", "-k", part, *map(str, marked)] for part in parts]
-    until = time.monotonic() + seconds
-    with concurrent.futures.ThreadPoolExecutor(_at_once()) as pool:
-        codes = list(pool.map(lambda each: run(each, until - time.monotonic(), env), commands))
-    wrong = [f"{_ending(code, 'the tests')} (-k {part!r})" for code, part in zip(codes, parts) if code != 0]
-    return "; ".join(wrong)
+    command += ["-m", "not slow", "-k", f"not ({SLOW})", *files]
+    code = run(command, seconds, {**environment(), "OMP_NUM_THREADS": "1"})  # what they compute is small
+    return "" if code == 0 else _ending(code, "the tests")
 
 
-def _at_once() -> int:
-    """How many processes of tests the GPU has the memory for, and the machine the cores."""
-    import torch
-
-    gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-    return max(1, min(len(OPS) + 1, int(gib / 30), (os.cpu_count() or 1) // 2))
+def environment(*paths: str | Path) -> dict[str, str]:
+    """For a child: the checkout on its path, and these folders."""
+    path = os.pathsep.join(filter(None, (str(ROOT), *map(str, paths), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path}
 
 
-def memcheck(seconds: float) -> tuple[str, str]:
-    """compute-sanitizer over a small case of each kernel: (what to print, what is wrong, empty where nothing is)."""
-    tool = sanitizer()
-    if tool is None:
-        return "memcheck: compute-sanitizer is not on this machine; not run", ""
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "99", sys.executable, "-m", f"{__package__}.memcheck"]
-    code = run(command, seconds, {**environment("gpu"), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-    if code is None:
-        return f"memcheck: stopped after {seconds:.0f} s; not finished", ""
-    return ("memcheck: no errors", "") if code == 0 else ("", _ending(code, "compute-sanitizer memcheck"))
+def run(command: Sequence[str], seconds: float, env: Mapping[str, str], log: Path | None = None) -> int | None:
+    """Exit status of a command, None where it was stopped, with its children, after so many seconds.
 
-
-def sanitizer() -> str | None:
-    """Path of compute-sanitizer: on PATH, in a CUDA toolkit, or in a wheel beside torch."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), *sorted(glob.glob("/usr/local/cuda*"))]
-    places = [Path(home, "bin") for home in homes if home]
-    places += [Path(home, "compute-sanitizer") for home in homes if home]
-    for site in map(Path, sys.path):
-        places += [Path(p) for p in glob.glob(str(site / "nvidia" / "*" / "bin"))]
-    return shutil.which("compute-sanitizer") or next(
-        (found for place in places if (found := shutil.which("compute-sanitizer", path=str(place)))), None
-    )
-
-
-def environment(kind: str) -> dict[str, str]:
-    """For a child: the checkout on its path, and on a run for the CPU no GPU."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, **({"CUDA_VISIBLE_DEVICES": ""} if kind == "cpu" else {})}
-
-
-def run(command: Sequence[str], seconds: float, env: Mapping[str, str]) -> int | None:
-    """Exit status of a command, None where it was stopped, with its children, after so many seconds."""
-    print("$", " ".join(str(part) for part in command), flush=True)
-    process = subprocess.Popen(command, cwd=ROOT, env=dict(env), start_new_session=True)
-    try:
-        return process.wait(timeout=max(1.0, seconds))
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    What it prints goes to the file `log`, where one is given.
+    """
+    with contextlib.ExitStack() as stack:
+        to: Any = {}
+        if log is None:
+            print("$", " ".join(str(part) for part in command), flush=True)
+        else:
+            to = {"stdout": stack.enter_context(log.open("wb")), "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, cwd=ROOT, env=dict(env), start_new_session=True, **to)
+        try:
+            return process.wait(timeout=max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def _ending(code: int | None, what: str) -> str:
@@ -216,7 +141,7 @@ def _ending(code: int | None, what: str) -> str:
     return f"{what} failed with exit status {code}"
 
 
-def measure(pieces: Sequence[Piece], kind: str, folder: Path, slug: str, until: float) -> dict[str, str]:
+def measure(pieces: Sequence[Piece], folder: Path, slug: str, until: float) -> dict[str, str]:
     """Runs the pieces in order until the time is up. Result name -> "" or what became of it."""
     endings = {}
     for piece in pieces:
@@ -227,7 +152,7 @@ def measure(pieces: Sequence[Piece], kind: str, folder: Path, slug: str, until: 
         out = folder / f"{slug}-{piece.name}.json"
         command = [sys.executable, "-m", f"{__package__}.{piece.module}", *piece.arguments, "--out", str(out)]
         begun = time.monotonic()
-        code = run(command, min(piece.limit, left), environment(kind))
+        code = run(command, min(piece.limit, left), environment())
         print(f"{piece.name}: {time.monotonic() - begun:.0f} s\n", flush=True)
         if code is None and left < piece.limit:
             endings[piece.name] = "not finished: no time left; what it had is kept"
@@ -252,15 +177,14 @@ def summary(endings: Mapping[str, str], folder: Path, slug: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=tuple(PIECES))
     parser.add_argument("--only", nargs="+", help="pieces whose name has one of these in it, extra ones too")
     parser.add_argument("--all", action="store_true", help="extra pieces too")
     parser.add_argument("--list", action="store_true", help="names of the pieces, and nothing else")
-    parser.add_argument("--budget", type=float, help="seconds for everything; default 590 on a CPU, 460 on a GPU")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything (%(default)s)")
     parser.add_argument("--skip-tests", action="store_true", help="and say so in the results")
     parser.add_argument("--folder", type=Path, default=harness.RESULTS, help="of the results")
     given = parser.parse_args(argv)
-    pieces = [p for p in PIECES[given.kind] if given.all or given.only or not p.extra]
+    pieces = [p for p in PIECES if given.all or given.only or not p.extra]
     pieces = [p for p in pieces if not given.only or any(part in p.name for part in given.only)]
     if given.list:
         print("\n".join(f"{p.name}{' (extra)' if p.extra else ''}" for p in pieces))
@@ -271,27 +195,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(given: argparse.Namespace, pieces: Sequence[Piece]) -> int:
-    if given.kind == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif harness.device() != "cuda":
-        print("error: no CUDA device: torch finds none", file=sys.stderr)
-        return 1
-    until = time.monotonic() + (given.budget or BUDGET[given.kind])
-    notes: list[str] = []
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    until = time.monotonic() + given.budget
     if not given.skip_tests:
-        wrong = tests(given.kind, 0.5 * (until - time.monotonic()))
-        if not wrong and given.kind == "gpu":
-            note, wrong = memcheck(0.2 * (until - time.monotonic()))
-            notes.append(note)
+        wrong = tests(0.5 * given.budget)
         if wrong:
             print(f"error: {wrong}: nothing is measured", file=sys.stderr)
             return 1
         os.environ[harness.TESTS] = "passed"
-    slug = harness.machine.slug("cpu" if given.kind == "cpu" else "cuda")
-    endings = measure(pieces, given.kind, given.folder, slug, until)
-    facts: dict[str, Any] = harness.header("cpu" if given.kind == "cpu" else "cuda")
-    print(f"\n{harness.describe(facts)}\n\n{summary(endings, given.folder, slug)}")
-    print("\n".join([*notes, f"results: {given.folder}"]))
+    slug = harness.machine.slug("cpu")
+    endings = measure(pieces, given.folder, slug, until)
+    print(f"\n{harness.describe(harness.header('cpu'))}\n\n{summary(endings, given.folder, slug)}")
+    print(f"results: {given.folder}")
     return int(any(ending and not ending.startswith("not ") for ending in endings.values()))
 
 

@@ -2,24 +2,32 @@
 
     python -m bench.tune                          every table; prints what would change
     python -m bench.tune --only ATTENTION --write
+    python -m bench.tune --check                  compiles the rows and compares them, times nothing
+    python -m bench.tune --plan sm_90             no GPU: chooses the rows to try, into bench/tune.json
+    python -m bench.tune --take bench/results/nvidia-h200.json    no GPU: writes what was found elsewhere
 
-Every candidate of a grid must compute what the present row computes before it is timed; one that the GPU cannot launch
-is left out. The present row stays unless another is faster by 2 %. Shapes are those of LanguageBind L/14 in bfloat16;
-the rows "wide", "short" and "interpreter", which all devices share, are left alone.
+At most eight rows a table are tried: those that `--plan` chose, which compiles every row of the grids below for an
+architecture, leaves out what spills or needs too much shared memory, and ranks by counted instructions; without a plan
+eight spread over the grid. A row must compute what the present one computes before it is timed; one that the GPU cannot
+launch is left out. The present row stays unless another is faster by 2 %. Shapes are those of LanguageBind L/14 in
+bfloat16; the rows "wide", "short" and "interpreter", which all devices share, are left alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
 import importlib
 import itertools
 import json
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +40,8 @@ from lbfast.testing import relative_error
 from . import contest, harness
 
 CONFIGS = harness.HERE.parent / "kernels" / "configs.py"
+PLAN = harness.HERE / "tune.json"
+MOST = 8  # rows of a table that are tried
 GAIN = 0.02  # by which another row must be faster to take the place
 TOLERANCE = 2e-2  # between rows, which sum in other orders
 
@@ -64,11 +74,26 @@ class Tunable:
     def key(self, arch: str) -> str:
         return f"{arch} {self.suffix}".strip()
 
-    def candidates(self) -> Iterator[Any]:
-        configs = _configs()
-        for sizes in itertools.product(*self.grid.values()):
-            for warps, stages in itertools.product(self.warps, self.stages):
-                yield configs.Launch(dict(zip(self.grid, sizes)), num_warps=warps, num_stages=stages)
+    @property
+    def name(self) -> str:
+        return f"{self.table} {self.suffix}".strip()
+
+    def every(self) -> list[Any]:
+        """The whole grid."""
+        launch = _configs().Launch
+        return [
+            launch(dict(zip(self.grid, sizes)), num_warps=warps, num_stages=stages)
+            for sizes in itertools.product(*self.grid.values())
+            for warps, stages in itertools.product(self.warps, self.stages)
+        ]
+
+    def candidates(self, arch: str) -> list[Any]:
+        """Rows to try: as planned for the architecture, or spread over the grid; at most MOST."""
+        planned = json.loads(PLAN.read_text()).get(arch, {}).get(self.name) if PLAN.exists() else None
+        if planned is not None:
+            return [_configs().Launch(**row) for row in planned][:MOST]
+        grid = self.every()
+        return grid[:: -(-len(grid) // MOST)]
 
     def step(self, device: str) -> Callable[[], Any]:
         """One call of what is timed; it returns tensors to compare."""
@@ -217,8 +242,19 @@ def timer(step: Callable[[], Any]) -> float:
     return harness.interleaved({"": replay}, "cuda", seconds=0.05, least=5)[""].median_ms
 
 
-def tune(tunable: Tunable, arch: str, device: str, clock: Timer) -> tuple[Any, Any, float, float]:
-    """(present row, best row, ms of each). The table is left as it was."""
+@dataclasses.dataclass
+class Tuned:
+    """present, best: rows. before, after: their milliseconds. rejected: what was not timed, and why."""
+
+    present: Any
+    best: Any
+    before: float
+    after: float
+    rejected: list[str]
+
+
+def tune(tunable: Tunable, arch: str, device: str, clock: Timer) -> Tuned:
+    """Tries the rows. The table is left as it was."""
     module = _configs()
     table, key = getattr(module, tunable.table), tunable.key(arch)
     before = dict(table)
@@ -227,24 +263,28 @@ def tune(tunable: Tunable, arch: str, device: str, clock: Timer) -> tuple[Any, A
             step = tunable.step(device)
             expected = [t.detach().clone() for t in contest.as_tuple(step())]
             present = table.get(key) or table.get(tunable.suffix) or table.get(arch) or table["default"]
-            best, first = present, clock(step)
-            least = first
-            for candidate in tunable.candidates():
+            first = clock(step)
+            found = Tuned(present, present, first, first, [])
+            for candidate in tunable.candidates(arch):
                 if candidate == present:
                     continue
                 table[key] = candidate
                 try:
                     got = contest.as_tuple(step())
-                    if all(relative_error(a, b) <= TOLERANCE for a, b in zip(got, expected)):
-                        ms = clock(step)
-                        if ms < least * (1 - GAIN if best is present else 1):
-                            best, least = candidate, ms
+                    error = max(relative_error(a, b) for a, b in zip(got, expected))
+                    if error > TOLERANCE:
+                        found.rejected.append(f"{_launch(candidate)}: {error:.1e} from the present row")
+                        continue
+                    ms = clock(step)
                 except Exception as error:  # too much shared memory, too many registers: each has an error of its own
-                    print(f"  {candidate}: {contest.reason(error)}")
+                    found.rejected.append(f"{_launch(candidate)}: {contest.reason(error)}")
+                    continue
+                if ms < found.after * (1 - GAIN if found.best is present else 1):
+                    found.best, found.after = candidate, ms
     finally:
         table.clear()
         table.update(before)
-    return present, best, first, least
+    return found
 
 
 def _side_stream(device: str) -> Any:
@@ -272,42 +312,140 @@ def _launch(row: Any) -> str:
     return f"Launch({json.dumps(dict(row.tile))}, num_warps={row.num_warps}{stages})"
 
 
-def run(tunables: Sequence[Tunable], arch: str, device: str, clock: Timer, path: Path, write: bool) -> str:
-    """Tunes, and returns the difference to the file, which is written where asked."""
-    changes: dict[str, dict[str, Any]] = {}
+def run(
+    tunables: Sequence[Tunable], arch: str, device: str, clock: Timer, record: harness.Record, path: Path | None = None
+) -> None:
+    """Tunes one after the other; each is in the record, and in the file `path`, before the next begins."""
     for tunable in tunables:
-        name = f"{tunable.table}[{tunable.key(arch)!r}]"
+        about: dict[str, Any] = {"name": tunable.table, "key": tunable.key(arch)}
         try:
-            present, best, before, after = tune(tunable, arch, device, clock)
+            found = tune(tunable, arch, device, clock)
         except Exception as error:  # one table that fails leaves the others
-            print(f"{name}: not tuned: {contest.reason(error)}")
+            record.add([{**about, "note": contest.reason(error)}])
+            print(f"{tunable.table}[{about['key']!r}]: not tuned: {contest.reason(error)}", flush=True)
             continue
-        print(f"{name}: {before:.4f} ms -> {after:.4f} ms, {_launch(best)}{'' if best != present else ' (as it was)'}")
-        if best != present:
-            changes.setdefault(tunable.table, {})[tunable.key(arch)] = best
-    old = path.read_text()
-    new = written(old, changes)
-    if write:
-        path.write_text(new)
-    difference = difflib.unified_diff(old.splitlines(True), new.splitlines(True), "kernels/configs.py", "tuned")
-    return "".join(difference)
+        times = {"before_ms": round(found.before, 4), "after_ms": round(found.after, 4)}
+        row = {**about, **times, "changed": found.best != found.present, **dataclasses.asdict(found.best)}
+        record.add([{**row, "rejected": found.rejected}])
+        kept = "" if row["changed"] else " (as it was)"
+        print(f"{tunable.table}[{about['key']!r}]: {found.before:.4f} ms -> {found.after:.4f} ms, ", end="")
+        print(f"{_launch(found.best)}{kept}", *found.rejected, sep="\n  ", flush=True)
+        if path is not None:
+            path.write_text(written(path.read_text(), changes([row])))
+
+
+def changes(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Table -> key -> Launch, of a result's rows."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row.get("changed"):
+            launch = _configs().Launch(row["tile"], row["num_warps"], row["num_stages"])
+            found.setdefault(row["name"], {})[row["key"]] = launch
+    return found
+
+
+def rows_of(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Of a result of `tune`, or of a file with many results, one of them `tune`'s."""
+    return (content if "rows" in content else content["tune"])["rows"]
+
+
+def use(content: Mapping[str, Any]) -> None:
+    """From here on this process launches with the rows that were found."""
+    for table, rows in changes(rows_of(content)).items():
+        getattr(_configs(), table).update(rows)
+
+
+# Ahead of time: which rows are worth a GPU's seconds.
+
+
+def plan(tunables: Sequence[Tunable], arch: str, workers: int) -> dict[str, list[dict[str, Any]]]:
+    """Name of the tunable -> at most MOST rows that fit the architecture, the fewest counted instructions first."""
+    jobs = [(t.table, t.key(arch), row, arch) for t in tunables for row in t.every()]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        costs = iter(list(pool.map(_cost, *zip(*jobs))))
+    found = {}
+    for tunable in tunables:
+        priced = [(cost, i, row) for i, row in enumerate(tunable.every()) if (cost := next(costs)) is not None]
+        found[tunable.name] = [dataclasses.asdict(row) for _, _, row in sorted(priced, key=lambda p: p[:2])[:MOST]]
+        print(f"{tunable.name}: {len(priced)} of {len(tunable.every())} fit", flush=True)
+    return found
+
+
+def _lines(known: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> str:
+    """JSON, a row of a table on each line."""
+    archs = []
+    for arch, tables in known.items():
+        shown = [
+            f"  {json.dumps(name)}: [\n   " + ",\n   ".join(map(json.dumps, tables[name])) + "]" for name in tables
+        ]
+        archs.append(f" {json.dumps(arch)}: {{\n" + ",\n".join(shown) + "}")
+    return "{\n" + ",\n".join(archs) + "}\n"
+
+
+def _cost(table: str, key: str, row: Any, arch: str) -> float | None:
+    """Counted microseconds of what the row changes in what is compiled; None where that won't fit, or is nothing."""
+    from . import resources
+
+    names, rows = resources.kernel_names(), getattr(_configs(), table)
+    present, before = [resources.cases(name, arch) for name in names], dict(rows)
+    rows[key] = row
+    try:
+        costs = []
+        for name, old in zip(names, present):
+            for index, (case, other) in enumerate(zip(resources.cases(name, arch), old)):
+                if case != other:
+                    compiled = resources.compile_case(name, index, arch)
+                    if not compiled.fits:
+                        return None
+                    costs.append(compiled.issue_us or 0.0)
+        return sum(costs) if costs else None
+    finally:
+        rows.clear()
+        rows.update(before)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], help="tables whose name has one of these in it")
-    parser.add_argument("--write", action="store_true", help="write kernels/configs.py, too")
+    parser.add_argument("--table", help="this table alone")
+    parser.add_argument("--write", action="store_true", help="write kernels/configs.py, too, after each table")
+    parser.add_argument("--check", action="store_true", help="compile and compare every row; time nothing")
+    parser.add_argument("--plan", metavar="ARCH", help="choose the rows to try, by compiling all of them; no GPU")
+    parser.add_argument("--take", metavar="RESULT", type=Path, help="write kernels/configs.py from a result; no GPU")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="of --plan (%(default)s)")
+    parser.add_argument("--out", help="JSON file of the results; default: none")
     given = parser.parse_args(argv)
+    chosen = [t for t in TUNABLES if any(part in t.table for part in given.only) and given.table in (None, t.table)]
+    if not chosen:
+        parser.error(f"--only, --table: expected part of {', '.join(dict.fromkeys(t.table for t in TUNABLES))}")
+    if given.take:
+        CONFIGS.write_text(written(CONFIGS.read_text(), changes(rows_of(json.loads(given.take.read_text())))))
+        return 0
+    if given.plan:
+        known = json.loads(PLAN.read_text()) if PLAN.exists() else {}
+        known[given.plan] = {**known.get(given.plan, {}), **plan(chosen, given.plan, given.workers)}
+        PLAN.write_text(_lines(known))
+        return 0
     if harness.device() != "cuda":
         print("error: launch tables are tuned on a GPU, and torch finds none", file=sys.stderr)
         return 1
     from lbfast.kernels.primitives import arch
 
-    chosen = [t for t in TUNABLES if any(part in t.table for part in given.only)]
-    if not chosen:
-        parser.error(f"--only: expected part of {', '.join(dict.fromkeys(t.table for t in TUNABLES))}")
-    print(harness.describe(harness.header("cuda")))
-    print(run(chosen, arch(torch.device("cuda")), "cuda", timer, CONFIGS, given.write) or "nothing would change")
+    record = harness.Record("Launch tables", "cuda", given.out)
+    print(harness.describe(record.header))
+    old = CONFIGS.read_text()
+    run(
+        chosen,
+        arch(torch.device("cuda")),
+        "cuda",
+        (lambda step: 0.0) if given.check else timer,
+        record,
+        CONFIGS if given.write else None,
+    )
+    new = written(old, changes(record.rows))
+    difference = difflib.unified_diff(old.splitlines(True), new.splitlines(True), "kernels/configs.py", "tuned")
+    print("".join(difference) or "nothing would change")
     return 0
 
 

@@ -54,6 +54,14 @@ def _fresh_dynamo():
         torch._dynamo.reset()
 
 
+@pytest.fixture
+def pretended_gpu():
+    from tests.pretend import pretended_gpu
+
+    with pretended_gpu():
+        yield
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

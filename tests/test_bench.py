@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from bench import bench_languagebind, compare, contest, harness, headline, peers, plot, report, run
 from lbfast.model.config import LanguageBindImageConfig
@@ -114,56 +113,6 @@ def test_contest_on_a_gpu(monkeypatch):
     assert harness.describe(record.header).startswith("NVIDIA H200, ") and record.header["slug"] == "nvidia-h200"
 
 
-class OnTheCpu(TorchFunctionMode):
-    """Tensors that are asked for on "cuda" are made on the CPU."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = {key: "cpu" if value == "cuda" else value for key, value in (kwargs or {}).items()}
-        args = [arg if isinstance(arg, torch.Tensor) or arg != "cuda" else "cpu" for arg in args]
-        return func(*args, **kwargs)
-
-
-class Event:
-    """A CUDA event, by the wall clock."""
-
-    def __init__(self, enable_timing):
-        self.at = 0.0
-
-    def record(self):
-        self.at = time.perf_counter()
-
-    def elapsed_time(self, last):
-        return 1e3 * (last.at - self.at)
-
-
-@pytest.fixture
-def pretended_gpu(monkeypatch):
-    """What the benches ask of a GPU, answered by the CPU: every line of theirs runs, no kernel does."""
-    properties = SimpleNamespace(name="NVIDIA H200", total_memory=2**37, multi_processor_count=132, major=9, minor=0)
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    answers = {
-        "is_available": lambda: True,
-        "get_device_properties": lambda device: properties,
-        "get_device_capability": lambda device=None: (9, 0),
-        "Stream": lambda: stream,
-        "current_stream": lambda: stream,
-        "stream": lambda s: contextlib.nullcontext(),
-        "synchronize": lambda: None,
-        "Event": Event,
-        "memory_allocated": lambda: 2**20,
-        "max_memory_allocated": lambda: 3 * 2**20,
-        "reset_peak_memory_stats": lambda: None,
-        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: time.sleep(1e-5)),
-        "graph": lambda graph, stream: contextlib.nullcontext(),
-    }
-    for name, answer in answers.items():
-        monkeypatch.setattr(torch.cuda, name, answer)
-    monkeypatch.setattr(harness, "MIB", 2**10)  # of what pushes the inputs out of the cache
-    monkeypatch.setattr(harness, "_cold", [])
-    with OnTheCpu():
-        yield
-
-
 @pytest.mark.parametrize("name", OPS)
 def test_every_bench_on_a_pretended_gpu(name, pretended_gpu, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -215,7 +164,7 @@ def test_small_cases_of_every_kernel(monkeypatch, capsys):
     pytest.importorskip("triton")
     from bench import memcheck
 
-    assert memcheck.main() == 0
+    assert memcheck.main([]) == 0
     kernels = {path.stem.removesuffix("_bwd") for path in (ROOT / "kernels").glob("*.py")} - {"primitives", "configs"}
     named = {re.split(r"[ ,]", line)[0] for line in capsys.readouterr().out.splitlines()}
     assert kernels <= named
@@ -247,6 +196,18 @@ def test_whole_encoders(tiny_archs, tmp_path, capsys):
     notes = {row["name"]: row["note"] for row in rows if "note" in row}
     assert "absent" in notes["languagebind float32"] and "emulated" in notes["lbfast fp8"]
     assert "items/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("modality", bench_languagebind.MODALITIES)
+def test_plain_torchs_best_is_the_same_model(tiny_archs, modality):
+    """SDPA and weights in bfloat16, which torch.compile then has to beat."""
+    about = bench_languagebind.subject(modality, "L/14", None, "bfloat16", "cpu")
+    given = bench_languagebind.inputs(about, 2, "cpu")
+    build = bench_languagebind._theirs(bench_languagebind._sdpa, compiled=False, short=True)
+    with torch.inference_mode():
+        got, expected = build(about)(given), bench_languagebind.CANDIDATES["reference float32"](about)(given)
+    assert got.dtype == torch.bfloat16 and next(about.model.parameters()).dtype == torch.float32
+    assert torch.cosine_similarity(got.double(), expected.double(), dim=-1).min() > 0.999
 
 
 def test_an_encoder_that_is_wrong_is_not_timed(tiny_archs, tmp_path, monkeypatch):
@@ -316,82 +277,48 @@ def commands(monkeypatch):
 
 def test_red_tests_and_nothing_is_measured(commands, tmp_path, capsys):
     commands.codes["pytest"] = 1
-    assert run.main(["cpu", "--folder", str(tmp_path)]) == 1
+    assert run.main(["--folder", str(tmp_path)]) == 1
     assert len(commands.asked) == 1 and not list(tmp_path.iterdir())
     assert "the tests failed with exit status 1: nothing is measured" in capsys.readouterr().err
 
 
 def test_one_bench_fails_and_the_others_still_run(commands, tmp_path, capsys):
     commands.codes |= {"bench_mlp": 1, "bench_layer_norm": None}
-    assert run.main(["cpu", "--folder", str(tmp_path)]) == 1
+    assert run.main(["--folder", str(tmp_path)]) == 1
     benches = [line for line, _, _ in commands.asked if "--out" in line]
-    assert len(benches) == sum(not piece.extra for piece in run.PIECES["cpu"])
+    assert len(benches) == sum(not piece.extra for piece in run.PIECES)
     assert all(env["CUDA_VISIBLE_DEVICES"] == "" for _, env, _ in commands.asked)
     assert commands.asked[0][1].get(harness.TESTS) is None and commands.asked[1][1][harness.TESTS] == "passed"
     shown = capsys.readouterr().out
     assert "mlp: FAILED with exit status 1" in shown and "layer-norm: stopped after" in shown
     assert "2.50 x" in shown.split("mlp: FAILED")[0]  # the table comes before
     commands.codes.clear()
-    assert run.main(["cpu", "--skip-tests", "--only", "attention", "--folder", str(tmp_path)]) == 0
+    assert run.main(["--skip-tests", "--only", "attention", "--folder", str(tmp_path)]) == 0
 
 
 def test_no_time_left(commands, tmp_path, capsys):
-    assert run.main(["cpu", "--skip-tests", "--budget", "1", "--folder", str(tmp_path)]) == 0
+    assert run.main(["--skip-tests", "--budget", "1", "--folder", str(tmp_path)]) == 0
     assert not commands.asked and capsys.readouterr().out.count("not run: no time left") > 5
 
 
-def test_on_a_gpu(commands, tmp_path, capsys, monkeypatch):
-    assert run.main(["gpu"]) == 1 and "no CUDA device" in capsys.readouterr().err
-    monkeypatch.setattr(harness, "device", lambda: "cuda")
-    monkeypatch.setattr(machine, "facts", lambda device: {"device": "NVIDIA H200", "cuda": "13.0"})
-    monkeypatch.setattr(run, "sanitizer", lambda: None)
-    monkeypatch.setattr(run, "_at_once", lambda: 1)
-    assert run.main(["gpu", "--folder", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    assert "compute-sanitizer is not on this machine" in shown and "NVIDIA H200" in shown
-    tests = [line for line, _, _ in commands.asked if "-m pytest" in line]
-    assert len(tests) == len(run.OPS) + 1 and "-k attention and not temporal" in tests[0]
-    for line in tests:
-        assert "-m gpu" in line and "test_gpu.py" in line and "test_attention.py" in line and "test_cli" not in line
-    commands.codes["-k mlp"] = 1
-    assert run.main(["gpu", "--folder", str(tmp_path / "none")]) == 1 and not (tmp_path / "none").exists()
-    assert "the tests failed with exit status 1 (-k 'mlp'): nothing is measured" in capsys.readouterr().err
-    commands.codes.clear()
-    assert len(list(tmp_path.glob("nvidia-h200-*.json"))) == len([p for p in run.PIECES["gpu"] if not p.extra])
-    monkeypatch.setattr(run, "sanitizer", lambda: "/cuda/bin/compute-sanitizer")
-    assert run.main(["gpu", "--folder", str(tmp_path)]) == 0 and "memcheck: no errors" in capsys.readouterr().out
-    commands.codes["memcheck"] = 99
-    assert run.main(["gpu", "--folder", str(tmp_path)]) == 1
-    assert "compute-sanitizer memcheck failed with exit status 99" in capsys.readouterr().err
-
-
-def test_finds_the_sanitizer(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
-    tool = tmp_path / "cuda" / "bin" / "compute-sanitizer"
-    tool.parent.mkdir(parents=True)
-    tool.write_text("#!/bin/sh\n")
-    tool.chmod(0o755)
-    assert run.sanitizer() == str(tool)
-
-
-def test_a_bench_that_hangs_is_stopped_with_its_children():
+def test_a_bench_that_hangs_is_stopped_with_its_children(tmp_path):
     program = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     begun = time.monotonic()
     assert run.run([sys.executable, "-c", program], 1.0, {}) is None
     assert time.monotonic() - begun < 10
-    assert run.run([sys.executable, "-c", "raise SystemExit(7)"], 30, {}) == 7
+    said = "import sys; print('out'); print('err', file=sys.stderr); raise SystemExit(7)"
+    assert run.run([sys.executable, "-c", said], 30, {}, tmp_path / "log") == 7
+    assert sorted((tmp_path / "log").read_text().split()) == ["err", "out"]
 
 
 def test_pieces_name_benches_that_take_their_arguments():
-    for kind, pieces in run.PIECES.items():
-        assert len({piece.name for piece in pieces}) == len(pieces)
-        assert sum(piece.limit for piece in pieces if not piece.extra) > run.BUDGET[kind] / 2
-        for piece in pieces:
-            module = importlib.import_module(f"bench.{piece.module}")
-            with pytest.raises(SystemExit) as ended:
-                module.main([*piece.arguments, "--help"])
-            assert ended.value.code == 0, piece
+    assert len({piece.name for piece in run.PIECES}) == len(run.PIECES)
+    assert sum(piece.limit for piece in run.PIECES if not piece.extra) > run.BUDGET / 2
+    for piece in run.PIECES:
+        module = importlib.import_module(f"bench.{piece.module}")
+        with pytest.raises(SystemExit) as ended:
+            module.main([*piece.arguments, "--help"])
+        assert ended.value.code == 0, piece
 
 
 # Results: report, comparison, floors
@@ -436,7 +363,7 @@ def test_report_of_results(tmp_path):
     assert "- peer: not timed: absent" in every and "![languagebind-video](a-cpu-languagebind-video.svg)" in every
     assert made["a-cpu-languagebind-video.svg"].count("<rect") == 1 + 4
     with pytest.raises(ValueError, match="bench:speed: expected one of"):
-        report.readme("<!-- bench:speed -->\n<!-- bench:end -->", {})
+        report.page("<!-- bench:speed -->\n<!-- bench:end -->", {})
 
 
 def test_pictures_are_the_same_each_time():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,19 +64,19 @@ def test_takes_the_fastest(on_this_machine, backward):
     grid = {"ELEMENTS": (64, 128, 256), **({"PER_SM": (2,)} if backward else {})}
     before = dict(table)
     clock = times(table, arch, {64: 0.7, 128: 0.5, 256: 0.6})
-    _, best, first, least = tune.tune(small(table=name, grid=grid, backward=backward), arch, device, clock)
-    assert best.tile["ELEMENTS"] == 128 and (first, least) == (1.0, 0.5)
+    found = tune.tune(small(table=name, grid=grid, backward=backward), arch, device, clock)
+    assert found.best.tile["ELEMENTS"] == 128 and (found.before, found.after) == (1.0, 0.5)
     assert table == before  # nothing is left behind
 
 
 def test_a_little_faster_is_not_enough(on_this_machine):
     arch, device = on_this_machine
     clock = times(configs.LAYER_NORM_FWD, arch, {64: 0.99})
-    present, best, _, _ = tune.tune(small(), arch, device, clock)
-    assert best is present
+    found = tune.tune(small(), arch, device, clock)
+    assert found.best is found.present and not found.rejected
 
 
-def test_what_computes_something_else_is_not_timed(on_this_machine, capsys):
+def test_what_computes_something_else_is_not_timed(on_this_machine):
     arch, device = on_this_machine
     timed = []
 
@@ -87,20 +90,26 @@ def test_what_computes_something_else_is_not_timed(on_this_machine, capsys):
         timed.append(configs.LAYER_NORM_FWD.get(arch, configs.LAYER_NORM_FWD["default"]).tile["ELEMENTS"])
         return 1.0 / len(timed)
 
-    _, best, _, _ = tune.tune(small(call=call), arch, device, clock)
-    assert timed[1:] == [256] and best.tile["ELEMENTS"] == 256
-    assert "out of resources" in capsys.readouterr().out
+    found = tune.tune(small(call=call), arch, device, clock)
+    assert timed[1:] == [256] and found.best.tile["ELEMENTS"] == 256
+    wrong, failed = found.rejected
+    assert "from the present row" in wrong and "out of resources" in failed
 
 
-def test_writes_a_table_that_reads_back(on_this_machine, tmp_path, capsys):
+def test_writes_a_table_that_reads_back(on_this_machine, tmp_path, monkeypatch):
     arch, device = on_this_machine
     path = tmp_path / "configs.py"
     path.write_text(tune.CONFIGS.read_text())
     clock = times(configs.LAYER_NORM_FWD, arch, {256: 0.1})
     broken = small(table="MLP_FWD", call=lambda *x: 1 / 0)
-    difference = tune.run([small(), broken], arch, device, clock, path, write=True)
-    assert f'+    "{arch}": Launch({{"ELEMENTS": 256}}, num_warps=4),' in difference or arch == "default"
-    assert "MLP_FWD" in capsys.readouterr().out
+    record = harness.Record("Launch tables", device, tmp_path / "tune.json")
+    tune.run([small(), broken], arch, device, clock, record, path)
+    assert f'"{arch}": Launch({{"ELEMENTS": 256}}, num_warps=4),' in path.read_text()
+    assert record.rows[1]["name"] == "MLP_FWD" and "division by zero" in record.rows[1]["note"]
+    at_home = tmp_path / "home.py"
+    at_home.write_text(tune.CONFIGS.read_text())
+    monkeypatch.setattr(tune, "CONFIGS", at_home)  # the same, from the result
+    assert tune.main(["--take", str(record.out)]) == 0 and at_home.read_text() == path.read_text()
     found: dict = {}
     exec(compile(path.read_text(), "configs", "exec"), {"__name__": "lbfast.kernels.configs"}, found)
     assert found["LAYER_NORM_FWD"][arch].tile == {"ELEMENTS": 256}
@@ -130,7 +139,45 @@ def test_every_table_of_an_architecture_is_tuned():
     for tunable in tune.TUNABLES:
         table = getattr(configs, tunable.table)
         assert set(tunable.grid) == set(table["default"].tile), tunable.table
-        assert len(list(tunable.candidates())) > 1
+        assert 1 < len(tunable.candidates("unknown")) <= tune.MOST < 2 * len(tunable.candidates("unknown")) + 8
+
+
+def test_rows_as_planned(monkeypatch, tmp_path):
+    """What compiles to something else, fits, and is counted to take least."""
+    from bench import resources
+
+    tunable = small(grid={"ELEMENTS": (1024, 2048, 4096, 8192)}, warps=(4,))
+    compiled = []
+
+    def compile_case(kernel, index, arch):
+        case = resources.cases(kernel, arch)[index]
+        elements = configs.LAYER_NORM_FWD["sm_90"].tile["ELEMENTS"]
+        compiled.append((case.kernel.__name__, elements))
+        return SimpleNamespace(fits=elements != 2048, issue_us=float(elements % 8000))
+
+    monkeypatch.setattr(resources, "compile_case", compile_case)
+    rows = tunable.every()
+    prices = [tune._cost("LAYER_NORM_FWD", "sm_90", row, "sm_90") for row in rows]
+    present = configs.LAYER_NORM_FWD["default"].tile["ELEMENTS"]
+    assert {name for name, _ in compiled} == {"_layer_norm_fwd_kernel"} and "sm_90" not in configs.LAYER_NORM_FWD
+    assert prices[1] is None and prices[[1024, 2048, 4096, 8192].index(present)] is None  # spills; changes nothing
+    assert 0 < prices[3] < prices[0]
+    monkeypatch.setattr(tune, "PLAN", tmp_path / "tune.json")
+    known = {"sm_90": {"LAYER_NORM_FWD": [dataclasses.asdict(row) for row in rows[3:]], "MLP_FWD": []}}
+    tune.PLAN.write_text(tune._lines({**known, "sm_100": {}}))
+    assert json.loads(tune.PLAN.read_text()) == {**known, "sm_100": {}}
+    assert tunable.candidates("sm_90") == [rows[3]] and len(tunable.candidates("sm_80")) == 4
+
+
+def test_the_plan_is_of_todays_tables():
+    if not tune.PLAN.exists():
+        pytest.skip("no rows are planned")
+    by_name = {tunable.name: tunable for tunable in tune.TUNABLES}
+    for arch, tables in json.loads(tune.PLAN.read_text()).items():
+        assert tables.keys() <= by_name.keys(), arch
+        for name, rows in tables.items():
+            assert len(rows) <= tune.MOST
+            assert all(set(row["tile"]) == set(by_name[name].grid) for row in rows), (arch, name)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU says")

@@ -1,6 +1,6 @@
 """On a GPU alone: every Triton kernel at LanguageBind's own shapes and types, large grids, CUDA graphs, NCCL.
 
-`make gpu` runs these before it measures anything, with the other tests that are marked so.
+`make gpu` runs these, with the other tests that are marked so, and marks the figures of an op that fails one.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def test_info_nce(size, dim, dtype):
         lambda *x: ops.info_nce(*x, impl="triton"),
         info_nce,
         embeddings(size, dim, dtype),
-        plain=peers.clip_loss_row_chunked,
+        plain=peers.clip_loss if dtype == torch.float32 else peers.clip_loss_row_chunked,
     )
 
 
