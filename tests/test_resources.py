@@ -63,9 +63,10 @@ def check_counts(rows):
 
 
 @pytest.mark.slow
-def test_every_launch_compiles():
+@pytest.mark.parametrize("arch", sorted(ARCHS))
+def test_every_launch_compiles(arch):
     """With what a launch makes constant: numbers that are 1, tensors that are None."""
-    done = compiled("tests.launches")
+    done = compiled("tests.launches", arch)
     assert done.returncode == 0, done.stderr[-3000:]
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob("*.py"))
     assert set(done.stdout.split()) == set(re.findall(r"^def (_\w+_kernel)\(", sources, re.MULTILINE))
