@@ -1,5 +1,7 @@
 """ops.patch_embed against its oracle: images, clips and tubes, floats and bytes, kept patches, every gradient."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,8 +70,6 @@ def test_dtypes(impl, dtype, bytes):
         pytest.skip("the interpreter multiplies bfloat16's bits")
     if impl == "native" and dtype != torch.bfloat16:
         pytest.skip("the native gather is for float32 and bfloat16")
-    if (impl, dtype, DEVICE) == ("triton", torch.float64, "cuda"):
-        pytest.skip("float64 has no kernel on a GPU")
     check(impl, inputs(frames=2, dtype=dtype, bytes=bytes), kept=some(2, 6, 4))
 
 
@@ -169,12 +169,42 @@ def test_pre_norm(impl):
     tensors = inputs(frames=2)
     norm = (randn(10, device=DEVICE, seed=8), randn(10, device=DEVICE, seed=9), 1e-5)
     check(impl, tensors, pre_norm=norm, kept=some(2, 6, 3))
+    for each, bytes in ((False, True), (True, False)):
+        check(impl, inputs(frames=2, each=each, bytes=bytes), pre_norm=norm)
     parameters = [t.requires_grad_() for t in norm[:2]]
     grads = [
         torch.autograd.grad(options(f, pre_norm=norm, **more)(*tensors).sin().sum(), parameters)
         for f, more in ((ops.patch_embed, {"impl": impl}), (reference, {}))
     ]
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("kept", [None, some(3, 6, 2)])
+def test_large_batches_in_pieces(monkeypatch, kept):
+    tensors = [t.requires_grad_(t.is_floating_point()) for t in inputs(3, 2, bytes=True)]
+    op = options(ops.patch_embed, kept=kept, mean=MEAN, std=STD, impl="triton")
+
+    patch_embed = sys.modules["lbfast.ops.patch_embed"]
+
+    def run():
+        tokens = op(*tensors)
+        return [tokens, *torch.autograd.grad(tokens.sin().sum(), tensors[1:])]
+
+    whole = run()
+    for clips in (0, 1, 2):
+        monkeypatch.setattr(patch_embed, "PIECE_BYTES", clips * 2 * (7 if kept is None else 3) * 56 * 4)
+        for piece, all_at_once in zip(run(), whole):
+            torch.testing.assert_close(piece, all_at_once)
+
+
+def test_the_bias_of_bytes_is_rounded_once():
+    """Pixels of 128 leave nothing but the bias, which the matrix holds in two columns."""
+    pixels, weight, *others = inputs(bytes=True, dtype=torch.float16, d=200)
+    pixels, zeros = torch.full_like(pixels, 128), [torch.zeros_like(t) for t in others]
+    actual = options(ops.patch_embed, mean=MEAN, std=STD, impl="triton")(pixels, weight, *zeros)[0, 1].double()
+    mean, std = (torch.tensor(v, dtype=torch.float64, device=DEVICE).view(3, 1, 1) for v in (MEAN, STD))
+    exact = (weight.double() * (128 / 255 - mean) / std).sum((1, 2, 3))
+    assert ((actual - exact).abs() <= exact.abs() * torch.finfo(torch.float16).eps * 0.51 + 1e-7).all()
 
 
 def test_dtypes_of_pixels_and_weights():
