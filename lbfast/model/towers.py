@@ -33,10 +33,10 @@ def resize_position_embedding(table: torch.Tensor, grid: tuple[int, int]) -> tor
 
 
 @functools.cache
+@torch.inference_mode(False)  # training, later in the process, keeps them for its backward
 def _pixel_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """PIXEL_MEAN and PIXEL_STD there: a CUDA graph could not copy them."""
-    with torch.inference_mode(False):  # training, later in the process, keeps them for its backward
-        mean, std = (torch.tensor(values, device=device) for values in (PIXEL_MEAN, PIXEL_STD))
+    mean, std = (torch.tensor(values, device=device) for values in (PIXEL_MEAN, PIXEL_STD))
     return mean, std
 
 
