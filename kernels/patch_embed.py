@@ -109,10 +109,10 @@ def _bwd_position_kernel(
     dtokens_ptr,
     where_ptr,
     dposition_ptr,
-    clips,
-    frames,
+    images,
     n,
     positions,
+    T: tl.constexpr,
     D: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -124,11 +124,10 @@ def _bwd_position_kernel(
     o_d = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
     acc = tl.zeros([BLOCK_B, BLOCK_D], ACC)
-    for first in range(0, clips * frames, BLOCK_B):
+    for first in range(0, images, BLOCK_B):
         o_b = first + tl.arange(0, BLOCK_B)
-        m_b = o_b < clips * frames
-        token = tl.load(where_ptr + o_b // frames * positions + position, mask=m_b, other=-1)
-        o_t = (o_b.to(tl.int64) * n + token)[:, None] * D + o_d[None, :]
+        token = tl.load(where_ptr + o_b // T * positions + position, mask=o_b < images, other=-1)
+        o_t = (o_b * n + token).to(tl.int64)[:, None] * D + o_d[None, :]
         m_t = (token >= 0)[:, None] & m_d[None, :]
         acc += tl.load(dtokens_ptr + o_t, mask=m_t, other=0.0).to(ACC)  # [BLOCK_B, BLOCK_D]
     tl.store(dposition_ptr + position * D + o_d, tl.sum(acc, axis=0), mask=m_d)
@@ -215,10 +214,10 @@ def bwd_position(dtokens: torch.Tensor, clips: int, kept: torch.Tensor, patches:
             dtokens_ptr=dtokens.contiguous(),
             where_ptr=where,
             dposition_ptr=dposition,
-            clips=clips,
-            frames=images // max(1, clips),
+            images=images,
             n=n,
             positions=1 + patches,
+            T=max(1, images // max(1, clips)),
             D=d,
             ACC=accumulator(dtokens.dtype),
             num_warps=launch.num_warps,
@@ -259,6 +258,7 @@ def aot_cases(arch: str) -> list[AotCase]:
                 images * (patches * k * width + (1 + patches) * padded(k) * wide),
                 programs=images * blocks,
                 trips=(triton.cdiv(padded(k), launch.tile["BLOCK_K"]),),
+                shares=(1 / blocks,),
             )
         )
     for d in (1024, 1280):
@@ -276,13 +276,13 @@ def aot_cases(arch: str) -> list[AotCase]:
             )
         )
         row = configs.lookup(configs.PATCH_EMBED_BWD_POSITION, arch)
-        signature = {"dtokens_ptr": "*bf16:16", "where_ptr": "*i32:16", "dposition_ptr": "*fp32:16", "clips": "i32:16"}
+        signature = {"dtokens_ptr": "*bf16:16", "where_ptr": "*i32:16", "dposition_ptr": "*fp32:16", "images": "i32:16"}
         cases.append(
             AotCase(
                 f"patch_embed bwd position 256x129x{d}",
                 _bwd_position_kernel,
-                signature | dict.fromkeys(("frames", "n", "positions"), "i32"),
-                {"D": d, "ACC": tl.float32, **row.tile},
+                signature | dict.fromkeys(("n", "positions"), "i32"),
+                {"T": 8, "D": d, "ACC": tl.float32, **row.tile},
                 row.num_warps,
                 row.num_stages,
                 0,
