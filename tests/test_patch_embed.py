@@ -170,6 +170,19 @@ def test_pre_norm(impl, dtype):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("bytes", [False, True])
+def test_positions_may_be_added_later(impl, bytes):
+    """What a compiled graph on a GPU may ask of any implementation."""
+    pixels, weight, classes, position = inputs(frames=2, bytes=bytes)
+    weight.requires_grad_()
+    given = {name: torch.tensor(v, device=DEVICE) if bytes else None for name, v in (("mean", MEAN), ("std", STD))}
+    without = torch.ops.lbfast.patch_embed(pixels, weight, classes, None, None, *given.values(), impl)
+    want = options(ops.patch_embed, impl=impl, **given)(pixels, weight, classes, torch.zeros_like(position))
+    torch.testing.assert_close(without, want)
+    torch.testing.assert_close(*(torch.autograd.grad(out.sin().sum(), weight) for out in (without, want)))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_gradients_of_pre_norm(impl):
     tensors = inputs(frames=2)
     norm = (randn(10, device=DEVICE, seed=8), randn(10, device=DEVICE, seed=9), 1e-5)
