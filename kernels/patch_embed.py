@@ -4,11 +4,11 @@
     rows[b, t, 0]     = 0, for the class token
     matrix            = [weight, coarse bias, fine bias, 0];  tokens = rows @ matrix.T
 
-A fused implicit GEMM reads each pixel D / BLOCK_N times and finds its address as often: here it is read, converted and
-written once, for half the instructions, and the GEMM runs at the library's rate. Rows are padded to a multiple of 8
-numbers, the 16 bytes that its loads want. uint8 pixels enter as x - 128, which is exact; `_matrix_kernel` folds their
-mean and std into the weight and a bias, in float32, before it rounds. The bias is two columns of the matrix, the second
-what the first's rounding left: as good as float32, and its gradient is a column of the weight's.
+A fused implicit GEMM reads, converts and addresses each pixel D / BLOCK_N times: here that is done once, and the GEMM
+runs at the library's rate. Rows are padded to a multiple of 8 numbers, the 16 bytes that its loads want. uint8 pixels
+enter as x - 128, which is exact; `_matrix_kernel` folds their mean and std into the weight and a bias, in float32,
+before it rounds. The bias is two columns of the matrix, the second what the first's rounding left: as good as float32,
+and its gradient is a column of the weight's.
 Of the backward, here is only the sum of token gradients by position, where patches were dropped: in float32 (float64
 for float64), in a fixed order, by looking up where each clip has a position. No atomics.
 Source: Dosovitskiy et al., arXiv 2010.11929.
