@@ -26,13 +26,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from .triton_ir import LOADS, PRODUCTS, SCALAR_PRODUCTS, STORES, Anchor, CountError, Region, anchors, regions
+
 TENSOR, MEMORY, MUFU, OTHER = KINDS = ("tensor", "memory", "mufu", "other")
 _TENSOR = re.compile(r"[HIQBDO]G?MMA|UTC\w*MMA")
 _MEMORY = re.compile(r"LD[GSLT]?(\.|$)|LDGSTS|LDSM|ST[GSLT]?(\.|$)|STSM|ATOM|RED(\.|G|$)|UTMA|UBLKCP|LDTM|STTM")
-
-
-class CountError(Exception):
-    """The count cannot be told."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,73 +49,6 @@ class Instruction:
         if _MEMORY.match(self.op):
             return MEMORY
         return MUFU if self.op.startswith("MUFU") else OTHER
-
-
-@dataclasses.dataclass
-class Region:
-    """A loop of TTIR, or an arm of an if. weight: its trips, or its share. path: outermost first, itself included."""
-
-    loop: bool
-    first: int
-    parent: Region | None
-    weight: float = 1.0
-    last: int = 0
-
-    @property
-    def path(self) -> list[Region]:
-        return [*(self.parent.path if self.parent else ()), self]
-
-    @property
-    def loops(self) -> list[Region]:
-        return [region for region in self.path if region.loop]
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-
-def regions(ttir: str, trips: Sequence[float], shares: Sequence[float]) -> tuple[list[Region], dict[int, Region]]:
-    """TTIR's loops, and line -> innermost loop or arm."""
-    found: list[Region] = []
-    inside: dict[int, Region] = {}
-    stack: list[Region | None] = []
-    branches = 0
-    for number, line in enumerate(ttir.splitlines(), 1):
-        text = re.sub(r"\s*loc\(.*\)\s*$", "", line).strip()
-        if "cf.cond_br" in text:
-            raise CountError("an early return makes branches that no share describes: write it as an if")
-        arm = None
-        if text.startswith("}") and stack:
-            closed = stack.pop()
-            if closed and text.startswith(("} else", "} do")):
-                if closed.loop:
-                    stack.append(closed)
-                    continue
-                arm = Region(False, number, closed.parent, 1 - closed.weight)
-            if closed:
-                closed.last = number
-        current = next((region for region in reversed(stack) if region), None)
-        if current:
-            inside[number] = current
-        if not text.endswith("{"):
-            continue
-        if re.search(r"\bscf\.(for|while)\b", text):
-            arm = Region(True, number, current, trips[len(found)] if len(found) < len(trips) else math.nan)
-            found.append(arm)
-        elif re.search(r"\bscf\.if\b", text):
-            arm = Region(False, number, current, shares[branches] if branches < len(shares) else math.nan)
-            branches += 1
-        stack.append(arm)
-        if arm:
-            inside[number] = arm
-    if (len(trips), len(shares)) != (len(found), branches):
-        raise CountError(
-            f"the kernel has {len(found)} loops and {branches} ifs, the case states {len(trips)} trips and "
-            f"{len(shares)} shares"
-        )
-    return found, inside
 
 
 def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
@@ -259,18 +190,6 @@ def _dominators(start: int, blocks: set[int], edges: Sequence[Sequence[int]]) ->
     return found
 
 
-PRODUCTS, SCALAR_PRODUCTS, STORES, LOADS = range(4)
-
-
-@dataclasses.dataclass(frozen=True)
-class Anchor:
-    """What TTIR's line does once a trip: rank (of the above, the best one counts), and how much of it as by `work`."""
-
-    line: int
-    rank: int
-    amount: float
-
-
 def work(one: Instruction, rank: int) -> float:
     """Products: multiplications and additions of a warp. Stores, loads: bytes of a thread in global memory."""
     if rank == PRODUCTS:
@@ -284,66 +203,6 @@ def work(one: Instruction, rank: int) -> float:
         return 0
     width = re.search(r"\.(128|64|U16|S16|U8|S8)\b", one.op)
     return {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}[width[1]] if width else 4
-
-
-def anchors(ttir: str, ttgir: str) -> list[Anchor]:
-    """Of TTGIR whose locations are TTIR's lines. Compilers split products: their length is TTIR's."""
-    shapes = r"tt\.dot .* : tensor<(?:\d+x)*(\d+)x\w+> \* tensor<"
-    lengths = {n: int(at[1]) for n, row in enumerate(ttir.splitlines(), 1) if (at := re.search(shapes, row))}
-    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*>)$", ttgir, re.MULTILINE))
-    lines = {
-        name: int(number) for name, number in re.findall(r'^(#loc\d*) = loc\(".*":(\d+):\d+\)$', ttgir, re.MULTILINE)
-    }
-    found = []
-    for row in ttgir.splitlines():
-        at = re.search(r'loc\((#loc\d*|".*":(\d+):\d+)\)$', row)
-        line = (int(at[2]) if at[2] else lines.get(at[1], 0)) if at else 0
-        if not line:
-            continue
-        if "warp_group_dot " in row or re.search(r"= tt\.dot ", row):
-            result = re.search(r"-> tensor<([\dx]+)x\w+, (#\w+)>", row)
-            if result and line in lengths:
-                layout = layouts.get(result[2], "")
-                rank = SCALAR_PRODUCTS if layout.startswith("#ttg.blocked") else PRODUCTS
-                found.append(Anchor(line, rank, _threads(result[1], layout) * lengths[line] * 32))
-        elif move := re.search(
-            r"(tt\.store|tt\.load|ttg\.async_copy_global_to_local) .*?"
-            r": tensor<([\dx]+)x!tt\.ptr<(\w+)>, (#[\w.]+(?:<.*?>)?)>",
-            row,
-        ):
-            size = re.search(r"\d+$", move[3])
-            width = max(8, int(size[0]) if size else 32) // 8
-            layout = layouts.get(move[4], move[4])
-            if threads := _threads(move[2], layout):
-                found.append(Anchor(line, STORES if move[1] == "tt.store" else LOADS, threads * width))
-    return list(dict.fromkeys(anchor for anchor in found if anchor.amount))
-
-
-def _threads(shape: str, layout: str) -> float:
-    """Numbers of a tensor that a thread has, each once; 0 where the layout is one that is not understood here."""
-    sizes = [int(size) for size in shape.split("x")]
-
-    def listed(name: str) -> list[int]:
-        given = re.search(rf"{name} = \[([\d, ]*)\]", layout)
-        return [int(number) for number in given[1].split(",")] if given else []
-
-    if layout.startswith("#ttg.blocked"):
-        out = 1
-        for size, each, lanes, warps in zip(
-            sizes, listed("sizePerThread"), listed("threadsPerWarp"), listed("warpsPerCTA")
-        ):
-            own = min(each, size)
-            spread = min(lanes, size // own)
-            out *= own * max(1, size // (own * spread * min(warps, max(1, size // (own * spread)))))
-        return out
-    if layout.startswith("#ttg.nvidia_mma"):
-        tile, warps = listed("instrShape"), listed("warpsPerCTA")
-        steps = [
-            math.ceil(size / (one * warp))
-            for size, one, warp in zip(sizes[-2:], tile[-3:] if len(tile) > 2 else tile, warps[-2:])
-        ]
-        return math.prod(steps) * tile[0] * tile[1] / 32
-    return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -437,6 +296,8 @@ def _solve_passes(flow: Flow, found: Sequence[Region], inside: Mapping[int, Regi
             loop.passes = left // ratio
             left -= loop.passes * ratio
         order[-1][1].passes = left / order[-1][0]
+        if left < 0:
+            raise CountError(f"the loop at TTIR line {region.first} has more than its {region.weight} trips beside it")
     for region in found:
         _check_written_out(flow, region, found, inside, known, trips)
     for loop in flow.loops:
@@ -499,6 +360,7 @@ def _done(rank: int, code: Iterable[Instruction]) -> float:
 def _weight(flow: Flow, block: int, inside: Mapping[int, Region], runs: Mapping[int, set[int]]) -> float:
     """How often a warp of the mean program runs a block."""
     loop = flow.innermost(block)
+    calls = flow.instructions[flow.blocks[block][-1]].op.startswith("CALL")
     weight, taken = 1.0, set()
     for one in loop.chain if loop else ():
         for region in one.region.path if one.region else ():
@@ -507,8 +369,10 @@ def _weight(flow: Flow, block: int, inside: Mapping[int, Region], runs: Mapping[
                 weight *= region.weight
         weight *= one.passes
     if block in runs[id(loop)]:
+        if calls:
+            raise CountError("a call that every pass makes")
         return weight
-    if flow.instructions[flow.blocks[block][-1]].op.startswith("CALL"):
+    if calls:
         return 0.0
     path = _vote(flow.code([block]), inside)
     for region in path:

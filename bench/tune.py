@@ -137,12 +137,14 @@ def _mlp(device: str) -> Inputs:
     return _random(device, *shapes)
 
 
-def _patches(pixels: bool, weight: bool, position: bool) -> Callable[[str], Inputs]:
-    def make(device: str) -> Inputs:
-        shapes = ((CLIPS, 3, FRAMES, 224, 224), (WIDTH, 3, 14, 14), (WIDTH,), (TOKENS, WIDTH))
-        return _random(device, *shapes, grads=(pixels, weight, False, position))
+def _patches(device: str) -> Inputs:
+    shapes = ((CLIPS, 3, FRAMES, 224, 224), (WIDTH, 3, 14, 14), (WIDTH,), (TOKENS, WIDTH))
+    return _random(device, *shapes, grads=(False, False, False, True))
 
-    return make
+
+def _half_of_the_patches(device: str) -> Inputs:
+    kept = torch.rand(CLIPS, TOKENS - 1, generator=torch.Generator().manual_seed(0)).argsort(1)[:, : TOKENS // 2]
+    return [*_patches(device), kept.to(device)]
 
 
 def _embeddings(device: str) -> Inputs:
@@ -150,8 +152,9 @@ def _embeddings(device: str) -> Inputs:
     return [*(t.requires_grad_() for t in made), torch.tensor(14.3, device=device, requires_grad=True)]
 
 
-def _patch_embed(pixels: Any, weight: Any, classes: Any, position: Any) -> Any:
-    return ops.patch_embed(pixels, weight, class_embedding=classes, position_embedding=position, impl="triton")
+def _patch_embed(pixels: Any, weight: Any, classes: Any, position: Any, kept: Any = None) -> Any:
+    given = {"class_embedding": classes, "position_embedding": position, "kept": kept, "impl": "triton"}
+    return ops.patch_embed(pixels, weight, **given)
 
 
 def _attention(*x: Any) -> Any:
@@ -179,7 +182,6 @@ def _loss_of_classes(x: Any, y: Any, scale: Any) -> Any:
 
 
 _ATTENTION = {"ROWS": (64, 128), "COLS": (32, 64)}
-_GEMM = {"BLOCK_M": (64, 128), "BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64)}
 _LOGITS = {"BLOCK_M": (64, 128), "BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64), "GROUP": (8,)}
 _LOSSES = {"grid": _LOGITS, "inputs": _embeddings, "stages": (2, 3, 4)}
 TUNABLES = (
@@ -200,27 +202,11 @@ TUNABLES = (
         _perceptron,
         backward=True,
     ),
-    Tunable("PATCH_EMBED_FWD", _GEMM, _patches(False, True, False), _patch_embed, stages=(2, 3, 4)),
-    Tunable(
-        "PATCH_EMBED_BWD_WEIGHT",
-        {"BLOCK_M": (32, 64), "BLOCK_N": (64, 128), "BLOCK_K": (64, 128), "SPLITS": (4, 8, 16)},
-        _patches(False, True, False),
-        _patch_embed,
-        stages=(2, 3),
-        backward=True,
-    ),
-    Tunable(
-        "PATCH_EMBED_BWD_PIXELS",
-        {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64), "BLOCK_K": (64, 128)},
-        _patches(True, False, False),
-        _patch_embed,
-        stages=(2, 3),
-        backward=True,
-    ),
+    Tunable("PATCH_EMBED_ROWS", {"BLOCK_M": (16, 32, 64, 128), "BLOCK_K": (64, 128)}, _patches, _patch_embed),
     Tunable(
         "PATCH_EMBED_BWD_POSITION",
         {"BLOCK_B": (4, 8, 16), "BLOCK_D": (128, 256, 512)},
-        _patches(False, False, True),
+        _half_of_the_patches,
         _patch_embed,
         backward=True,
     ),

@@ -35,24 +35,10 @@ LAYER_NORM_BWD: Mapping[str, Launch] = {"default": Launch({"ELEMENTS": 2048, "PE
 MLP_FWD: Mapping[str, Launch] = {"default": Launch({"BLOCK": 4096}, num_warps=4)}
 MLP_BWD: Mapping[str, Launch] = {"default": Launch({"BLOCK_M": 4, "BLOCK_F": 512, "ROWS_EACH": 256}, num_warps=4)}
 
-# patch_embed: tiles of tokens (BLOCK_M), channels (BLOCK_N) and padded patch pixels (BLOCK_K, at most 64 where they are
-# summed over); SPLITS parts of the tokens in the weight's gradient. "wide": float32, whose tiles take twice the space.
-PATCH_EMBED_FWD: Mapping[str, Launch] = {
-    "default": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, num_warps=8, num_stages=3),
-    "wide": Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=2),
-    "sm_90": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3),
-    "sm_100": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3),
-}
-PATCH_EMBED_BWD_WEIGHT: Mapping[str, Launch] = {
-    "default": Launch({"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 128, "SPLITS": 8}, num_warps=8, num_stages=3),
-    "wide": Launch({"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "SPLITS": 8}, num_warps=4, num_stages=2),
-}
-PATCH_EMBED_BWD_PIXELS: Mapping[str, Launch] = {
-    "default": Launch({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 128}, num_warps=8, num_stages=3),
-    "wide": Launch({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}, num_warps=4, num_stages=2),
-}
+# patch_embed: tiles [BLOCK_M, BLOCK_K] of the GEMM's rows; BLOCK_D channels of BLOCK_B tokens.
+PATCH_EMBED_ROWS: Mapping[str, Launch] = {"default": Launch({"BLOCK_M": 64, "BLOCK_K": 64}, num_warps=4)}
+PATCH_EMBED_MATRIX: Mapping[str, Launch] = {"default": Launch({}, num_warps=4)}
 PATCH_EMBED_BWD_POSITION: Mapping[str, Launch] = {"default": Launch({"BLOCK_B": 8, "BLOCK_D": 256}, num_warps=4)}
-PATCH_EMBED_PACK: Mapping[str, Launch] = {"default": Launch({}, num_warps=4)}
 
 # temporal_attention: ROWS of a tile, frames times positions. "wide": float32.
 TEMPORAL_ATTENTION_FWD: Mapping[str, Launch] = {

@@ -1,7 +1,8 @@
-"""Launches every Triton kernel as its op does on an H200, without one: compiled for what the launch specialises on,
+"""Launches every Triton kernel as its op does on a GPU, without one: compiled for what the launch specialises on,
 and not run. A process of its own, with TRITON_INTERPRET=0:
 
-    python -m tests.launches
+    python -m tests.launches          an H200's
+    python -m tests.launches sm_80    another architecture's, of bench.resources; ragged sizes in bfloat16 alone
 
 `bench.resources` compiles what kernels/X.py describes; this compiles what launches ask for, where Triton makes a
 constant of a number that is 1 and drops what is None.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import importlib
+import sys
 from types import SimpleNamespace
 
 import torch
@@ -30,13 +32,16 @@ LAUNCHED: collections.Counter[str] = collections.Counter()
 class Driver:
     """Of a GPU that takes every launch and does nothing."""
 
-    utils = SimpleNamespace(
-        get_device_properties=lambda device: {"max_shared_mem": ARCHS["sm_90"].shared, "multiprocessor_count": 132},
-        load_binary=lambda name, kernel, shared, device: (1, 1, 0, 0, 1024),
-    )
+    def __init__(self, arch: str) -> None:
+        about = {"max_shared_mem": ARCHS[arch].shared, "multiprocessor_count": primitives.MULTIPROCESSORS[arch]}
+        self.target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: about,
+            load_binary=lambda name, kernel, shared, device: (1, 1, 0, 0, 1024),
+        )
 
     def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
+        return self.target
 
     def get_current_device(self):
         return 0
@@ -57,14 +62,14 @@ class Driver:
         return launch
 
 
-def pretend() -> None:
-    """From here on the CPU's tensors are an H200's to the kernels' launchers."""
-    driver.set_active(Driver())
+def pretend(arch: str) -> None:
+    """From here on the CPU's tensors are a GPU's to the kernels' launchers."""
+    driver.set_active(Driver(arch))
     for name in OPS:
         importlib.import_module(f"lbfast.ops.{name}").IMPLEMENTATIONS["triton"] = lambda *inputs: []
     answers = {
-        "arch": lambda device: "sm_90",
-        "programs": lambda device, per_sm: 132 * per_sm,
+        "arch": lambda device: arch,
+        "programs": lambda device, per_sm: primitives.MULTIPROCESSORS[arch] * per_sm,
         "on_device": lambda tensor: contextlib.nullcontext(),
     }
     for path in sorted(KERNELS.glob("*.py")):
@@ -73,7 +78,7 @@ def pretend() -> None:
             if hasattr(module, name):
                 setattr(module, name, answer)
     module = importlib.import_module("lbfast.kernels.info_nce")
-    module._launch = lambda x, busy, backward: module._row("sm_90", x.dtype == torch.float32, busy, backward)
+    module._launch = lambda x, busy, backward: module._row(arch, x.dtype == torch.float32, busy, backward)
 
 
 def ones(dtype: torch.dtype):
@@ -103,10 +108,11 @@ def ones(dtype: torch.dtype):
     }
 
 
-def main() -> None:
-    pretend()
-    for dtype in (torch.bfloat16, torch.float32):
-        for op, inputs in (*memcheck.cases("cpu", dtype).values(), *ones(dtype).values()):
+def main(arch: str = "sm_90") -> None:
+    pretend(arch)
+    for dtype in (torch.bfloat16, torch.float32) if arch == "sm_90" else (torch.bfloat16,):
+        more = ones(dtype) if arch == "sm_90" else {}
+        for op, inputs in (*memcheck.cases("cpu", dtype).values(), *more.values()):
             out = op(*inputs)
             outs = [out] if isinstance(out, torch.Tensor) else list(out)
             torch.autograd.grad(outs, inputs, [torch.ones_like(o) for o in outs])
@@ -114,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

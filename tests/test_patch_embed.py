@@ -1,5 +1,7 @@
 """ops.patch_embed against its oracle: images, clips and tubes, floats and bytes, kept patches, every gradient."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,8 @@ from lbfast.testing import assert_matches, assert_within_budget, randn
 pytestmark = pytest.mark.any_device
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = ["torch", "triton"] if DEVICE == "cuda" else ["torch", "native", "triton"]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+EVERY = [(impl, dtype) for impl in IMPLS for dtype in DTYPES if (impl, dtype) != ("native", torch.float16)]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -48,39 +52,32 @@ def check(impl, tensors, wanted=(), kept=None, **given):
     assert_matches(options(ops.patch_embed, kept=kept, impl=impl, **given), oracle, tensors, wanted)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl, dtype", EVERY)
 @pytest.mark.parametrize("bytes", [False, True])
 @pytest.mark.parametrize(
     "frames, tube, each",
     [(None, None, False), (None, 1, True), (4, None, False), (4, 1, True), (4, 2, True), (4, 4, False)],
 )
-def test_images_clips_and_tubes(impl, bytes, frames, tube, each):
-    tensors = inputs(frames=frames, tube=tube, each=each, bytes=bytes)
+def test_images_clips_and_tubes(impl, dtype, bytes, frames, tube, each):
+    tensors = inputs(frames=frames, tube=tube, each=each, bytes=bytes, dtype=dtype)
     check(impl, tensors)
     check(impl, tensors, kept=some(2, 6, 3))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "native"])
 @pytest.mark.parametrize("bytes", [False, True])
-def test_dtypes(impl, dtype, bytes):
-    if (impl, dtype, DEVICE) == ("triton", torch.bfloat16, "cpu"):
-        pytest.skip("the interpreter multiplies bfloat16's bits")
-    if impl == "native" and dtype != torch.bfloat16:
-        pytest.skip("the native gather is for float32 and bfloat16")
-    if (impl, dtype, DEVICE) == ("triton", torch.float64, "cuda"):
-        pytest.skip("float64 has no kernel on a GPU")
-    check(impl, inputs(frames=2, dtype=dtype, bytes=bytes), kept=some(2, 6, 4))
+def test_float64(impl, bytes):
+    check(impl, inputs(frames=2, dtype=torch.float64, bytes=bytes), kept=some(2, 6, 4))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl, dtype", EVERY)
 @pytest.mark.parametrize(
     "size, patch", [((28, 28), 14), ((14, 42), 14), ((7, 5), 1), ((9, 9), 3), ((32, 16), 16), ((13, 11), 4)]
 )
-def test_sizes(impl, size, patch):
-    tensors = inputs(size=size, patch=patch)
+def test_sizes(impl, dtype, size, patch):
+    tensors = inputs(size=size, patch=patch, dtype=dtype)
     check(impl, tensors)
-    check(impl, inputs(size=size, patch=patch, bytes=True), kept=some(2, len(tensors[3]) - 1, 1))
+    check(impl, inputs(size=size, patch=patch, bytes=True, dtype=dtype), kept=some(2, len(tensors[3]) - 1, 1))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -164,17 +161,66 @@ def test_frames_are_images(impl):
     torch.testing.assert_close(clips, images)
 
 
+@pytest.mark.parametrize("impl, dtype", EVERY)
+def test_pre_norm(impl, dtype):
+    norm = (randn(10, device=DEVICE, seed=8), randn(10, device=DEVICE, seed=9), 1e-5)
+    check(impl, inputs(frames=2, dtype=dtype), pre_norm=norm, kept=some(2, 6, 3))
+    for each, bytes in ((False, True), (True, False)):
+        check(impl, inputs(frames=2, each=each, bytes=bytes, dtype=dtype), pre_norm=norm)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
-def test_pre_norm(impl):
+@pytest.mark.parametrize("bytes", [False, True])
+def test_positions_may_be_added_later(impl, bytes):
+    """What a compiled graph on a GPU may ask of any implementation."""
+    pixels, weight, classes, position = inputs(frames=2, bytes=bytes)
+    weight.requires_grad_()
+    given = {name: torch.tensor(v, device=DEVICE) if bytes else None for name, v in (("mean", MEAN), ("std", STD))}
+    without = torch.ops.lbfast.patch_embed(pixels, weight, classes, None, None, *given.values(), impl)
+    want = options(ops.patch_embed, impl=impl, **given)(pixels, weight, classes, torch.zeros_like(position))
+    torch.testing.assert_close(without, want)
+    torch.testing.assert_close(*(torch.autograd.grad(out.sin().sum(), weight) for out in (without, want)))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_of_pre_norm(impl):
     tensors = inputs(frames=2)
     norm = (randn(10, device=DEVICE, seed=8), randn(10, device=DEVICE, seed=9), 1e-5)
-    check(impl, tensors, pre_norm=norm, kept=some(2, 6, 3))
     parameters = [t.requires_grad_() for t in norm[:2]]
     grads = [
         torch.autograd.grad(options(f, pre_norm=norm, **more)(*tensors).sin().sum(), parameters)
         for f, more in ((ops.patch_embed, {"impl": impl}), (reference, {}))
     ]
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("kept", [None, some(3, 6, 2)])
+def test_large_batches_in_pieces(monkeypatch, kept):
+    tensors = [t.requires_grad_(t.is_floating_point()) for t in inputs(3, 2, bytes=True)]
+    op = options(ops.patch_embed, kept=kept, mean=MEAN, std=STD, impl="triton")
+
+    patch_embed = sys.modules["lbfast.ops.patch_embed"]
+
+    def run():
+        tokens = op(*tensors)
+        return [tokens, *torch.autograd.grad(tokens.sin().sum(), tensors[1:])]
+
+    whole = run()
+    for clips in (0, 1, 2):
+        monkeypatch.setattr(patch_embed, "PIECE_BYTES", clips * 2 * (7 if kept is None else 3) * 56 * 4)
+        for piece, all_at_once in zip(run(), whole):
+            torch.testing.assert_close(piece, all_at_once)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_bias_of_bytes_is_rounded_once(dtype):
+    """Pixels of 128 leave nothing but the bias, which the matrix holds in two columns."""
+    pixels, weight, *others = inputs(bytes=True, dtype=dtype, d=200)
+    pixels, zeros = torch.full_like(pixels, 128), [torch.zeros_like(t) for t in others]
+    actual = options(ops.patch_embed, mean=MEAN, std=STD, impl="triton")(pixels, weight, *zeros)[0, 1].double()
+    mean, std = (torch.tensor(v, dtype=torch.float64, device=DEVICE).view(3, 1, 1) for v in (MEAN, STD))
+    exact = (weight.double() * (128 / 255 - mean) / std).sum((1, 2, 3))
+    assert ((actual - exact).abs() <= exact.abs() * torch.finfo(dtype).eps * 0.51 + 1e-7).all()
 
 
 def test_dtypes_of_pixels_and_weights():

@@ -301,3 +301,29 @@ def test_refuses(text, ttir, trips, shares, message):
 def test_refuses_a_loop_with_nothing_to_count_by():
     with pytest.raises(sass.CountError, match="no product, store or load"):
         count(LOOPED, LOOP, "", trips=(3,))
+
+
+@pytest.mark.parametrize(
+    ("load", "loads"),
+    (
+        ("tensor<256x!tt.ptr<f32>, #blocked>", "LDG.E.64 R4, desc[UR4][R2.64]"),
+        ("tensor<32x!tt.ptr<f32>, #blocked>", "LDG.E R4, desc[UR4][R2.64]"),
+        ("tensor<64x!tt.ptr<bf16>, #ttg.slice<{dim = 0, parent = #rows}>>", "LDG.E.128 R4, desc[UR4][R2.64]"),
+        ("tensor<4x64x!tt.ptr<bf16>, #rows>", "LDG.E.128 R4, desc[UR4][R2.64]"),
+        ("tensor<16x!tt.ptr<f32>, #linear>", "LDG.E.64 R4, desc[UR4][R2.64]"),
+        ("!tt.ptr<i32>", "LDG.E R4, desc[UR4][R2.64]"),
+    ),
+)
+def test_loads_of_a_trip_by_layout(load, loads):
+    """Each is one trip's, so that the loop is not unrolled."""
+    rows = "{sizePerThread = [1, 8], threadsPerWarp = [4, 8], warpsPerCTA = [4, 1], order = [1, 0]}"
+    linear = "{register = [[0], [8]], lane = [[0], [0], [1], [2], [4]], warp = [[0]], block = []}"
+    ttgir = f"#rows = #ttg.blocked<{rows}>\n#linear = #ttg.linear<{linear}>\n"
+    ttgir += f'%x = tt.load %p, %m {{contiguity = 8 : i32}} : {load} loc("k.ttir":4:7)\n'
+    counted = count(LOOPED.replace("LDG.E R4, desc[UR4][R2.64]", loads), LOOP, ttgir, trips=(10,))
+    assert counted.total == 1 + 10 * 4 + 2
+
+
+def test_refuses_a_call_that_is_always_made():
+    with pytest.raises(sass.CountError, match="a call"):
+        count("2: CALL.REL.NOINC `(.L_x_1)\n3: EXIT\n.L_x_1:\n3: RET.REL.NODEC R4", STRAIGHT)

@@ -33,6 +33,7 @@ def resize_position_embedding(table: torch.Tensor, grid: tuple[int, int]) -> tor
 
 
 @functools.cache
+@torch.inference_mode(False)  # training, later in the process, keeps them for its backward
 def _pixel_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """PIXEL_MEAN and PIXEL_STD there: a CUDA graph could not copy them."""
     mean, std = (torch.tensor(values, device=device) for values in (PIXEL_MEAN, PIXEL_STD))
@@ -72,8 +73,10 @@ class VisionEmbeddings(nn.Module):
         self.class_embedding = nn.Parameter(torch.randn(class_shape))
         self.position_embedding = nn.Embedding(self.num_positions, self.embed_dim)
 
-    def forward(self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """pixel_values (B, C, H, W) or (B, C, T, H, W), float or uint8; kept (B, K) -> (B * T', 1 + K, D)."""
+    def forward(
+        self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None, pre_norm: LayerNorm | None = None
+    ) -> torch.Tensor:
+        """pixel_values (B, C, H, W) or (B, C, T, H, W), float or uint8; kept (B, K) -> (B * T', 1 + K, D), normed."""
         mean: Any = None
         std: Any = None
         if pixel_values.dtype == torch.uint8:
@@ -87,6 +90,7 @@ class VisionEmbeddings(nn.Module):
             kept=kept,
             mean=mean,
             std=std,
+            pre_norm=None if pre_norm is None else pre_norm.parts,
         )
 
 
@@ -187,7 +191,7 @@ class VisionTransformer(nn.Module):
         """Clips -> (B * T', 1 + kept, D), and T' where the layers attend over frames, else 1."""
         kept = self.patch_dropout(pixels.shape[0], self.embeddings.num_patches, pixels.device)
         frames = self.config.num_frames // self.embeddings.tube_size if self.config.add_time_attn else 1
-        return self.pre_layrnorm(self.embeddings(pixels, kept)), frames
+        return self.embeddings(pixels, kept, self.pre_layrnorm), frames
 
     def _pool(self, first: torch.Tensor, clips: int) -> torch.Tensor:
         """Class tokens (B * T', D) -> their mean over the frames of each of so many clips; of none, each alone."""

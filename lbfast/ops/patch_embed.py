@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,9 @@ from lbfast.ops.layer_norm import layer_norm
 
 CENTRE = 128
 """uint8 pixels are embedded as x - 128, exact in bfloat16; the bias of that shift stays small."""
+PIECE_BYTES = 1 << 28
+"""What gathered patches may take on a GPU, unless one clip's take more: larger batches go in pieces. 32 clips of 8
+frames at L/14 take 78 MB in 16 bits."""
 
 
 def patch_embed(
@@ -46,8 +48,9 @@ def patch_embed(
         kept: (B, K), int64: distinct patches in 0..Gh*Gw - 1, counted row by row, the same for every frame of a clip;
             None: all. On a GPU their range is not checked.
         mean, std: (C,), for uint8 pixels, of values in 0..1.
-        pre_norm: (weight, bias, eps) of a layer norm over the tokens.
-        impl: "triton", "native" (the CPU: gathers the patches in C++ for the library's matrix product) or "torch";
+        pre_norm: (weight, bias, eps) of a layer norm over the tokens. With "triton" and all patches it is also what
+            adds the position embedding, as it reads the tokens anyway.
+        impl: "triton", "native" (the CPU), which gather the patches for the library's matrix product, or "torch";
             None chooses.
 
     Returns:
@@ -68,8 +71,12 @@ def patch_embed(
         std = torch.as_tensor(std, dtype=torch.float32).to(pixels.device)
     if not torch.compiler.is_compiling():  # a compiled graph chooses when it runs
         impl = dispatch.choose("patch_embed", impl, IMPLEMENTATIONS, pixels, weight, kept)
-    tokens = torch.ops.lbfast.patch_embed(pixels, weight, class_embedding, position_embedding, kept, mean, std, impl)
-    return tokens if pre_norm is None else layer_norm(tokens, *pre_norm)
+    norm_adds = pre_norm is not None and kept is None and (pixels.is_cuda if impl is None else impl == "triton")
+    position = None if norm_adds else position_embedding
+    tokens = torch.ops.lbfast.patch_embed(pixels, weight, class_embedding, position, kept, mean, std, impl)
+    if pre_norm is None:
+        return tokens
+    return layer_norm(tokens, *pre_norm, residual=position_embedding)[0] if norm_adds else layer_norm(tokens, *pre_norm)
 
 
 def _check_pixels(pixels: torch.Tensor, weight: torch.Tensor, mean: object, std: object) -> None:
@@ -107,9 +114,8 @@ def _check_tokens(
     position_embedding: torch.Tensor,
     kept: torch.Tensor | None,
 ) -> None:
-    width, patch = weight.shape[0], weight.shape[-1]
-    frames = _frames(pixels, weight)
-    rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
+    width, frames = weight.shape[0], _frames(pixels, weight)
+    rows, columns = _grid(pixels, weight)
     if tuple(class_embedding.shape) not in ((width,), (frames, width)):
         raise ValueError(
             f"patch_embed: class_embedding: expected ({width},) or ({frames}, {width}), got "
@@ -137,6 +143,11 @@ def _tube(weight: torch.Tensor) -> int:
 def _frames(pixels: torch.Tensor, weight: torch.Tensor) -> int:
     """T'."""
     return 1 if pixels.dim() == 4 else pixels.shape[2] // _tube(weight)
+
+
+def _grid(pixels: torch.Tensor, weight: torch.Tensor) -> torch.Size:
+    """(Gh, Gw)."""
+    return torch.Size((pixels.shape[-2] // weight.shape[-1], pixels.shape[-1] // weight.shape[-1]))
 
 
 def fold(
@@ -205,7 +216,7 @@ def _torch_fwd(
     pixels: torch.Tensor,
     weight: torch.Tensor,
     class_embedding: torch.Tensor,
-    position_embedding: torch.Tensor,
+    position_embedding: torch.Tensor | None,
     kept: torch.Tensor | None,
     mean: torch.Tensor | None,
     std: torch.Tensor | None,
@@ -214,6 +225,8 @@ def _torch_fwd(
     """One GEMM onto the class token and the position embeddings."""
     rows = _rows(pixels, weight, kept, native)
     folded, bias = fold(weight, mean, std, native)
+    if position_embedding is None:
+        position_embedding = weight.new_zeros((1 + _grid(pixels, weight).numel(), len(weight)))
     position = position_embedding[1:] if bias is None else (position_embedding[1:] + bias).to(weight.dtype)
     tokens = torch.empty((*rows.shape[:2], len(weight)), dtype=weight.dtype, device=weight.device)
     clips = tokens.unflatten(0, (pixels.shape[0], _frames(pixels, weight)))  # (B, T', 1 + K, D)
@@ -227,6 +240,59 @@ def _torch_bwd_weight(
 ) -> torch.Tensor:
     """The gradient of the folded weight, (D, C*tube*P*P)."""
     return product(dtokens.flatten(0, 1).T, _rows(pixels, weight, kept, native).flatten(0, 1))
+
+
+def _pieces(
+    pixels: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor | None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Images, and their patches by Triton, (images * (1 + K), KP): as many clips at a time as PIECE_BYTES hold."""
+    from lbfast.kernels import patch_embed as kernel
+
+    frames = _frames(pixels, weight)
+    patches = _grid(pixels, weight).numel() if kept is None else kept.shape[1]
+    clip = frames * (1 + patches) * kernel.padded(weight[0].numel()) * weight.element_size()
+    step = max(1, PIECE_BYTES // max(1, clip))
+    for i in range(0, max(1, len(pixels)), step):
+        rows = kernel.patch_rows(pixels[i : i + step], weight, None if kept is None else kept[i : i + step])
+        yield slice(i * frames, i * frames + len(rows)), rows.flatten(0, 1)
+
+
+def _triton_fwd(
+    pixels: torch.Tensor,
+    weight: torch.Tensor,
+    class_embedding: torch.Tensor,
+    position_embedding: torch.Tensor | None,
+    kept: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    std: torch.Tensor | None,
+) -> torch.Tensor:
+    """GEMMs, onto the position embeddings where there are any; the bias is a part of them."""
+    from lbfast.kernels import patch_embed as kernel
+
+    matrix = kernel.matrix(weight, mean, std)
+    clips, frames = pixels.shape[0], _frames(pixels, weight)
+    patches = _grid(pixels, weight).numel() if kept is None else kept.shape[1]
+    tokens = torch.empty((clips * frames, 1 + patches, len(weight)), dtype=weight.dtype, device=weight.device)
+    by_clip = tokens.unflatten(0, (clips, frames))  # (B, T', 1 + K, D)
+    first = class_embedding
+    if position_embedding is not None:
+        first = class_embedding + position_embedding[0]
+        by_clip[:, :, 1:] = position_embedding[1:] if kept is None else position_embedding[1:][kept][:, None]
+    for images, rows in _pieces(pixels, weight, kept):
+        tokens[images].flatten(0, 1).addmm_(rows, matrix.T, beta=int(position_embedding is not None))
+    by_clip[:, :, 0] = first
+    return tokens
+
+
+def _triton_bwd_weight(
+    dtokens: torch.Tensor, pixels: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of the folded weight, (D, C*tube*P*P), and of the bias, (D,)."""
+    parts = [product(dtokens[images].flatten(0, 1).T, rows) for images, rows in _pieces(pixels, weight, kept)]
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    dmatrix = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0, dtype=wide)
+    width = weight[0].numel()
+    return dmatrix[:, :width], dmatrix[:, width]
 
 
 def _torch_bwd_pixels(
@@ -261,7 +327,7 @@ def _torch_bwd_position(dtokens: torch.Tensor, clips: int, kept: torch.Tensor | 
 
 torch.library.define(
     "lbfast::patch_embed",
-    "(Tensor pixels, Tensor weight, Tensor class_embedding, Tensor position_embedding, Tensor? kept, Tensor? mean, "
+    "(Tensor pixels, Tensor weight, Tensor class_embedding, Tensor? position_embedding, Tensor? kept, Tensor? mean, "
     "Tensor? std, str? impl) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -278,7 +344,7 @@ def _patch_embed(
     pixels: torch.Tensor,
     weight: torch.Tensor,
     class_embedding: torch.Tensor,
-    position_embedding: torch.Tensor,
+    position_embedding: torch.Tensor | None,
     kept: torch.Tensor | None,
     mean: torch.Tensor | None,
     std: torch.Tensor | None,
@@ -286,11 +352,7 @@ def _patch_embed(
 ) -> torch.Tensor:
     inputs = (pixels, weight, class_embedding, position_embedding, kept, mean, std)
     chosen = dispatch.choose("patch_embed", impl, IMPLEMENTATIONS, pixels, weight, kept)
-    if chosen == "triton":
-        from lbfast.kernels import patch_embed as kernel
-
-        return kernel.patch_embed_fwd(*inputs)
-    return _torch_fwd(*inputs, native=chosen == "native")
+    return _triton_fwd(*inputs) if chosen == "triton" else _torch_fwd(*inputs, native=chosen == "native")
 
 
 @torch.library.register_fake("lbfast::patch_embed")
@@ -298,14 +360,14 @@ def _patch_embed_fake(
     pixels: torch.Tensor,
     weight: torch.Tensor,
     class_embedding: torch.Tensor,
-    position_embedding: torch.Tensor,
+    position_embedding: torch.Tensor | None,
     kept: torch.Tensor | None,
     mean: torch.Tensor | None,
     std: torch.Tensor | None,
     impl: str | None,
 ) -> torch.Tensor:
     frames = _frames(pixels, weight)
-    patches = position_embedding.shape[0] - 1 if kept is None else kept.shape[1]
+    patches = _grid(pixels, weight).numel() if kept is None else kept.shape[1]
     return weight.new_empty((pixels.shape[0] * frames, 1 + patches, weight.shape[0]))
 
 
@@ -324,30 +386,32 @@ def _patch_embed_bwd(
     """Gradients of pixels, weight, class_embedding and position_embedding; those that `mask` leaves out are empty."""
     need_pixels, need_weight, need_class, need_position = mask
     chosen = dispatch.choose("patch_embed", impl, IMPLEMENTATIONS, pixels, weight, kept)
-    bwd_weight: Callable[..., torch.Tensor] = functools.partial(_torch_bwd_weight, native=chosen == "native")
-    bwd_pixels, bwd_position = _torch_bwd_pixels, _torch_bwd_position
-    if chosen == "triton":
-        from lbfast.kernels import patch_embed_bwd as kernel
-
-        bwd_weight, bwd_pixels = kernel.patch_embed_bwd_weight, kernel.patch_embed_bwd_pixels
-        bwd_position = kernel.patch_embed_bwd_position
     dpixels, dweight, dclass, dposition = (weight.new_empty(0) for _ in mask)
-    clips, patches = pixels.shape[0], _patches(pixels, weight).shape[1:3].numel()
-    folded = mean is not None and std is not None
-    if need_position or (need_weight and folded):
-        positions = bwd_position(dtokens, clips, kept, patches)
+    clips, patches = pixels.shape[0], _grid(pixels, weight).numel()
+    if need_position or (need_weight and mean is not None and chosen != "triton"):
+        if chosen == "triton" and kept is not None:
+            from lbfast.kernels import patch_embed as kernel
+
+            positions = kernel.bwd_position(dtokens, clips, kept, patches)
+        else:
+            positions = _torch_bwd_position(dtokens, clips, kept, patches)
         if need_position:
             dposition = positions.to(weight.dtype)
     if need_weight:
-        dweight = bwd_weight(dtokens, pixels, weight, kept)
-        if mean is not None and std is not None:
-            dweight = unfold_fold(dweight, positions[1:].sum(0), weight, mean, std)
-        dweight = dweight.to(weight.dtype).view(weight.shape)
+        dbias: torch.Tensor | None
+        if chosen == "triton":
+            dfolded, dbias = _triton_bwd_weight(dtokens, pixels, weight, kept)
+        else:
+            dfolded = _torch_bwd_weight(dtokens, pixels, weight, kept, native=chosen == "native")
+            dbias = None if mean is None else positions[1:].sum(0)
+        if mean is not None and std is not None and dbias is not None:
+            dfolded = unfold_fold(dfolded, dbias, weight, mean, std)
+        dweight = dfolded.to(weight.dtype).contiguous().view(weight.shape)
     if need_class:
         dclass = dtokens[:, 0].unflatten(0, (clips, _frames(pixels, weight))).sum(0)
         dclass = dclass.sum(0) if len(class_shape) == 1 else dclass
     if need_pixels:
-        dpixels = bwd_pixels(dtokens, pixels, weight, kept)
+        dpixels = _torch_bwd_pixels(dtokens, pixels, weight, kept)
     return dpixels, dweight, dclass, dposition
 
 
@@ -363,7 +427,7 @@ def _patch_embed_bwd_fake(
     mask: Sequence[bool],
     impl: str | None,
 ) -> Any:
-    patches = (pixels.shape[-2] // weight.shape[-1]) * (pixels.shape[-1] // weight.shape[-1])
+    patches = _grid(pixels, weight).numel()
     return (
         pixels.new_empty(pixels.shape if mask[0] else 0),
         weight.new_empty(weight.shape if mask[1] else 0),
@@ -388,12 +452,7 @@ torch.library.register_autograd("lbfast::patch_embed", _backward, setup_context=
 
 
 def _why_not_triton(pixels: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor | None) -> list[str]:
-    reasons = dispatch.why_not_triton(*(t for t in (pixels, weight, kept) if t is not None))
-    if not reasons:
-        from lbfast.kernels import patch_embed as kernel
-
-        reasons = kernel.why_not(pixels, weight)
-    return reasons
+    return dispatch.why_not_triton(*(t for t in (pixels, weight, kept) if t is not None))
 
 
 def _why_not_native(pixels: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor | None) -> list[str]:

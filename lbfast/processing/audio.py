@@ -75,6 +75,7 @@ def _floats(samples: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # whoever calls first
 def _phases(old: int, new: int, first: int, count: int) -> tuple[int, torch.Tensor]:
     """Weights (taps, count) of `count` outputs of each block, from `first` on, and the input sample they begin at."""
     cutoff = min(old, new) * 0.99

@@ -49,6 +49,7 @@ def _taps(size: int, out: int, first: int, count: int, kind: str, antialias: boo
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # whoever calls first
 def _bands(
     size: int, out: int, first: int, count: int, kind: str, antialias: bool
 ) -> tuple[int, int, list[tuple[int, int, torch.Tensor]]]:
