@@ -103,6 +103,10 @@ def _heads(device: str) -> Inputs:
     return _random(device, *[(CLIPS * FRAMES, TOKENS, 16, 64)] * 3)
 
 
+def _spectrograms(device: str) -> Inputs:
+    return _random(device, *[(CLIPS * FRAMES, 593, 16, 64)] * 3)
+
+
 def _frames(device: str) -> Inputs:
     return _random(device, *[(CLIPS, FRAMES, TOKENS, 16, 64)] * 3)
 
@@ -201,7 +205,8 @@ TUNABLES = (
     ),
     Tunable("TEMPORAL_ATTENTION_FWD", {"ROWS": (32, 64, 128)}, _frames, _temporal),
     Tunable("TEMPORAL_ATTENTION_BWD", {"ROWS": (32, 64, 128)}, _frames, _temporal, backward=True),
-    Tunable("ATTENTION_FWD", _ATTENTION, _heads, _attention, stages=(2, 3, 4)),
+    Tunable("ATTENTION_FWD_HEAD", {"ROWS": (64, 128), "KEYS": (80, 272)}, _heads, _attention, stages=(1, 2)),
+    Tunable("ATTENTION_FWD", {"ROWS": (64, 128), "COLS": (64, 128)}, _spectrograms, _attention, stages=(2, 3, 4)),
     Tunable("ATTENTION_BWD", _ATTENTION, _heads, _attention, stages=(1, 2, 3), backward=True),
     Tunable("INFO_NCE", call=_loss, **_LOSSES),  # type: ignore[arg-type]
     Tunable("INFO_NCE", call=_loss, suffix="bwd", backward=True, **_LOSSES),  # type: ignore[arg-type]

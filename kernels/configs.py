@@ -73,7 +73,7 @@ ATTENTION_FWD_HEAD: Mapping[str, Launch] = {
     "interpreter": Launch({"ROWS": 64, "KEYS": 272}, num_warps=4),
 }
 ATTENTION_FWD: Mapping[str, Launch] = {
-    "default": Launch({"ROWS": 128, "COLS": 32}, num_warps=8, num_stages=2),
+    "default": Launch({"ROWS": 64, "COLS": 64}, num_warps=4, num_stages=2),
     "sm_90": Launch({"ROWS": 128, "COLS": 64}, num_warps=4, num_stages=3),
     "wide": Launch({"ROWS": 32, "COLS": 32}, num_warps=4, num_stages=1),
 }
