@@ -542,7 +542,7 @@ def _launch(arch: str, itemsize: int, n: int, m: int, d: int) -> configs.Launch:
     head = configs.lookup(configs.ATTENTION_FWD_HEAD, arch)
     if itemsize == 2 and max(n, m) <= head.tile["KEYS"] and sum(two_parts(m)) * d <= head.tile["KEYS"] * 80:
         return head
-    return configs.lookup(configs.ATTENTION_FWD, "wide" if itemsize > 2 else arch)
+    return configs.lookup(configs.ATTENTION_FWD, "wide" if itemsize > 2 else "large" if d > 80 else arch)
 
 
 def readable(x: torch.Tensor) -> torch.Tensor:
