@@ -7,7 +7,7 @@ a whole row of scores in registers, no running softmax. Beyond (audio has 593), 
 the keys. Sizes are those of the inputs, not of whole tiles: keys are held in two parts, 257 as 256 + 16; of queries, up
 to 16 that fill no tile go as columns (S^T = K Q^T), which cost next to nothing; a head of 80 is 64 + 16.
 
-Masks: HIDDEN where a key is padding, or later than a causal query. A query that has no key left is "lost": it sees the
+Masks hide a key that is padding, or later than a causal query. A query that has no key left is "lost": it sees the
 keys that only one of the two masks hides, all alike, as it does where both masks add finfo.min to float32 scores.
 Kept for the backward: q, k, v, O, lse (B, H, N). Sums are in float32 (float64 for float64).
 Source: Dao, arXiv 2307.08691; Milakov and Gimelshein, arXiv 1805.02867.
@@ -40,7 +40,7 @@ from lbfast.kernels import configs
 
 MAX_DIM = 128
 LOG2_E = 1.4426950408889634
-MOST_STRIDE = 1 << 22
+MOST_STRIDE = 1 << 22  # numbers from token to token: 272 of them are less than 2^31
 HIDDEN = tl.constexpr(-1.0e30)
 PADDED = tl.constexpr(1 << 29)
 OUTSIDE = tl.constexpr(1 << 30)
