@@ -10,7 +10,7 @@ At most eight rows a table are tried: those that `--plan` chose, which compiles 
 architecture, leaves out what spills or needs too much shared memory, and ranks by counted instructions; without a plan
 eight spread over the grid. A row must compute what the present one computes before it is timed; one that the GPU cannot
 launch is left out. The present row stays unless another is faster by 2 %. Shapes are those of LanguageBind L/14 in
-bfloat16; the rows "wide", "short" and "interpreter", which all devices share, are left alone.
+bfloat16; the rows "wide", "large", "short" and "interpreter", which all devices share, are left alone.
 """
 
 from __future__ import annotations
@@ -128,6 +128,10 @@ def _heads(device: str) -> Inputs:
     return _random(device, *[(CLIPS * FRAMES, TOKENS, 16, 64)] * 3)
 
 
+def _spectrograms(device: str) -> Inputs:
+    return _random(device, *[(CLIPS * FRAMES, 593, 16, 64)] * 3)
+
+
 def _frames(device: str) -> Inputs:
     return _random(device, *[(CLIPS, FRAMES, TOKENS, 16, 64)] * 3)
 
@@ -212,7 +216,8 @@ TUNABLES = (
     ),
     Tunable("TEMPORAL_ATTENTION_FWD", {"ROWS": (32, 64, 128)}, _frames, _temporal),
     Tunable("TEMPORAL_ATTENTION_BWD", {"ROWS": (32, 64, 128)}, _frames, _temporal, backward=True),
-    Tunable("ATTENTION_FWD", _ATTENTION, _heads, _attention, stages=(2, 3, 4)),
+    Tunable("ATTENTION_FWD_HEAD", {"ROWS": (64, 128), "KEYS": (80, 272)}, _heads, _attention, stages=(1, 2)),
+    Tunable("ATTENTION_FWD", {"ROWS": (64, 128), "COLS": (64, 128)}, _spectrograms, _attention, stages=(2, 3, 4)),
     Tunable("ATTENTION_BWD", _ATTENTION, _heads, _attention, stages=(1, 2, 3), backward=True),
     Tunable("INFO_NCE", call=_loss, **_LOSSES),  # type: ignore[arg-type]
     Tunable("INFO_NCE", call=_loss, suffix="bwd", backward=True, **_LOSSES),  # type: ignore[arg-type]

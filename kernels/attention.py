@@ -2,12 +2,12 @@
 
     S = scale log2(e) Q K^T, masked;  lse = log2(sum(exp2(S)));  O = exp2(S - lse) V
 
-Images have 257 tokens, audio 593: one more than whole tiles. So token 0, the class token, stays outside the tiles: as a
-key it is the first step of every query's running softmax, a column of one; as a query it rides along with the head's
-first program, over the keys that this program has on chip. Keys that fill no whole tile end in one tile of 16, 32, ...:
-no token is padded to 128, nor a head of 80.
+Up to 272 keys (images have 257, captions 77) a head's K and V stay on chip while its queries pass: one program a head,
+a whole row of scores in registers, no running softmax. Beyond (audio has 593), a program takes a tile of queries along
+the keys. Sizes are those of the inputs, not of whole tiles: keys are held in two parts, 257 as 256 + 16; of queries, up
+to 16 that fill no tile go as columns (S^T = K Q^T), which cost next to nothing; a head of 80 is 64 + 16.
 
-Masks: HIDDEN where a key is padding, or later than a causal query. A query that has no key left is "lost": it sees the
+Masks hide a key that is padding, or later than a causal query. A query that has no key left is "lost": it sees the
 keys that only one of the two masks hides, all alike, as it does where both masks add finfo.min to float32 scores.
 Kept for the backward: q, k, v, O, lse (B, H, N). Sums are in float32 (float64 for float64).
 Source: Dao, arXiv 2307.08691; Milakov and Gimelshein, arXiv 1805.02867.
@@ -31,6 +31,7 @@ from lbfast.kernels.primitives import (
     dot_tn,
     load_rows,
     on_device,
+    programs,
     split_head,
     store_rows,
 )
@@ -39,7 +40,10 @@ from lbfast.kernels import configs
 
 MAX_DIM = 128
 LOG2_E = 1.4426950408889634
+MOST_STRIDE = 1 << 22  # numbers from token to token: 272 of them are less than 2^31
 HIDDEN = tl.constexpr(-1.0e30)
+PADDED = tl.constexpr(1 << 29)
+OUTSIDE = tl.constexpr(1 << 30)
 
 
 @triton.jit
@@ -81,90 +85,54 @@ def mask_scores(s, o_m, o_n, padded, first, M, CAUSAL: tl.constexpr, HAS_MASK: t
     return s
 
 
+# A key has a rank, a query a limit; the query sees the keys whose rank is not above it. Both are positions where the
+# mask is causal, else 0. The rank is PADDED more for padding, OUTSIDE past M; a lost query's limit is PADDED more.
+
+
 @triton.jit
-def _step(
-    q_1,
-    q_2,
-    acc_1,
-    acc_2,
-    top,
-    total,
-    k_1,
-    k_2,
-    v_1,
-    v_2,
+def _ranks(pad_ptr, stride_pm, o_n, M, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr):
+    """Ranks of keys o_n."""
+    rank = o_n if CAUSAL else tl.zeros_like(o_n)
+    if HAS_MASK:
+        rank += tl.where(load_padded(pad_ptr, o_n, stride_pm, M, HAS_MASK), PADDED, 0)
+    return tl.where(o_n < M, rank, OUTSIDE)
+
+
+@triton.jit
+def _limits(o_m, first, M, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr):
+    """Limits of queries o_m, and which of them are lost."""
+    limit = o_m.to(tl.int32) if CAUSAL else tl.zeros(o_m.shape, tl.int32)
+    lost = o_m < 0
+    if HAS_MASK:
+        lost = (o_m < first if CAUSAL else o_m < 0) | (first == M)
+        limit += tl.where(lost, PADDED, 0)
+    return limit, lost
+
+
+@triton.jit
+def _load_queries(
+    q_ptr,
+    stride_qn,
     o_m,
-    o_n,
-    padded,
+    m_m,
     first,
     M,
-    scale,
-    RAGGED: tl.constexpr,
+    D: tl.constexpr,
+    D_1: tl.constexpr,
     D_2: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
 ):
-    """One step of the running softmax of queries o_m over keys o_n."""
-    s = dot_nt(q_1, q_2, k_1, k_2, D_2, PRECISION, ACC) * scale  # [ROWS, COLS]
-    s = mask_scores(s, o_m[:, None], o_n[None, :], padded[None, :], first, M, CAUSAL, HAS_MASK, RAGGED)
-    new_top = tl.maximum(top, tl.max(s, 1))
-    p = tl.exp2(s - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
-    total = total * shrink + tl.sum(p, 1)
-    acc_1 = acc_1 * shrink[:, None]
-    if D_2:
-        acc_2 = acc_2 * shrink[:, None]
-    acc_1, acc_2 = dot_nn(p, v_1, v_2, acc_1, acc_2, D_2, PRECISION, ACC)
-    return acc_1, acc_2, new_top, total
+    """Queries o_m in two parts of D, and their limits. Lost ones are 0, as all their scores are."""
+    limit, lost = _limits(o_m, first, M, CAUSAL, HAS_MASK)
+    if HAS_MASK:
+        m_m = m_m & ~lost
+    q_1, q_2 = load_rows(q_ptr, o_m * stride_qn, m_m, D, D_1, D_2)  # [ROWS, D_1], [ROWS, D_2]
+    return q_1, q_2, limit
 
 
 @triton.jit
-def _class_step(
-    q_1,
-    q_2,
-    acc_1,
-    acc_2,
-    top,
-    total,
-    k_1,
-    k_2,
-    v_1,
-    v_2,
-    o_m,
-    o_n,
-    padded,
-    first,
-    M,
-    scale,
-    RAGGED: tl.constexpr,
-    D_2: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """The same with keys as rows: S^T = K Q^T, O^T = V^T P^T, so that 16 columns of one query cost next to nothing."""
-    s = dot_nt(k_1, k_2, q_1, q_2, D_2, PRECISION, ACC) * scale  # [COLS, 16]
-    s = mask_scores(s, o_m[None, :], o_n[:, None], padded[:, None], first, M, CAUSAL, HAS_MASK, RAGGED)
-    new_top = tl.maximum(top, tl.max(s, 0))
-    p = tl.exp2(s - new_top[None, :])
-    shrink = tl.exp2(top - new_top)
-    total = total * shrink + tl.sum(p, 0)
-    acc_1 = acc_1 * shrink[None, :]
-    if D_2:
-        acc_2 = acc_2 * shrink[None, :]
-    acc_1, acc_2 = dot_tn(v_1, v_2, p, acc_1, acc_2, D_2, PRECISION, ACC)
-    return acc_1, acc_2, new_top, total
-
-
-@triton.jit
-def _attend(
-    queries,
-    state,
-    class_query,
-    class_state,
+def _load_keys(
     k_ptr,
     v_ptr,
     pad_ptr,
@@ -172,104 +140,224 @@ def _attend(
     stride_vn,
     stride_pm,
     start,
-    first,
     M,
-    scale,
     COLS: tl.constexpr,
     RAGGED: tl.constexpr,
-    CLASS: tl.constexpr,
     D: tl.constexpr,
     D_1: tl.constexpr,
     D_2: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
+):
+    """COLS keys from `start`: k and v in two parts of D, ranks. RAGGED: some may lie past M."""
+    o_n = tl.arange(0, COLS)
+    m_n = o_n < M - start if RAGGED else tl.full([COLS], True, tl.int1)
+    skipped = tl.cast(start, tl.int64)
+    k_1, k_2 = load_rows(k_ptr + skipped * stride_kn, o_n * stride_kn, m_n, D, D_1, D_2)  # [COLS, D_1], [COLS, D_2]
+    v_1, v_2 = load_rows(v_ptr + skipped * stride_vn, o_n * stride_vn, m_n, D, D_1, D_2)
+    return k_1, k_2, v_1, v_2, _ranks(pad_ptr, stride_pm, start + o_n, M, CAUSAL, HAS_MASK)
+
+
+@triton.jit
+def _load_parts(
+    k_ptr,
+    v_ptr,
+    pad_ptr,
+    stride_kn,
+    stride_vn,
+    stride_pm,
+    start,
+    M,
+    COLS_1: tl.constexpr,
+    COLS_2: tl.constexpr,
+    RAGGED: tl.constexpr,
+    D: tl.constexpr,
+    D_1: tl.constexpr,
+    D_2: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """COLS_1 keys from `start` and the COLS_2 after them (the first again where COLS_2 is 0)."""
+    part_1 = _load_keys(
+        k_ptr, v_ptr, pad_ptr, stride_kn, stride_vn, stride_pm, start, M, COLS_1, RAGGED and COLS_2 == 0, D, D_1, D_2,
+        CAUSAL, HAS_MASK,
+    )  # fmt: skip
+    part_2 = part_1
+    if COLS_2:
+        part_2 = _load_keys(
+            k_ptr, v_ptr, pad_ptr, stride_kn, stride_vn, stride_pm, start + COLS_1, M, COLS_2, RAGGED, D, D_1, D_2,
+            CAUSAL, HAS_MASK,
+        )  # fmt: skip
+    return part_1, part_2
+
+
+@triton.jit
+def _scores(
+    queries,
+    keys,
+    MASKED: tl.constexpr,
+    AXIS: tl.constexpr,
+    D_2: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Loads COLS keys from `start`, and takes the queries and, where CLASS, the class query over them."""
-    o_n = start + tl.arange(0, COLS)
-    m_n = o_n < M if RAGGED else tl.full([COLS], True, tl.int1)
-    row = o_n.to(tl.int64)
-    k_1, k_2 = load_rows(k_ptr, row * stride_kn, m_n, D, D_1, D_2)  # [COLS, D_1], [COLS, D_2]
-    v_1, v_2 = load_rows(v_ptr, row * stride_vn, m_n, D, D_1, D_2)
-    padded = load_padded(pad_ptr, o_n, stride_pm, M, HAS_MASK)
-    if CLASS:
-        q_1, q_2, o_m = class_query
-        acc_1, acc_2, top, total = class_state
-        class_state = _class_step(
-            q_1, q_2, acc_1, acc_2, top, total, k_1, k_2, v_1, v_2, o_m, o_n, padded, first, M, scale, RAGGED, D_2,
-            CAUSAL, HAS_MASK, PRECISION, ACC,
-        )  # fmt: skip
-    q_1, q_2, o_m = queries
+    """Q K^T (AXIS 1: queries are rows) or K Q^T (AXIS 0: they are columns), unscaled, -inf where MASKED keys hide."""
+    q_1, q_2, limit = queries
+    k_1, k_2, _, _, rank = keys
+    if AXIS == 1:
+        s = dot_nt(q_1, q_2, k_1, k_2, D_2, PRECISION, ACC)
+    else:
+        s = dot_nt(k_1, k_2, q_1, q_2, D_2, PRECISION, ACC)
+    if MASKED:
+        s = tl.where(tl.expand_dims(rank, 1 - AXIS) > tl.expand_dims(limit, AXIS), float("-inf"), s)
+    return s
+
+
+@triton.jit
+def _attend(
+    queries,
+    part_1,
+    part_2,
+    scale,
+    COLS_2: tl.constexpr,
+    RAGGED: tl.constexpr,
+    AXIS: tl.constexpr,
+    D_1: tl.constexpr,
+    D_2: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The queries over two parts of keys at once: O before its division in two parts of D, maximum, sum.
+
+    O is [ROWS, D], or [D, ROWS] where queries are columns (AXIS 0).
+    """
+    s_1 = _scores(queries, part_1, MASKED or (RAGGED and COLS_2 == 0), AXIS, D_2, PRECISION, ACC)
+    top = tl.max(s_1, AXIS)
+    if COLS_2:
+        s_2 = _scores(queries, part_2, MASKED or RAGGED, AXIS, D_2, PRECISION, ACC)
+        top = tl.maximum(top, tl.max(s_2, AXIS))
+    top = tl.maximum(top, HIDDEN) * scale  # finite where these keys are all hidden
+    ROWS: tl.constexpr = queries[0].shape[0]
+    if AXIS == 1:
+        acc_1 = tl.zeros([ROWS, D_1], ACC)
+        acc_2 = tl.zeros([ROWS, D_2 if D_2 else 1], ACC)
+    else:
+        acc_1 = tl.zeros([D_1, ROWS], ACC)
+        acc_2 = tl.zeros([D_2 if D_2 else 1, ROWS], ACC)
+    p = tl.exp2(s_1 * scale - tl.expand_dims(top, AXIS))
+    total = tl.sum(p, AXIS)
+    acc_1, acc_2 = _add(p, part_1, acc_1, acc_2, AXIS, D_2, PRECISION, ACC)
+    if COLS_2:
+        p = tl.exp2(s_2 * scale - tl.expand_dims(top, AXIS))
+        total += tl.sum(p, AXIS)
+        acc_1, acc_2 = _add(p, part_2, acc_1, acc_2, AXIS, D_2, PRECISION, ACC)
+    return acc_1, acc_2, top, total
+
+
+@triton.jit
+def _add(
+    p,
+    keys,
+    acc_1,
+    acc_2,
+    AXIS: tl.constexpr,
+    D_2: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """acc + P V, or V^T P where queries are columns."""
+    _, _, v_1, v_2, _ = keys
+    if AXIS == 1:
+        acc_1, acc_2 = dot_nn(p, v_1, v_2, acc_1, acc_2, D_2, PRECISION, ACC)
+    else:
+        acc_1, acc_2 = dot_tn(v_1, v_2, p, acc_1, acc_2, D_2, PRECISION, ACC)
+    return acc_1, acc_2
+
+
+@triton.jit
+def _step(
+    queries,
+    keys,
+    state,
+    scale,
+    D_2: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One step of the running softmax."""
     acc_1, acc_2, top, total = state
-    state = _step(
-        q_1, q_2, acc_1, acc_2, top, total, k_1, k_2, v_1, v_2, o_m, o_n, padded, first, M, scale, RAGGED, D_2,
-        CAUSAL, HAS_MASK, PRECISION, ACC,
-    )  # fmt: skip
-    return state, class_state
+    s = _scores(queries, keys, MASKED, 1, D_2, PRECISION, ACC)  # [ROWS, COLS]
+    new_top = tl.maximum(top, tl.max(s, 1) * scale)
+    p = tl.exp2(s * scale - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(p, 1)
+    acc_1 = acc_1 * shrink[:, None]
+    if D_2:
+        acc_2 = acc_2 * shrink[:, None]
+    acc_1, acc_2 = _add(p, keys, acc_1, acc_2, 1, D_2, PRECISION, ACC)
+    return acc_1, acc_2, new_top, total
 
 
 @triton.jit
-def _begin(q_ptr, stride_qn, o_m, N, D: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, ACC: tl.constexpr):
-    """Queries o_m, and their running softmax before any key: result in two parts of D, maximum, sum."""
-    ROWS: tl.constexpr = o_m.shape[0]
-    q_1, q_2 = load_rows(q_ptr, o_m.to(tl.int64) * stride_qn, o_m < N, D, D_1, D_2)  # [ROWS, D_1], [ROWS, D_2]
-    acc_1 = tl.zeros([ROWS, D_1], ACC)
-    acc_2 = tl.zeros([ROWS, D_2 if D_2 else 1], ACC)
-    return (q_1, q_2, o_m), (acc_1, acc_2, tl.full([ROWS], float("-inf"), ACC), tl.zeros([ROWS], ACC))
-
-
-@triton.jit
-def _begin_class(q_ptr, D: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, ACC: tl.constexpr):
-    """Query 0 in 16 equal rows, and its running softmax, transposed."""
-    o_m = tl.zeros([16], tl.int32)
-    q_1, q_2 = load_rows(q_ptr, o_m, o_m == 0, D, D_1, D_2)  # [16, D_1], [16, D_2]
-    acc_1 = tl.zeros([D_1, 16], ACC)
-    acc_2 = tl.zeros([D_2 if D_2 else 1, 16], ACC)
-    return (q_1, q_2, o_m), (acc_1, acc_2, tl.full([16], float("-inf"), ACC), tl.zeros([16], ACC))
-
-
-@triton.jit
-def _finish_class(o_ptr, lse_ptr, state, D: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr):
-    """Writes the first of the 16."""
-    acc_1, acc_2, top, total = state
-    o_c = tl.arange(0, 16)
-    share = (1 / total)[None, :]
-    store_rows(o_ptr, o_c, o_c == 0, tl.trans(acc_1 * share), tl.trans(acc_2 * share), D, D_1, D_2)
-    tl.store(lse_ptr + o_c, top + tl.log2(total), mask=o_c == 0)
-
-
-@triton.jit
-def _finish(o_ptr, lse_ptr, stride_on, state, o_m, N, D: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr):
+def _finish(
+    o_ptr,
+    lse_ptr,
+    stride_on,
+    state,
+    o_m,
+    m_m,
+    AXIS: tl.constexpr,
+    D: tl.constexpr,
+    D_1: tl.constexpr,
+    D_2: tl.constexpr,
+):
     """Writes results and lse of queries o_m."""
     acc_1, acc_2, top, total = state
-    m_m = o_m < N
-    share = (1 / total)[:, None]
-    store_rows(o_ptr, o_m.to(tl.int64) * stride_on, m_m, acc_1 * share, acc_2 * share, D, D_1, D_2)
-    tl.store(lse_ptr + o_m, top + tl.log2(total), mask=m_m)
+    logarithm = tl.log2(total)
+    # A division takes 9 instructions; after the logarithm this takes one, and is exact enough for 16 bits.
+    share = tl.exp2(-logarithm) if o_ptr.dtype.element_ty.primitive_bitwidth == 16 else 1 / total
+    share = tl.expand_dims(share, AXIS)
+    acc_1 = acc_1 * share
+    acc_2 = acc_2 * share
+    if AXIS == 0:
+        acc_1 = tl.trans(acc_1)
+        acc_2 = tl.trans(acc_2)
+    store_rows(o_ptr, o_m * stride_on, m_m, acc_1, acc_2, D, D_1, D_2)
+    tl.store(lse_ptr + o_m, top + logarithm, mask=m_m)
 
 
-@triton.jit
-def _fwd_rows(
+@triton.jit(do_not_specialize=["PARTS"])  # a constant 1 there makes the loop longer
+def _attention_fwd_head_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     pad_ptr,
     o_ptr,
     lse_ptr,
+    stride_qb,
     stride_qn,
+    stride_qh,
+    stride_kb,
     stride_kn,
+    stride_kh,
+    stride_vb,
     stride_vn,
+    stride_vh,
+    stride_pb,
     stride_pm,
-    stride_on,
-    start_m,
     N,
     M,
+    H,
+    PARTS,
     scale,
     ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    TAIL: tl.constexpr,
-    CLASS: tl.constexpr,
+    EVEN: tl.constexpr,
+    FEW: tl.constexpr,
+    COLS_1: tl.constexpr,
+    COLS_2: tl.constexpr,
+    RAGGED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     D: tl.constexpr,
     D_1: tl.constexpr,
@@ -279,33 +367,45 @@ def _fwd_rows(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """ROWS queries from start_m of one head, whose pointers these are; with CLASS query 0 too."""
-    queries, state = _begin(q_ptr, stride_qn, start_m + tl.arange(0, ROWS), N, D, D_1, D_2, ACC)
-    class_query, class_state = _begin_class(q_ptr, D, D_1, D_2, ACC)
-    first = first_kept(pad_ptr, stride_pm, M, HAS_MASK, BLOCK_P)
-    whole = (M - 1) // COLS  # tiles of keys 1, 2, ...
-    last = whole
-    if CAUSAL:
-        last = tl.minimum(whole, tl.cdiv(start_m + ROWS - 1, COLS))
-        if HAS_MASK:
-            last = tl.where(first > (0 if CLASS else start_m), whole, last)
-    state, class_state = _attend(
-        queries, state, class_query, class_state, k_ptr, v_ptr, pad_ptr, stride_kn, stride_vn, stride_pm, 0, first, M,
-        scale, 1, False, CLASS, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
+    """A head's COLS_1 + COLS_2 keys on chip; its queries by tiles of ROWS, every PARTS-th, and the last FEW as columns.
+
+    EVEN: tiles are whole. Loop invariants stay in the loop: hoisted addresses of V would take 100 registers.
+    """
+    pid = tl.program_id(0)
+    part = pid % PARTS
+    h = (pid // PARTS % H).to(tl.int64)
+    b = (pid // PARTS // H).to(tl.int64)
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    o_ptr += (b * N * H + h) * D
+    lse_ptr += (b * H + h) * N
+    if HAS_MASK:
+        pad_ptr += b * stride_pb
+    MASKED: tl.constexpr = CAUSAL or HAS_MASK
+    part_1, part_2 = _load_parts(
+        k_ptr, v_ptr, pad_ptr, stride_kn, stride_vn, stride_pm, 0, M, COLS_1, COLS_2, RAGGED, D, D_1, D_2, CAUSAL,
+        HAS_MASK,
     )  # fmt: skip
-    for tile in range(0, last):
-        state, class_state = _attend(
-            queries, state, class_query, class_state, k_ptr, v_ptr, pad_ptr, stride_kn, stride_vn, stride_pm,
-            1 + tile * COLS, first, M, scale, COLS, False, CLASS, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
-        )  # fmt: skip
-    if TAIL:
-        state, class_state = _attend(
-            queries, state, class_query, class_state, k_ptr, v_ptr, pad_ptr, stride_kn, stride_vn, stride_pm,
-            1 + whole * COLS, first, M, scale, TAIL, True, CLASS, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
-        )  # fmt: skip
-    _finish(o_ptr, lse_ptr, stride_on, state, queries[2], N, D, D_1, D_2)
-    if CLASS:
-        _finish_class(o_ptr, lse_ptr, class_state, D, D_1, D_2)
+    first = first_kept(pad_ptr, stride_pm, M, HAS_MASK, BLOCK_P)
+    whole = N // ROWS if FEW else tl.cdiv(N, ROWS)
+    for tile in tl.range(part, whole, PARTS, disable_licm=True):
+        o_m = tile * ROWS + tl.arange(0, ROWS)
+        m_m = tl.full([ROWS], True, tl.int1) if EVEN else o_m < N
+        queries = _load_queries(q_ptr, stride_qn, o_m, m_m, first, M, D, D_1, D_2, CAUSAL, HAS_MASK)
+        state = _attend(queries, part_1, part_2, scale, COLS_2, RAGGED, 1, D_1, D_2, MASKED, PRECISION, ACC)
+        _finish(o_ptr, lse_ptr, H * D, state, o_m, m_m, 1, D, D_1, D_2)
+    if FEW:  # noqa: SIM102 (a constant)
+        if part == PARTS - 1:
+            o_m = whole * ROWS + tl.arange(0, 16)
+            if COLS_2:  # again, for as columns' factor it lies otherwise in shared memory
+                part_2 = _load_keys(
+                    k_ptr, v_ptr, pad_ptr, stride_kn, stride_vn, stride_pm, COLS_1, M, COLS_2, RAGGED, D, D_1, D_2,
+                    CAUSAL, HAS_MASK,
+                )  # fmt: skip
+            queries = _load_queries(q_ptr, stride_qn, o_m, o_m < N, first, M, D, D_1, D_2, CAUSAL, HAS_MASK)
+            state = _attend(queries, part_1, part_2, scale, COLS_2, RAGGED, 0, D_1, D_2, MASKED, PRECISION, ACC)
+            _finish(o_ptr, lse_ptr, H * D, state, o_m, o_m < N, 0, D, D_1, D_2)
 
 
 @triton.jit
@@ -333,7 +433,8 @@ def _attention_fwd_kernel(
     scale,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
-    TAIL: tl.constexpr,
+    COLS_1: tl.constexpr,
+    COLS_2: tl.constexpr,
     BLOCK_P: tl.constexpr,
     D: tl.constexpr,
     D_1: tl.constexpr,
@@ -343,10 +444,14 @@ def _attention_fwd_kernel(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Programs of one head are neighbours and share its keys in L2. The first takes query 0 besides its ROWS."""
+    """ROWS queries along the keys, by tiles of COLS. Programs of one head are neighbours and share its keys in L2.
+
+    The last keys, which fill no whole tile, come first, COLS_1 + COLS_2 of them: they begin the running softmax. Behind
+    the loop they would make the compiler wait for each product in it.
+    """
     pid = tl.program_id(0)
-    blocks = tl.maximum(tl.cdiv(N - 1, ROWS), 1)
-    block = pid % blocks
+    blocks = tl.cdiv(N, ROWS)
+    start = pid % blocks * ROWS
     h = (pid // blocks % H).to(tl.int64)
     b = (pid // blocks // H).to(tl.int64)
     q_ptr += b * stride_qb + h * stride_qh
@@ -356,17 +461,33 @@ def _attention_fwd_kernel(
     lse_ptr += (b * H + h) * N
     if HAS_MASK:
         pad_ptr += b * stride_pb
-    if block == 0:
-        _fwd_rows(
-            q_ptr, k_ptr, v_ptr, pad_ptr, o_ptr, lse_ptr, stride_qn, stride_kn, stride_vn, stride_pm, H * D,
-            1, N, M, scale, ROWS, COLS, TAIL, True, BLOCK_P, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
+    MASKED: tl.constexpr = CAUSAL or HAS_MASK
+    first = first_kept(pad_ptr, stride_pm, M, HAS_MASK, BLOCK_P)
+    o_m = start + tl.arange(0, ROWS).to(tl.int64)
+    queries = _load_queries(q_ptr, stride_qn, o_m, o_m < N, first, M, D, D_1, D_2, CAUSAL, HAS_MASK)
+    whole = M // COLS
+    if COLS_1:
+        part_1, part_2 = _load_parts(
+            k_ptr, v_ptr, pad_ptr, stride_kn, stride_vn, stride_pm, whole * COLS, M, COLS_1, COLS_2, True, D, D_1, D_2,
+            CAUSAL, HAS_MASK,
         )  # fmt: skip
+        state = _attend(queries, part_1, part_2, scale, COLS_2, True, 1, D_1, D_2, MASKED, PRECISION, ACC)
     else:
-        _fwd_rows(
-            q_ptr, k_ptr, v_ptr, pad_ptr, o_ptr, lse_ptr, stride_qn, stride_kn, stride_vn, stride_pm, H * D,
-            1 + block * ROWS, N, M, scale, ROWS, COLS, TAIL, False, BLOCK_P, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION,
-            ACC,
+        acc_1 = tl.zeros([ROWS, D_1], ACC)
+        acc_2 = tl.zeros([ROWS, D_2 if D_2 else 1], ACC)
+        state = acc_1, acc_2, tl.full([ROWS], HIDDEN, ACC), tl.zeros([ROWS], ACC)
+    last = whole
+    if CAUSAL:
+        last = tl.minimum(whole, tl.cdiv(start + ROWS, COLS))
+        if HAS_MASK:
+            last = tl.where(first > start, whole, last)
+    for tile in tl.range(0, last, disable_licm=True):
+        keys = _load_keys(
+            k_ptr, v_ptr, pad_ptr, stride_kn, stride_vn, stride_pm, tile * COLS, M, COLS, False, D, D_1, D_2, CAUSAL,
+            HAS_MASK,
         )  # fmt: skip
+        state = _step(queries, keys, state, scale, D_2, MASKED, PRECISION, ACC)
+    _finish(o_ptr, lse_ptr, H * D, state, o_m, o_m < N, 1, D, D_1, D_2)
 
 
 def tail(size: int, block: int) -> int:
@@ -382,12 +503,17 @@ def launch_of(table: Mapping[str, configs.Launch], name: str, itemsize: int, tok
     return configs.lookup(table, "short" if tokens <= table["short"].tile["TOKENS"] else name)
 
 
-def _constants(m: int, d: int, launch: configs.Launch, causal: bool, masked: bool, dtype: torch.dtype) -> dict:
+def two_parts(keys: int) -> tuple[int, int]:
+    """(COLS_1, COLS_2): the largest power of two in `keys`, and one that covers the rest (0: none). At least 16."""
+    return split_head(keys) if keys else (0, 0)
+
+
+def _constants(n: int, m: int, d: int, launch: configs.Launch, causal: bool, masked: bool, dtype: torch.dtype) -> dict:
+    """What both kernels take, and what the one has that the row of the table is for."""
+    rows = launch.tile["ROWS"]
     d_1, d_2 = split_head(d)
-    return {
-        "ROWS": launch.tile["ROWS"],
-        "COLS": launch.tile["COLS"],
-        "TAIL": tail(m, launch.tile["COLS"]),
+    constants = {
+        "ROWS": rows,
         "BLOCK_P": triton.next_power_of_2(m) if masked else 1,
         "D": d,
         "D_1": d_1,
@@ -397,11 +523,31 @@ def _constants(m: int, d: int, launch: configs.Launch, causal: bool, masked: boo
         "PRECISION": dot_precision(dtype),
         "ACC": accumulator(dtype),
     }
+    if "COLS" in launch.tile:
+        cols_1, cols_2 = two_parts(m % launch.tile["COLS"])
+        return constants | {"COLS": launch.tile["COLS"], "COLS_1": cols_1, "COLS_2": cols_2}
+    cols_1, cols_2 = two_parts(m)
+    few = 0 < n % rows <= 16
+    return constants | {
+        "EVEN": few or n % rows == 0,
+        "FEW": few,
+        "COLS_1": cols_1,
+        "COLS_2": cols_2,
+        "RAGGED": cols_1 + cols_2 != m,
+    }
+
+
+def _launch(arch: str, itemsize: int, n: int, m: int, d: int) -> configs.Launch:
+    """The row of the kernel that holds a head's keys on chip, where they fit; else of the one that passes over them."""
+    head = configs.lookup(configs.ATTENTION_FWD_HEAD, arch)
+    if itemsize == 2 and max(n, m) <= head.tile["KEYS"] and sum(two_parts(m)) * d <= head.tile["KEYS"] * 80:
+        return head
+    return configs.lookup(configs.ATTENTION_FWD, "wide" if itemsize > 2 else "large" if d > 80 else arch)
 
 
 def readable(x: torch.Tensor) -> torch.Tensor:
-    """x with D innermost."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x with D innermost, and tokens so near that a tile's offsets fit into 32 bits."""
+    return x if x.stride(-1) == 1 and x.stride(1) < MOST_STRIDE else x.contiguous()
 
 
 def attention_fwd(
@@ -410,15 +556,24 @@ def attention_fwd(
     """O (B, N, H, D), contiguous, and lse (B, H, N) in base 2. padded: (B, M) bool."""
     b, n, h, d = q.shape
     m = k.shape[1]
+    if scale <= 0:  # the kernels take the largest score before they scale it
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     q, k, v = readable(q), readable(k), readable(v)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((b, h, n), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     if o.numel() == 0:
         return o, lse
-    launch = launch_of(configs.ATTENTION_FWD, arch(q.device), q.element_size(), max(n, m))
-    constants = _constants(m, d, launch, causal, padded is not None, q.dtype)
+    launch = _launch(arch(q.device), q.element_size(), n, m, d)
+    constants = _constants(n, m, d, launch, causal, padded is not None, q.dtype)
+    tiles = triton.cdiv(n, constants["ROWS"])
+    if "COLS" in constants:
+        kernel, grid, parts = _attention_fwd_kernel, b * h * tiles, ()
+    else:
+        # More programs a head, each of which loads the keys, where one a head would leave the GPU idle.
+        each = min(max(1, tiles - constants["FEW"]), triton.cdiv(programs(q.device, 2), b * h))
+        kernel, grid, parts = _attention_fwd_head_kernel, b * h * each, (each,)
     with on_device(q):
-        _attention_fwd_kernel[(b * h * max(1, triton.cdiv(n - 1, constants["ROWS"])),)](
+        kernel[(grid,)](
             q,
             k,
             v,
@@ -432,6 +587,7 @@ def attention_fwd(
             n,
             m,
             h,
+            *parts,
             scale * LOG2_E,
             **constants,
             num_warps=launch.num_warps,
@@ -464,34 +620,41 @@ def aot_cases(arch: str) -> list[AotCase]:
     """The towers' shapes in bfloat16: strides of separate projections; captions causal and padded."""
     cases = []
     for what, b, n, h, d, text in SHAPES:
-        launch = launch_of(configs.ATTENTION_FWD, arch, 2, n)
+        launch = _launch(arch, 2, n, n, d)
+        constants = _constants(n, n, d, launch, text, text, torch.bfloat16)
         signature = {f"{name}_ptr": "*bf16:16" for name in "qkvo"}
         signature |= {"lse_ptr": "*fp32:16", "scale": "fp32", "N": "i32", "M": "i32"}
         signature |= {f"stride_{name}{axis}": "i32:16" for name in "qkv" for axis in "bnh"}
         signature |= {"H": "i32:16" if h % 16 == 0 else "i32"}
-        constants = _constants(n, d, launch, text, text, torch.bfloat16)
         if text:
             signature |= {"pad_ptr": "*u8:16", "stride_pb": "i32"}
             constants["stride_pm"] = 1
         else:
             signature |= {"stride_pb": "i32:16", "stride_pm": "i32:16"}
             constants["pad_ptr"] = None
-        rows, cols = constants["ROWS"], constants["COLS"]
-        blocks, whole = triton.cdiv(n - 1, rows), (n - 1) // cols
-        last = [min(whole, triton.cdiv((block + 1) * rows, cols)) if text else whole for block in range(blocks)]
+        tiles = triton.cdiv(n, constants["ROWS"])
+        if "COLS" in constants:
+            kernel, programs_each, shares = _attention_fwd_kernel, tiles, ()
+            ends = [n if not text else min(n, (tile + 1) * constants["ROWS"]) for tile in range(tiles)]
+            whole = n // constants["COLS"]
+            trips = statistics.fmean(min(whole, triton.cdiv(end, constants["COLS"])) for end in ends)
+        else:
+            kernel, programs_each, shares = _attention_fwd_head_kernel, 1, (1,) * constants["FEW"]
+            trips = tiles - constants["FEW"]
+            signature["PARTS"] = "i32"
         cases.append(
             AotCase(
                 f"attention fwd {what} x{b}",
-                _attention_fwd_kernel,
+                kernel,
                 signature,
                 constants,
                 launch.num_warps,
                 launch.num_stages,
                 flops=(2 if text else 4) * b * h * n * n * d,
                 bytes=b * n * h * (4 * d * 2 + 4),
-                programs=b * h * blocks,
-                trips=(last[0], statistics.fmean(last[1:])),
-                shares=(1 / blocks,),
+                programs=b * h * programs_each,
+                trips=(trips,),
+                shares=shares,
             )
         )
     return cases

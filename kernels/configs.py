@@ -51,12 +51,18 @@ TEMPORAL_ATTENTION_BWD: Mapping[str, Launch] = {
 }
 
 # attention: ROWS queries (in the backward: queries, or keys) a program, COLS keys (queries) a step of its loop. "wide":
-# float32. "short": up to TOKENS tokens, as captions have.
+# float32. "large": heads of more than 80. "short": up to TOKENS tokens, as captions have. HEAD: a head at once, ROWS
+# queries a step, where it has at most KEYS tokens of 80 numbers (fewer of more).
+ATTENTION_FWD_HEAD: Mapping[str, Launch] = {
+    "default": Launch({"ROWS": 64, "KEYS": 80}, num_warps=4, num_stages=2),
+    "sm_90": Launch({"ROWS": 64, "KEYS": 272}, num_warps=4, num_stages=2),
+    "interpreter": Launch({"ROWS": 64, "KEYS": 272}, num_warps=4),
+}
 ATTENTION_FWD: Mapping[str, Launch] = {
-    "default": Launch({"ROWS": 128, "COLS": 32}, num_warps=8, num_stages=2),
-    "sm_90": Launch({"ROWS": 128, "COLS": 32}, num_warps=8, num_stages=3),
+    "default": Launch({"ROWS": 64, "COLS": 64}, num_warps=4, num_stages=2),
+    "sm_90": Launch({"ROWS": 128, "COLS": 64}, num_warps=4, num_stages=3),
+    "large": Launch({"ROWS": 64, "COLS": 64}, num_warps=4, num_stages=2),
     "wide": Launch({"ROWS": 32, "COLS": 32}, num_warps=4, num_stages=1),
-    "short": Launch({"ROWS": 32, "COLS": 32, "TOKENS": 128}, num_warps=4, num_stages=2),
 }
 ATTENTION_BWD: Mapping[str, Launch] = {
     "default": Launch({"ROWS": 128, "COLS": 32}, num_warps=8, num_stages=2),

@@ -53,9 +53,9 @@ def _arch(device_index: int) -> str:
 
 
 def arch(device: torch.device) -> str:
-    """ "sm_90", "gfx942", ...: the key of the tables in configs.py; "default" for the CPU (the interpreter)."""
+    """ "sm_90", "gfx942", ...: the key of the tables in configs.py; "interpreter" for the CPU."""
     if device.type != "cuda":
-        return "default"
+        return "interpreter"
     return _arch(torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -100,12 +100,12 @@ def load_rows(ptr, o_row, m_row, D: tl.constexpr, D_1: tl.constexpr, D_2: tl.con
     """Rows of D at offsets o_row, 0 where not m_row: [ROWS, D_1] and [ROWS, D_2] (the first again where D_2 is 0)."""
     o_1 = tl.arange(0, D_1)
     m_1 = m_row[:, None] if D_1 <= D else m_row[:, None] & (o_1 < D)[None, :]
-    part_1 = tl.load(ptr + o_row[:, None] + o_1[None, :], mask=m_1, other=0.0)
+    part_1 = tl.load(ptr + o_1[None, :] + o_row[:, None], mask=m_1, other=0.0)
     part_2 = part_1
     if D_2:
         o_2 = D_1 + tl.arange(0, D_2)
         m_2 = m_row[:, None] if D_1 + D_2 <= D else m_row[:, None] & (o_2 < D)[None, :]
-        part_2 = tl.load(ptr + o_row[:, None] + o_2[None, :], mask=m_2, other=0.0)
+        part_2 = tl.load(ptr + o_2[None, :] + o_row[:, None], mask=m_2, other=0.0)
     return part_1, part_2
 
 
@@ -114,11 +114,11 @@ def store_rows(ptr, o_row, m_row, part_1, part_2, D: tl.constexpr, D_1: tl.const
     """Writes what load_rows would read, rounded to the pointer's type."""
     o_1 = tl.arange(0, D_1)
     m_1 = m_row[:, None] if D_1 <= D else m_row[:, None] & (o_1 < D)[None, :]
-    tl.store(ptr + o_row[:, None] + o_1[None, :], part_1.to(ptr.dtype.element_ty), mask=m_1)
+    tl.store(ptr + o_1[None, :] + o_row[:, None], part_1.to(ptr.dtype.element_ty), mask=m_1)
     if D_2:
         o_2 = D_1 + tl.arange(0, D_2)
         m_2 = m_row[:, None] if D_1 + D_2 <= D else m_row[:, None] & (o_2 < D)[None, :]
-        tl.store(ptr + o_row[:, None] + o_2[None, :], part_2.to(ptr.dtype.element_ty), mask=m_2)
+        tl.store(ptr + o_2[None, :] + o_row[:, None], part_2.to(ptr.dtype.element_ty), mask=m_2)
 
 
 # Products of tiles in two parts of D. A side of one row, such as a class token's key, is multiplied out, not padded.

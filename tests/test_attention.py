@@ -17,8 +17,7 @@ TOKENS = (1, 2, 16, 17, 77, 129, 180, 256, 257, 258, 534, 593)
 HEAD_DIMS = (32, 64, 80, 128)
 DTYPES = {
     "torch": (torch.float32, torch.float16, torch.bfloat16),
-    "triton": (torch.float32, torch.float16)
-    + (torch.bfloat16,) * (DEVICE == "cuda"),  # the interpreter's bfloat16 is wrong
+    "triton": (torch.float32, torch.float16, torch.bfloat16),
     "native": (torch.float32, torch.bfloat16),
 }
 IMPLS = tuple(name for name in DTYPES if name != "native" or DEVICE == "cpu")
@@ -126,6 +125,50 @@ def test_values_and_gradients(impl, n, d):
 def test_causal(impl, n):
     for dtype in DTYPES[impl]:
         check(impl, separate(1, n, n, 1, 64, dtype), causal=True)
+
+
+def check_values(impl, tensors, **kwargs):
+    """The forward alone, within the budget."""
+    out = ops.attention(*tensors, impl=impl, **kwargs)
+    assert_within_budget(out, reference(*tensors, **kwargs), plain(*tensors, **kwargs), "out")
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("n", (63, 64, 65, 80, 81, 144, 272, 273))
+def test_values_where_tiles_end(n, dtype):
+    """Keys in one part or two, on chip or not; queries with and without some that fill no tile; masks over them."""
+    check_values("triton", separate(1, n, n, 1, 64, dtype))
+    mask = padding(n, slice(n // 2, n), slice(0, n - 3), slice(0, n))
+    tensors = separate(3, n, n, 1, 32, dtype)
+    for causal in (False, True):
+        check_values("triton", tensors, causal=causal, key_padding_mask=mask)
+
+
+@pytest.mark.parametrize("scale", (-0.3, 0.0, 1e-30))
+@pytest.mark.parametrize("impl", IMPLS)
+def test_any_scale(impl, scale):
+    """Also where the largest score is not the largest when scaled."""
+    mask = padding(30, slice(21, 30), slice(0, 4))
+    for dtype in DTYPES[impl]:
+        tensors = separate(2, 30, 30, 1, 32, dtype)
+        check_values(impl, tensors, scale=scale)
+        check_values(impl, tensors, causal=True, key_padding_mask=mask, scale=scale)
+
+
+@pytest.mark.parametrize("n", (257, 130))
+def test_programs_a_head_make_no_difference(n):
+    """Where heads are few, several programs share one."""
+    tensors = separate(2, n, n, 3, 64, torch.float16)
+    together = ops.attention(*tensors, impl="triton")
+    alone = ops.attention(*(x[:1, :, :1] for x in tensors), impl="triton")
+    assert torch.equal(alone, together[:1, :, :1])
+
+
+def test_tokens_far_apart():
+    """Further than offsets of 32 bits reach within a tile."""
+    memory = randn(4, 1 << 22, dtype=torch.float16, device=DEVICE)
+    tensors = [memory[:, i * 64 : i * 64 + 64].view(1, 4, 1, 64) for i in range(3)]
+    check_values("triton", tensors)
 
 
 @pytest.mark.parametrize("causal", (False, True))
