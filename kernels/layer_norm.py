@@ -62,9 +62,10 @@ def _layer_norm_fwd_kernel(
         else:
             o_r = o_m * stride_r2
         x += tl.load(residual_ptr + o_r[:, None] + o_d[None, :], mask=m_x, other=0.0).to(ACC)
-        x = x.to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + o_y, x, mask=m_x)
-        x = x.to(ACC)  # normalise what the backward will see
+        if total_ptr is not None:
+            x = x.to(total_ptr.dtype.element_ty)
+            tl.store(total_ptr + o_y, x, mask=m_x)
+            x = x.to(ACC)  # normalise what the backward will see
     mean = tl.sum(x, axis=1) / D  # [BLOCK_M]
     centred = tl.where(m_d[None, :], x - mean[:, None], 0.0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
@@ -133,14 +134,24 @@ def why_not(x: torch.Tensor) -> list[str]:
 
 
 def layer_norm_fwd(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    *,
+    keep_total: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """x (..., D), residual broadcastable to it -> y, total (None without residual), mean and rstd (..., 1)."""
+    """x (..., D), residual broadcastable to it -> y, total (None without residual), mean and rstd (..., 1).
+
+    Without `keep_total` there is none either, and y has x's dtype.
+    """
     d = x.shape[-1]
     flat = _rows(x)
     rows = flat.shape[0]
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    total = None if residual is None else torch.empty(x.shape, dtype=dtype, device=x.device)
+    keep_total = keep_total and residual is not None
+    dtype = torch.promote_types(x.dtype, residual.dtype) if keep_total and residual is not None else x.dtype
+    total = None if not keep_total else torch.empty(x.shape, dtype=dtype, device=x.device)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     acc = accumulator(dtype)
     mean = torch.empty((*x.shape[:-1], 1), dtype=torch.float64 if acc == tl.float64 else torch.float32, device=x.device)

@@ -108,6 +108,33 @@ def test_float8_keeps_the_direction():
         assert torch.cosine_similarity(got[name].float(), want[name], dim=-1).min() > 0.99
 
 
+@pytest.mark.parametrize("kind", [FrozenLinear, PackedLinear, Float8Linear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5), (0, 5), (1,)])
+def test_frozen_linear_layers_and_their_sums(kind, dtype, shape):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(32, 16).to(dtype)
+    frozen = kind(layer)
+    x, total = torch.randn(*shape, 32, dtype=dtype), torch.randn(*shape, 16, dtype=dtype)
+    gelu, quick_gelu = torch.nn.functional.gelu, lambda h: h * torch.sigmoid(1.702 * h)
+
+    def check(got, function):
+        exact = function(layer.double(), x.double(), total.double())
+        near = function(layer.to(dtype), x, total)
+        if kind is Float8Linear:
+            assert got.dtype == dtype and testing.relative_error(got, exact) < 2**-4
+        else:
+            testing.assert_within_budget(got, exact, near)
+
+    with torch.no_grad():
+        check(frozen(x), lambda layer, x, total: layer(x))
+        check(frozen.product(x), lambda layer, x, total: x @ layer.weight.T)
+        check(frozen.activated(x, "gelu"), lambda layer, x, total: gelu(layer(x)))
+        check(frozen.activated(x, "quick_gelu"), lambda layer, x, total: quick_gelu(layer(x)))
+        got, rest = frozen.add_to(total.clone(), x)
+        check(got if rest is None else got + rest, lambda layer, x, total: total + layer(x))
+
+
 def test_best_dtype_follows_the_cpu(monkeypatch):
     for name in ("avx512_bf16", "amx_tile"):
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: False, raising=False)

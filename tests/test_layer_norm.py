@@ -1,5 +1,7 @@
 """ops.layer_norm against its oracle: values, every gradient, residuals that broadcast, what it keeps."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 import lbfast
 from lbfast import ops
 from lbfast.reference.layer_norm import layer_norm as reference
-from lbfast.testing import assert_matches, randn
+from lbfast.testing import assert_matches, assert_within_budget, randn
 
 IMPLS = ["torch", "triton"]
 pytestmark = pytest.mark.any_device
@@ -65,6 +67,23 @@ def test_dtypes(impl, dtype, residual):
 )
 def test_residuals_that_broadcast(impl, residual):
     check(impl, inputs((2, 3, 4, 5, 8), residual))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("residual", [(8,), (3, 1, 8), (4, 8), (1, 3, 1, 8), (2, 3, 4, 8)])
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_sum_is_not_kept(impl, dtype, residual, wide):
+    x, weight, bias, more = inputs((2, 3, 4, 8), residual, dtype)
+    more = more.float() if wide else more
+    op = partial(ops.layer_norm, keep_total=False, impl=impl)
+    with torch.no_grad():
+        y = op(x, weight, bias, residual=more)
+    exact = reference(*(t.double() for t in (x, weight, bias)), residual=more.double())[0]
+    assert_within_budget(y, exact, plain(x, weight, bias, residual=more.to(dtype))[0])
+    check_one = [lambda *t, f=f: f(*t[:3], residual=t[3])[0] for f in (reference, plain)]
+    if not wide:
+        assert_matches(lambda *t: op(*t[:3], residual=t[3]), check_one[0], (x, weight, bias, more), (), check_one[1])
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lbfast.ops.mlp import activate_
+
 _FLOAT8 = torch.float8_e4m3fn
 _FLOAT8_LARGEST = 448.0
 
@@ -34,19 +36,31 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        return self.activated(x, "none")
+        return self._linear(self._rows(x), self.bias).view(*x.shape[:-1], self.out_features)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """The same without the bias."""
+        return self._linear(self._rows(x), None).view(*x.shape[:-1], self.out_features)
 
     def activated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
-        """The same, then "gelu", "quick_gelu" or "none"."""
-        y = self._product(x.reshape(-1, self.in_features).to(self.dtype), activation == "gelu")
-        if activation == "quick_gelu":
-            y = y * torch.sigmoid(1.702 * y)
-        return y.view(*x.shape[:-1], self.out_features)
+        """The same as `forward`, then "gelu" or "quick_gelu"."""
+        return activate_(self(x), activation)
 
-    def _product(self, x: torch.Tensor, gelu: bool) -> torch.Tensor:
+    def add_to(self, total: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """total (..., out_features), contiguous, + what `forward` gives: in two terms, for a norm that adds them.
+
+        The product is summed into total, which may be overwritten; what is left to be added is the bias (out_features,)
+        here, nothing (None) where the product takes it, or all of it where it can't be summed.
+        """
+        rows = total.view(-1, self.out_features)
+        return rows.addmm_(self._rows(x), self.weight.T).view(total.shape), self.bias
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(-1, self.in_features).to(self.dtype)
+
+    def _linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (M, in_features) -> (M, out_features)."""
-        y = F.linear(x, self.weight, self.bias)
-        return F.gelu(y) if gelu else y
+        return F.linear(x, self.weight, bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         probe = torch.empty(0, dtype=self.dtype, device=self.bias.device)
@@ -76,11 +90,22 @@ class PackedLinear(FrozenLinear):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
         self.bias = bias
 
-    def _product(self, x: torch.Tensor, gelu: bool) -> torch.Tensor:
-        attribute, algorithm = ("gelu", "none") if gelu else ("none", "")
+    def activated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        if activation != "gelu":
+            return super().activated(x, activation)
+        return self._linear(self._rows(x), self.bias, activation).view(*x.shape[:-1], self.out_features)
+
+    def add_to(self, total: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows = self._rows(x)
+        if len(rows):
+            terms = (rows, total.view(-1, self.out_features), self.weight, self.bias)
+            total = torch.ops.mkldnn._linear_pointwise(*terms, "add").view(total.shape)
+        return total, None
+
+    def _linear(self, x: torch.Tensor, bias: torch.Tensor | None, end: str = "none") -> torch.Tensor:
         if not len(x):
             return x.new_empty(0, self.out_features)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, attribute, [], algorithm)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, end, [], "none" if end == "gelu" else "")
 
 
 class Float8Linear(FrozenLinear):
@@ -92,16 +117,21 @@ class Float8Linear(FrozenLinear):
         values, scales = _to_float8(weight)
         self.register_buffer("weight", values)
         self.register_buffer("scales", scales.T)
-        self.register_buffer("bias", bias)
+        self.register_buffer("bias", bias.bfloat16())  # as the product takes it
 
-    def _product(self, x: torch.Tensor, gelu: bool) -> torch.Tensor:
+    def add_to(self, total: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return total, self(x)
+
+    def _linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         values, scales = _to_float8(x)
         if x.is_cuda:
-            y = torch._scaled_mm(values, self.weight.T, scale_a=scales, scale_b=self.scales, out_dtype=torch.bfloat16)
+            y = torch._scaled_mm(
+                values, self.weight.T, scales, self.scales, bias, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
         else:  # emulated: PyTorch 2.11's takes no scale a row there
-            y = (F.linear(values.float(), self.weight.float()) * scales * self.scales).bfloat16()
-        y = y.to(self.dtype) + self.bias
-        return F.gelu(y) if gelu else y
+            y = F.linear(values.float(), self.weight.float()) * scales * self.scales
+            y = (y if bias is None else y + bias).bfloat16()
+        return y.to(self.dtype)
 
 
 def _to_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

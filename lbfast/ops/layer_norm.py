@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 
@@ -23,8 +23,22 @@ def layer_norm(
     eps: float = ...,
     *,
     residual: torch.Tensor,
+    keep_total: Literal[True] = ...,
     impl: str | None = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@overload
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float = ...,
+    *,
+    residual: torch.Tensor | None,
+    keep_total: Literal[False],
+    impl: str | None = ...,
+) -> torch.Tensor: ...
 
 
 def layer_norm(
@@ -34,6 +48,7 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     residual: torch.Tensor | None = None,
+    keep_total: bool = True,
     impl: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Layer normalisation; with a residual, of the sum, and the sum comes too: both in one pass over memory.
@@ -49,10 +64,12 @@ def layer_norm(
         weight, bias: (D,), floating point; read in float32 whatever their dtype.
         eps: added to the variance.
         residual: broadcastable to x's shape, floating point.
+        keep_total: False where nobody needs the sum: it is neither rounded nor written, and y comes alone.
         impl: "triton" or "torch"; None chooses.
 
     Returns:
-        y, of x's shape and dtype; with a residual (y, total), both of the two dtypes' promotion.
+        y, of x's shape and dtype; with a residual (y, total), both of the two dtypes' promotion; without its total y
+        alone, of x's dtype.
 
     Raises:
         TypeError: x, weight, bias or residual is not floating point. ValueError: shapes don't fit.
@@ -61,6 +78,8 @@ def layer_norm(
     Source: Ba et al., arXiv 1607.06450.
     """
     _check(x, weight, bias, residual)
+    if residual is not None and not keep_total:
+        return _without_total(x, weight, bias, eps, residual, impl)
     if not torch.compiler.is_compiling():  # a compiled graph chooses when it runs
         impl = dispatch.choose("layer_norm", impl, IMPLEMENTATIONS, x, weight, bias, residual)
         if impl == "torch":  # whose own autograd keeps the same, and costs less than ours around it
@@ -71,6 +90,18 @@ def layer_norm(
         return torch.ops.lbfast.layer_norm(x, weight, bias, eps, impl)[0]
     y, total, _, _ = torch.ops.lbfast.add_layer_norm(x, residual, weight, bias, eps, impl)
     return y, total
+
+
+def _without_total(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, residual: torch.Tensor, impl: str | None
+) -> torch.Tensor:
+    tensors = (x, weight, bias, residual)
+    traced = torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    if not traced and dispatch.choose("layer_norm", impl, IMPLEMENTATIONS, *tensors) == "triton":
+        from lbfast.kernels import layer_norm as kernel
+
+        return kernel.layer_norm_fwd(x, residual, weight, bias, eps, keep_total=False)[0]
+    return layer_norm(x, weight, bias, eps, residual=residual, impl=impl)[0].to(x.dtype)  # whose backward needs the sum
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None) -> None:
