@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 import lbfast
 from lbfast import ops
+from lbfast.ops.layer_norm import layer_norm_float8
 from lbfast.reference.layer_norm import layer_norm as reference
-from lbfast.testing import assert_matches, assert_within_budget, randn
+from lbfast.testing import assert_matches, assert_rounded_to_float8, assert_within_budget, randn
 
 IMPLS = ["torch", "triton"]
 pytestmark = pytest.mark.any_device
@@ -84,6 +85,25 @@ def test_the_sum_is_not_kept(impl, dtype, residual, wide):
     check_one = [lambda *t, f=f: f(*t[:3], residual=t[3])[0] for f in (reference, plain)]
     if not wide:
         assert_matches(lambda *t: op(*t[:3], residual=t[3]), check_one[0], (x, weight, bias, more), (), check_one[1])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("d", [1, 40, 257, 1280])
+@pytest.mark.parametrize("residual", [None, (3, 1, 1), (2, 3, 5, 1)])
+@pytest.mark.parametrize("keep_total", [False, True])
+def test_float8(impl, dtype, d, residual, keep_total):
+    shape = (2, 3, 5, d)
+    x, weight, bias, *more = inputs(shape, residual and (*residual[:-1], d), dtype)
+    residual = more[0] if more else None
+    (values, scales), total = layer_norm_float8(x, weight, bias, residual=residual, keep_total=keep_total, impl=impl)
+    if residual is None or not keep_total:
+        assert total is x
+    else:
+        assert torch.equal(total, x + residual)
+    before = x if residual is None else total if keep_total else x.double() + residual.double()
+    exact = reference(*(t.double() for t in (before, weight, bias)))
+    assert_rounded_to_float8(values, scales, exact)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 import torch
 
 from lbfast import dispatch
+from lbfast.ops._float8 import Float8, to_float8
 
 
 @overload
@@ -100,8 +101,44 @@ def _without_total(
     if not traced and dispatch.choose("layer_norm", impl, IMPLEMENTATIONS, *tensors) == "triton":
         from lbfast.kernels import layer_norm as kernel
 
-        return kernel.layer_norm_fwd(x, residual, weight, bias, eps, keep_total=False)[0]
+        return kernel.layer_norm_infer(x, residual, weight, bias, eps, keep_total=False, float8=False)[0]
     return layer_norm(x, weight, bias, eps, residual=residual, impl=impl)[0].to(x.dtype)  # whose backward needs the sum
+
+
+def layer_norm_float8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float = 1e-5,
+    *,
+    residual: torch.Tensor | None = None,
+    keep_total: bool = True,
+    impl: str | None = None,
+) -> tuple[Float8, torch.Tensor]:
+    """The same rounded to rows of float8, for a product; the norm is not rounded before. No autograd.
+
+    Args: as `layer_norm`'s.
+
+    Returns:
+        (values e4m3, of x's shape, scales float32 (..., 1)), and total: x itself where there is no sum or none to keep.
+
+    Raises:
+        As `layer_norm`.
+    """
+    _check(x, weight, bias, residual)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and dispatch.choose("layer_norm", impl, IMPLEMENTATIONS, x, weight, bias, residual) == "triton":
+        from lbfast.kernels import layer_norm as kernel
+
+        values, scales, total = kernel.layer_norm_infer(
+            x, residual, weight, bias, eps, keep_total=keep_total, float8=True
+        )
+        return (values, scales), x if total is None else total
+    wide = _accumulator(x.dtype)
+    given = x if keep_total else x.to(wide)
+    total = given if residual is None else given + residual
+    y = torch.nn.functional.layer_norm(total.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps)
+    return to_float8(y), total if keep_total else x
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None) -> None:

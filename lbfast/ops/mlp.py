@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lbfast import dispatch
+from lbfast.ops._float8 import Float8, to_float8
 from lbfast.ops._linear import linear, product
 
 ACTIVATIONS = ("gelu", "quick_gelu")
@@ -107,6 +108,20 @@ def activate_(h: torch.Tensor, activation: str, impl: str | None = None) -> torc
 
         return kernel.activation_fwd(h, activation, in_place=True)
     return _activate(h, activation, out=h)
+
+
+def activate_float8(h: torch.Tensor, activation: str, impl: str | None = None) -> Float8:
+    """act(h), or h itself for "none", rounded to rows of float8 for a product, in one pass: h (..., F). No autograd.
+
+    Raises as `activate_`.
+    """
+    if activation != "none":
+        _check_activation(activation)
+    if not torch.compiler.is_compiling() and dispatch.choose("mlp", impl, IMPLEMENTATIONS, h) == "triton":
+        from lbfast.kernels import mlp as kernel
+
+        return kernel.activation_float8(h, activation)
+    return to_float8(h if activation == "none" else _activate(h.float(), activation))
 
 
 def _activate(h: torch.Tensor, activation: str, out: torch.Tensor | None = None) -> torch.Tensor:
