@@ -69,4 +69,7 @@ def test_every_launch_compiles(arch):
     done = compiled("tests.launches", arch)
     assert done.returncode == 0, done.stderr[-3000:]
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob("*.py"))
-    assert set(done.stdout.split()) == set(re.findall(r"^def (_\w+_kernel)\(", sources, re.MULTILINE))
+    kernels = set(re.findall(r"^def (_\w+_kernel)\(", sources, re.MULTILINE))
+    if arch in {"sm_80", "sm_86", "gfx942"}:  # which have no float8 products of ours
+        kernels = {name for name in kernels if "float8" not in name}
+    assert set(done.stdout.split()) == kernels

@@ -96,12 +96,12 @@ def _check_activation(activation: str) -> None:
 
 
 def activate_(h: torch.Tensor, activation: str, impl: str | None = None) -> torch.Tensor:
-    """act(h) over h, contiguous, in one pass. No autograd; a compiled graph gets it out of place, to fuse.
+    """act(h) over h, contiguous, in one pass; with gradients, and in a compiled graph, which fuses it, out of place.
 
     Raises ValueError for an unknown activation, RuntimeError where `impl` cannot take h.
     """
     _check_activation(activation)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or h.requires_grad:
         return _activate(h, activation)
     if dispatch.choose("mlp", impl, IMPLEMENTATIONS, h) == "triton":
         from lbfast.kernels import mlp as kernel
