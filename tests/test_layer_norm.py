@@ -54,7 +54,8 @@ def test_lengths(impl, n, dtype):
 @pytest.mark.parametrize("d", [1, 7, 64, 768, 1024, 1280, 2049, 8192])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_widths(impl, d, dtype):
-    check(impl, inputs((2, 3, d), (2, 3, d), dtype))
+    wanted = (True, d > 1 or dtype == torch.float32, True, True)  # the weight's is 0: no error is relative to that
+    check(impl, inputs((2, 3, d), (2, 3, d), dtype), wanted)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
