@@ -26,14 +26,22 @@ class Launch:
     num_stages: int = 1
 
 
-# layer_norm: ELEMENTS numbers a tile (whole rows of D rounded up to a power of two); PER_SM programs a multiprocessor,
-# each with partial sums of its own in the backward.
-LAYER_NORM_FWD: Mapping[str, Launch] = {"default": Launch({"ELEMENTS": 4096}, num_warps=4)}
-LAYER_NORM_BWD: Mapping[str, Launch] = {"default": Launch({"ELEMENTS": 2048, "PER_SM": 4}, num_warps=4)}
+# layer_norm: NUMBERS of a tile in each thread; PER_SM programs a multiprocessor, each with partial sums of its own, in
+# the backward. "wide": rows over 4 KiB.
+LAYER_NORM_FWD: Mapping[str, Launch] = {
+    "default": Launch({"NUMBERS": 64}, num_warps=4),
+    "wide": Launch({"NUMBERS": 32}, num_warps=8),
+}
+LAYER_NORM_BWD: Mapping[str, Launch] = {
+    "default": Launch({"NUMBERS": 40, "PER_SM": 2}, num_warps=4),
+    "wide": Launch({"NUMBERS": 16, "PER_SM": 2}, num_warps=8),
+}
 
-# mlp: BLOCK numbers a program in the forward; in the backward [BLOCK_M, BLOCK_F] tiles down ROWS_EACH rows.
+# mlp: BLOCK numbers a program in the forward; in the backward [BLOCK_M, BLOCK_F] tiles down ROWS_EACH rows; about
+# NUMBERS of a row in each thread, and at most so many warps, where it is rounded to float8.
 MLP_FWD: Mapping[str, Launch] = {"default": Launch({"BLOCK": 4096}, num_warps=4)}
 MLP_BWD: Mapping[str, Launch] = {"default": Launch({"BLOCK_M": 4, "BLOCK_F": 512, "ROWS_EACH": 256}, num_warps=4)}
+MLP_FLOAT8: Mapping[str, Launch] = {"default": Launch({"NUMBERS": 32}, num_warps=8)}
 
 # patch_embed: tiles [BLOCK_M, BLOCK_K] of the GEMM's rows; BLOCK_D channels of BLOCK_B tokens.
 PATCH_EMBED_ROWS: Mapping[str, Launch] = {"default": Launch({"BLOCK_M": 64, "BLOCK_K": 64}, num_warps=4)}

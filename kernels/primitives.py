@@ -11,6 +11,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
+
+FLOAT8_ARCHS = ("sm_89", "sm_90", "sm_100", "sm_120")
+"""Those whose instructions round to e4m3."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +87,26 @@ def dot_precision(dtype: torch.dtype) -> str:
     matmul = torch.backends.cuda.matmul
     tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if tf32 else "ieee"
+
+
+# NVIDIA's approximations, within 2 units in the last place; numbers under 2^-126 become 0. Elsewhere Triton's own.
+
+
+def approximate(tensor: torch.Tensor) -> bool:
+    """APPROX of the functions below, for kernels whose results are rounded to 16 bits."""
+    return tensor.element_size() <= 2 and arch(tensor.device).startswith("sm_")
+
+
+@triton.jit
+def exp2(x, APPROX: tl.constexpr):
+    """2^x, without the repair of tiny results that tl.exp2 carries."""
+    return libdevice.exp2(x) if APPROX else tl.exp2(x)
+
+
+@triton.jit
+def divide(a, b, APPROX: tl.constexpr):
+    """a / b, without the repair of b outside [2^-126, 2^126]; beyond, 0."""
+    return libdevice.fast_dividef(a, b) if APPROX else a / b
 
 
 # Head dims in two parts, powers of two: 80 is 64 + 16 rather than a padded 128.

@@ -37,14 +37,20 @@ class Checkpoint:
     config: LanguageBindConfig
     hub: dict[str, Any]
 
-    def load(self, dtype: torch.dtype, device: torch.device, batch_size: int) -> LanguageBindModel:
-        """The model on `device`, optimized for batches of this size. Raises what `from_pretrained` raises."""
+    def load(
+        self, dtype: torch.dtype, device: torch.device, batch_size: int, precision: str | None = None
+    ) -> LanguageBindModel:
+        """The model on `device`, optimized for batches of this size; precision as `optimize_for_inference` takes it.
+
+        Raises what that and `from_pretrained` raise.
+        """
         from lbfast.model.inference import optimize_for_inference
         from lbfast.model.languagebind import model_dict
 
         model = model_dict[self.modality].from_pretrained(self.where, torch_dtype=dtype, **self.hub)
         sizes = [size for size in (1, 2, 4, 8, 16, 32) if size < batch_size]
-        return optimize_for_inference(model.to(device), dtype=None, batch_sizes=[*sizes, batch_size])  # type: ignore[arg-type]
+        sizes.append(batch_size)
+        return optimize_for_inference(model.to(device), dtype=None, precision=precision, batch_sizes=sizes)  # type: ignore[arg-type]
 
     def tokenizer(self) -> Any:
         """The tokenizer beside the weights, or CLIP's own, which every published checkpoint has."""

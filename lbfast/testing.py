@@ -63,6 +63,21 @@ def assert_within_budget(
     assert error <= allowed, f"{what}: error {error:.3e} against float64, allowed {allowed:.3e}"
 
 
+def assert_rounded_to_float8(values: torch.Tensor, scales: torch.Tensor, exact: torch.Tensor) -> None:
+    """Fails unless values e4m3 (..., K) times scales (..., 1) are `exact`, rounded, the largest of a row being 448.
+
+    Within 0.51 of a unit in the last place.
+    """
+    assert values.dtype == torch.float8_e4m3fn and values.shape == exact.shape, (values.dtype, values.shape)
+    assert scales.dtype == torch.float32 and scales.shape == (*exact.shape[:-1], 1), (scales.dtype, scales.shape)
+    largest = exact.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    torch.testing.assert_close(scales.double(), largest / 448, rtol=1e-2, atol=1e-12)
+    wanted = exact / scales.double()
+    unit = 2 ** (wanted.abs().clamp(min=2**-6).log2().floor() - 3)
+    wrong = (values.double() - wanted).abs() - 0.51 * unit
+    assert not wrong.numel() or wrong.max() <= 0, float(wrong.max())
+
+
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
     """torch.empty and its kin hand out NaN (integers: the largest) inside the block: unwritten memory shows."""

@@ -4,6 +4,7 @@
 
 - casts from and to bfloat16 round to nearest, ties to even, and keep infinities, NaN and denormals; what is no float32
   passes through float32, as in Triton and torch;
+- casts to float8 e4m3 round as torch's: Triton's own lose a carry, and what is subnormal;
 - tl.dot multiplies exactly and sums in the accumulator's type;
 - +, -, *, /, %, comparisons, maximum, minimum and clamp round once, as a GPU does. Triton has no exp2, sqrt and so on
   of bfloat16; maxima along an axis are float32;
@@ -21,6 +22,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
@@ -78,6 +80,9 @@ def _dot(original: Any) -> Any:
 def _cast(original: Any) -> Any:
     def cast(self: InterpreterBuilder, handle: TensorHandle, wanted: tl.dtype, *rounding: Any) -> TensorHandle:
         to = wanted.scalar
+        if to == tl.float8e4nv and not _is_bfloat16(handle):
+            rounded = torch.from_numpy(np.asarray(handle.data, np.float32)).to(torch.float8_e4m3fn)
+            return TensorHandle(rounded.view(torch.uint8).numpy(), to)
         if to == tl.bfloat16:
             if _is_bfloat16(handle):
                 return handle

@@ -24,6 +24,8 @@ from bench import memcheck
 from bench.resources import ARCHS, KERNELS
 from lbfast import ops
 from lbfast.kernels import primitives
+from lbfast.ops.layer_norm import layer_norm_float8
+from lbfast.ops.mlp import ACTIVATIONS, activate_, activate_float8
 
 OPS = ("attention", "temporal_attention", "layer_norm", "mlp", "patch_embed", "info_nce")
 LAUNCHED: collections.Counter[str] = collections.Counter()
@@ -108,10 +110,25 @@ def ones(dtype: torch.dtype):
     }
 
 
+def inference(dtype: torch.dtype, float8: bool) -> None:
+    """What no gradient is taken of: the activation in place, norms that keep no sum, float8 where there is."""
+    x, weight = torch.randn(2, 3, 5, 64).to(dtype), torch.randn(64).to(dtype)
+    for residual in (None, weight, torch.randn(3, 1, 64), x):
+        ops.layer_norm(x, weight, weight, residual=residual, keep_total=False, impl="triton")
+        for keep_total in (False, True) if float8 else ():
+            layer_norm_float8(x, weight, weight, residual=residual, keep_total=keep_total, impl="triton")
+    for activation in ACTIVATIONS:
+        activate_(x, activation, "triton")
+    for activation in (*ACTIVATIONS, "none") if float8 else ():
+        activate_float8(x, activation, "triton")
+        activate_float8(x[0, 0, :1, :1], activation, "triton")
+
+
 def main(arch: str = "sm_90") -> None:
     pretend(arch)
     for dtype in (torch.bfloat16, torch.float32) if arch == "sm_90" else (torch.bfloat16,):
         more = ones(dtype) if arch == "sm_90" else {}
+        inference(dtype, arch in primitives.FLOAT8_ARCHS)
         for op, inputs in (*memcheck.cases("cpu", dtype).values(), *more.values()):
             out = op(*inputs)
             outs = [out] if isinstance(out, torch.Tensor) else list(out)

@@ -1,14 +1,17 @@
 """optimize_for_inference: the same embeddings from weights laid out for the machine, in any precision."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 import lbfast
 from lbfast import testing
 from lbfast.model import graphs, inference
-from lbfast.model.frozen import Float8Linear, FrozenLinear, PackedLinear
+from lbfast.model.frozen import Float8Linear, FrozenLinear, PackedLinear, check_float8
+from lbfast.ops.layer_norm import layer_norm_float8
 from lbfast.reference import languagebind as reference
 from tests.test_model import CASES, inputs, load
 
@@ -106,6 +109,69 @@ def test_float8_keeps_the_direction():
     got = features(lbfast.optimize_for_inference(load("image"), precision="fp8"), tensors)
     for name in want:
         assert torch.cosine_similarity(got[name].float(), want[name], dim=-1).min() > 0.99
+
+
+@pytest.mark.parametrize("kind", [FrozenLinear, PackedLinear, Float8Linear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5), (0, 5), (1,)])
+def test_frozen_linear_layers_and_their_sums(kind, dtype, shape):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(32, 16).to(dtype)
+    frozen = kind(layer)
+    x, total = torch.randn(*shape, 32, dtype=dtype), torch.randn(*shape, 16, dtype=dtype)
+    gelu, quick_gelu = torch.nn.functional.gelu, lambda h: h * torch.sigmoid(1.702 * h)
+
+    def check(got, function):
+        exact = function(layer.double(), x.double(), total.double())
+        near = function(layer.to(dtype), x, total)
+        if kind is Float8Linear:
+            assert got.dtype == dtype and testing.relative_error(got, exact) < 2**-4
+        else:
+            testing.assert_within_budget(got, exact, near)
+
+    with torch.no_grad():
+        check(frozen(x), lambda layer, x, total: layer(x))
+        check(frozen.product(x), lambda layer, x, total: x @ layer.weight.T)
+        for name, function in (("gelu", gelu), ("quick_gelu", quick_gelu)):
+            got = frozen.activated(x, name)
+            if kind is Float8Linear:  # as the next one takes it
+                values, scales = got
+                got = (values.float() * scales).to(dtype)
+            check(got, lambda layer, x, total, function=function: function(layer(x)))
+        got, rest = frozen.add_to(total.clone(), x)
+        check(got if rest is None else got + rest, lambda layer, x, total: total + layer(x))
+
+
+def test_float8_layers_take_what_norms_and_activations_leave():
+    torch.manual_seed(0)
+    fc1, fc2, norm = torch.nn.Linear(32, 64), torch.nn.Linear(64, 32), torch.nn.LayerNorm(32)
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        h, total = layer_norm_float8(x, norm.weight, norm.bias, norm.eps)
+        assert total is x
+        got, rest = Float8Linear(fc2).add_to(total, Float8Linear(fc1).activated(h, "gelu"))
+        want = fc2(torch.nn.functional.gelu(fc1(norm(x))))
+    assert got is x and rest.shape == x.shape
+    assert 1e-3 < testing.relative_error(rest, want) < 2**-4
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "hip", "message"),
+    [
+        ((8, 0), "2.13.0+cu128", None, "compute capability 8.9 or later"),
+        ((8, 9), "2.11.1+cu128", None, r"needs PyTorch 2.12 or later, got 2.11.1\+cu128, .*177651"),
+        ((9, 4), "2.13.0", "6.4", "needs an NVIDIA GPU"),
+        ((8, 9), "2.12.0+cu128", None, None),
+        ((9, 0), "2.8.0+cu128", None, None),
+    ],
+)
+def test_float8_says_where_it_can_not_be(monkeypatch, capability, version, hip, message):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with pytest.raises(RuntimeError, match=message) if message else contextlib.nullcontext():
+        check_float8(torch.device("cuda", 0))
+    check_float8(torch.device("cpu"))
 
 
 def test_best_dtype_follows_the_cpu(monkeypatch):

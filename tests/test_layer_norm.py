@@ -1,17 +1,21 @@
 """ops.layer_norm against its oracle: values, every gradient, residuals that broadcast, what it keeps."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import lbfast
 from lbfast import ops
+from lbfast.ops.layer_norm import layer_norm_float8
 from lbfast.reference.layer_norm import layer_norm as reference
-from lbfast.testing import assert_matches, randn
+from lbfast.testing import assert_matches, assert_rounded_to_float8, assert_within_budget, randn
 
 IMPLS = ["torch", "triton"]
 pytestmark = pytest.mark.any_device
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LENGTHS = (1, 2, 16, 17, 77, 129, 180, 256, 257, 258, 534, 593)
 
 
@@ -40,22 +44,24 @@ def check(impl, tensors, wanted=()):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("n", LENGTHS)
-def test_lengths(impl, n):
-    check(impl, inputs((n, 40)))
-    check(impl, inputs((n, 40), (n, 40)))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lengths(impl, n, dtype):
+    check(impl, inputs((n, 40), dtype=dtype))
+    check(impl, inputs((n, 40), (n, 40), dtype))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("d", [1, 7, 64, 768, 1024, 1280])
-def test_widths(impl, d):
-    check(impl, inputs((2, 3, d), (2, 3, d)))
+@pytest.mark.parametrize("d", [1, 7, 64, 768, 1024, 1280, 2049, 8192])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_widths(impl, d, dtype):
+    wanted = (True, d > 1 or dtype == torch.float32, True, True)  # the weight's is 0: no error is relative to that
+    check(impl, inputs((2, 3, d), (2, 3, d), dtype), wanted)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("residual", [None, (2, 3, 5, 40), (1, 3, 1, 40)])
-def test_dtypes(impl, dtype, residual):
-    check(impl, inputs((2, 3, 5, 40), residual, dtype))
+def test_float64(impl, residual):
+    check(impl, inputs((2, 3, 5, 40), residual, torch.float64))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -63,16 +69,54 @@ def test_dtypes(impl, dtype, residual):
     "residual",
     [(2, 3, 4, 5, 8), (1, 3, 1, 1, 8), (8,), (2, 1, 4, 1, 8), (1, 3, 1, 5, 8), (4, 1, 1), (1,), (2, 1, 1, 1, 8)],
 )
-def test_residuals_that_broadcast(impl, residual):
-    check(impl, inputs((2, 3, 4, 5, 8), residual))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_residuals_that_broadcast(impl, residual, dtype):
+    check(impl, inputs((2, 3, 4, 5, 8), residual, dtype))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("residual", [(8,), (3, 1, 8), (4, 8), (1, 3, 1, 8), (2, 3, 4, 8)])
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_sum_is_not_kept(impl, dtype, residual, wide):
+    x, weight, bias, more = inputs((2, 3, 4, 8), residual, dtype)
+    more = more.float() if wide else more
+    op = partial(ops.layer_norm, keep_total=False, impl=impl)
+    with torch.no_grad():
+        y = op(x, weight, bias, residual=more)
+    exact = reference(*(t.double() for t in (x, weight, bias)), residual=more.double())[0]
+    assert_within_budget(y, exact, plain(x, weight, bias, residual=more.to(dtype))[0])
+    check_one = [lambda *t, f=f: f(*t[:3], residual=t[3])[0] for f in (reference, plain)]
+    if not wide:
+        assert_matches(lambda *t: op(*t[:3], residual=t[3]), check_one[0], (x, weight, bias, more), (), check_one[1])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("d", [1, 40, 257, 1280])
+@pytest.mark.parametrize("residual", [None, (3, 1, 1), (2, 3, 5, 1)])
+@pytest.mark.parametrize("keep_total", [False, True])
+def test_float8(impl, dtype, d, residual, keep_total):
+    shape = (2, 3, 5, d)
+    x, weight, bias, *more = inputs(shape, residual and (*residual[:-1], d), dtype)
+    residual = more[0] if more else None
+    (values, scales), total = layer_norm_float8(x, weight, bias, residual=residual, keep_total=keep_total, impl=impl)
+    if residual is None or not keep_total:
+        assert total is x
+    else:
+        assert torch.equal(total, x + residual)
+    before = x if residual is None else total if keep_total else x.double() + residual.double()
+    exact = reference(*(t.double() for t in (before, weight, bias)))
+    assert_rounded_to_float8(values, scales, exact)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("wanted", [tuple(i == j for i in range(4)) for j in range(4)])
-def test_each_gradient_alone(impl, wanted):
-    check(impl, inputs((3, 5, 8), (1, 5, 8)), wanted)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_gradient_alone(impl, wanted, dtype):
+    check(impl, inputs((3, 5, 8), (1, 5, 8), dtype), wanted)
     if any(wanted[:3]):
-        check(impl, inputs((3, 5, 8)), wanted)
+        check(impl, inputs((3, 5, 8), dtype=dtype), wanted)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

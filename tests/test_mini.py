@@ -168,6 +168,17 @@ def test_shipped_weights_reach_the_targets():
     assert len(show(rows, 3).rows) == len(TARGETS)
 
 
+def test_float8_finds_what_float32_finds():
+    """Within two in a hundred scenes; to the letter it would not be float8."""
+    where = {name: mini.checkpoint(name) for name in ("image", "depth")}
+    rows, beside = measure(where, draws=1), measure(where, draws=1, precision="fp8")
+    assert list(rows) == list(beside) == [("text", "image"), ("text", "depth")]
+    for pair, row in rows.items():
+        assert row.there[0] - beside[pair].there[0] <= 0.02, pair
+    table = show(rows, 1, {"fp8": beside})
+    assert [column.header for column in table.columns][1:3] == ["R@1 %", "fp8 R@1 %"]
+
+
 def test_untrained_weights_do_not(tmp_path):
     """The measure can fail: the checkpoint that training starts from finds next to nothing."""
     where = recipe.start(tmp_path / "start")

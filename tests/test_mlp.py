@@ -6,11 +6,13 @@ import torch.nn.functional as F
 
 import lbfast
 from lbfast import ops
+from lbfast.ops.mlp import activate_, activate_float8
 from lbfast.reference.mlp import mlp as reference
-from lbfast.testing import assert_matches, randn
+from lbfast.testing import assert_matches, assert_rounded_to_float8, randn
 
 IMPLS = ["torch", "triton"]
 ACTIVATIONS = ["gelu", "quick_gelu"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 pytestmark = pytest.mark.any_device
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -43,28 +45,30 @@ def check(impl, tensors, activation="gelu", wanted=(), **more):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("n", [1, 2, 16, 17, 77, 257, 258, 593])
-def test_lengths(impl, activation, n):
-    check(impl, inputs((n,)), activation)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lengths(impl, activation, n, dtype):
+    check(impl, inputs((n,), dtype=dtype), activation)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_dtypes(impl, activation, dtype):
-    check(impl, inputs((2, 3, 5), dtype=dtype), activation)
+def test_float64(impl, activation):
+    check(impl, inputs((2, 3, 5), dtype=torch.float64), activation)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("wanted", [tuple(i == j for i in range(5)) for j in range(5)] + [(False,) * 5])
-def test_each_gradient_alone(impl, recompute, wanted):
-    check(impl, inputs((3, 5)), "gelu", wanted, recompute=recompute)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_gradient_alone(impl, recompute, wanted, dtype):
+    check(impl, inputs((3, 5), dtype=dtype), "gelu", wanted, recompute=recompute)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("d, f, e", [(1, 1, 1), (7, 1025, 3), (64, 256, 64)])
-def test_widths(impl, d, f, e):
-    check(impl, inputs((3,), d, f, e))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_widths(impl, d, f, e, dtype):
+    check(impl, inputs((3,), d, f, e, dtype))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -104,6 +108,72 @@ def test_tails_of_the_activation(impl, activation, dtype):
     out = ops.mlp(h, one, zero, one, zero, activation=activation, impl=impl)
     assert out.isfinite().all()
     assert out[h > 11].eq(h[h > 11]).all() and out[h < -11].abs().max() < 1e-6
+
+
+def every(dtype):
+    """All finite numbers of a 16-bit dtype."""
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    return numbers[numbers.isfinite()].to(DEVICE)
+
+
+def exact_activation(h, activation):
+    """act(h) and act'(h) in float64, exact in its tail too."""
+    if activation == "quick_gelu":
+        gate = torch.sigmoid(1.702 * h)
+        return h * gate, gate * (1 + 1.702 * h * (1 - gate))
+    phi = 0.5 * torch.special.erfc(-h * 0.5**0.5)
+    return h * phi, phi + h * torch.exp(-0.5 * h * h) * 0.3989422804014327
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:underflow", "ignore:invalid")
+def test_the_kernel_rounds_every_number_as_it_should(activation, dtype):
+    """Within 0.52 of a unit in the last place (a half is rounding) and 1e-10 of act; within 0.52 and 1e-6 of act'."""
+    from lbfast.kernels import mlp as kernel
+
+    h = every(dtype)
+    a, slope = exact_activation(h.double(), activation)
+    one = torch.ones_like(h)[None]
+    dh, again, _ = kernel.activation_bwd(one, h[None], activation, need_a=True, need_bias=False)
+    for got, exact, slack in (
+        (kernel.activation_fwd(h, activation, in_place=False), a, 1e-10),
+        (again[0], a, 1e-10),
+        (dh[0], slope, 1e-6),
+    ):
+        fine = torch.finfo(dtype)
+        unit = fine.eps * 2 ** exact.abs().clamp(min=fine.tiny).log2().floor()
+        wrong = (got.double() - exact).abs() - 0.52 * unit - slack
+        assert got.isfinite().all() and wrong.max() <= 0, (h[wrong.argmax()], wrong.max())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:underflow", "ignore:invalid")
+def test_what_is_no_number_stays_none(activation, dtype):
+    h = torch.tensor([float("nan"), float("inf"), 3.0], device=DEVICE, dtype=dtype)
+    got = activate_(h, activation, "triton")
+    assert got.data_ptr() == h.data_ptr()
+    assert got[0].isnan() and got[1] == float("inf") and got[2].isfinite()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "none"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 40), (2, 5, 257), (7, 1280), (2, 5120), (0, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_float8(impl, activation, shape, dtype):
+    h = randn(*shape, dtype=dtype, device=DEVICE, scale=3)
+    h[..., :1] *= 0
+    values, scales = activate_float8(h, activation, impl)
+    exact = h.double() if activation == "none" else exact_activation(h.double(), activation)[0]
+    assert_rounded_to_float8(values, scales, exact)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_float8_of_a_view(impl):
+    h = randn(6, 4, 48, device=DEVICE, dtype=torch.bfloat16)
+    for view in (h[:, 0], h[..., ::2], h.transpose(0, 1)):
+        assert_rounded_to_float8(*activate_float8(view, "none", impl), view.double())
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,8 @@ mini = typer.Typer(
     no_args_is_help=True, help="The small model that comes with lbfast, and the world it was trained in."
 )
 app.add_typer(mini, name="mini")
+
+Precision = Enum("Precision", {"fp8": "fp8"})  # type: ignore[misc]
 
 
 @mini.command()
@@ -60,6 +63,9 @@ def table(
         Path | None, typer.Option(metavar="DIR", help="With a folder for each modality. Default: those of the package.")
     ] = None,
     draws: Annotated[int, typer.Option(min=1, help="Of 100 scenes each.")] = 5,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Beside float32, by products in float8. On a CPU they are emulated.")
+    ] = None,
 ) -> None:
     """Prints a table of retrieval among unseen scenes: with text, and between senses never trained together.
 
@@ -72,12 +78,13 @@ def table(
         found = {path.name: path for path in sorted(folder.iterdir()) if (path / "config.json").is_file()}
         if not found:
             raise ValueError(f"{folder}: expected folders of checkpoints, found none")
-        _print_table(found, draws)
+        _print_table(found, draws, precision.value if precision else None)
 
 
-def _print_table(weights: dict[str, Path], draws: int) -> None:
+def _print_table(weights: dict[str, Path], draws: int, precision: str | None = None) -> None:
     from lbfast.mini.table import measure, show
 
     with plain_errors():
         rows = measure(weights, draws)
-    Console().print(show(rows, draws))
+        beside = {precision: measure(weights, draws, precision=precision)} if precision else None
+    Console().print(show(rows, draws, beside))

@@ -52,19 +52,21 @@ class Encoder:
         device: str = "auto",
         dtype: str = "auto",
         batch_size: int = 32,
+        precision: str | None = None,
         **options: Any,
     ) -> Encoder:
         """The encoder of a checkpoint: "DIR_OR_NAME" or "MODALITY=DIR_OR_NAME".
 
         Args:
             device, dtype: as in `lbfast.embedding.embed_files`.
+            precision: as in `lbfast.optimize_for_inference`.
             options: of the encoder, see above.
         """
         from lbfast.processing.processor import transform_dict
 
         checkpoint = given if isinstance(given, Checkpoint) else next(iter(open_checkpoints([given]).values()))
         target = pick_device(device)
-        model = checkpoint.load(pick_dtype(dtype, target), target, batch_size)
+        model = checkpoint.load(pick_dtype(dtype, target), target, batch_size, precision)
         processor = transform_dict[checkpoint.modality](checkpoint.config)
         return cls(model, processor, checkpoint.tokenizer(), batch_size=batch_size, **options)
 

@@ -40,20 +40,26 @@ class Row:
     five: list[float]
 
 
-def measure(models: Mapping[str, Path], draws: int = 5, seed: int = 0) -> dict[tuple[str, str], Row]:
+Rows = dict[tuple[str, str], Row]
+
+
+def measure(models: Mapping[str, Path], draws: int = 5, seed: int = 0, precision: str | None = None) -> Rows:
     """Retrieval of every row of `TARGETS` whose modalities are in `models`.
 
     Args:
         models: modality -> checkpoint.
         draws: of 100 scenes of the test split each.
         seed: of the first; the others follow.
+        precision: None, in float32; or one of `lbfast.optimize_for_inference`, in bfloat16 otherwise.
 
     Raises ValueError where a file cannot be embedded.
     """
     if draws < 1:
         raise ValueError(f"draws: expected at least 1, got {draws}")
+    dtype = "float32" if precision is None else "bfloat16"
     encoders = {
-        name: Encoder.open(f"{name}={where}", dtype="float32", batch_size=BATCH) for name, where in models.items()
+        name: Encoder.open(f"{name}={where}", dtype=dtype, batch_size=BATCH, precision=precision)
+        for name, where in models.items()
     }
     rows = {pair: Row([], [], []) for pair in TARGETS if set(pair) <= {"text", *models}}
     for number in range(draws):
@@ -75,18 +81,20 @@ def measure(models: Mapping[str, Path], draws: int = 5, seed: int = 0) -> dict[t
     return rows
 
 
-def show(rows: Mapping[tuple[str, str], Row], draws: int) -> Table:
-    """The table that `lbfast eval mini` prints."""
+def show(rows: Rows, draws: int, beside: Mapping[str, Rows] | None = None) -> Table:
+    """The table that `lbfast eval mini` prints; beside: by its precision, what else was measured on the same scenes."""
+    beside = beside or {}
     table = Table(
         title="lbfast-mini: retrieval among 100 scenes not seen in training",
         caption=f"means of {draws} draws (lowest-highest); back: the other way; chance: 1; *: never trained together",
     )
     table.add_column("query -> gallery", no_wrap=True)
-    for name in ("R@1", "back", "R@5", "wanted"):
+    for name in ("R@1", *(f"{precision} R@1" for precision in beside), "back", "R@5", "wanted"):
         table.add_column(f"{name} %", justify="right", no_wrap=True)
     for (first, second), row in rows.items():
         mark = "" if first == "text" else " *"
-        means = [f"{100 * statistics.mean(shares):.1f}" for shares in (row.there, row.back, row.five)]
-        means[0] += f" ({100 * min(row.there):.0f}-{100 * max(row.there):.0f})"
+        firsts = [row.there, *(other[first, second].there for other in beside.values())]
+        means = [f"{100 * statistics.mean(ones):.1f} ({100 * min(ones):.0f}-{100 * max(ones):.0f})" for ones in firsts]
+        means += [f"{100 * statistics.mean(shares):.1f}" for shares in (row.back, row.five)]
         table.add_row(f"{first} -> {second}{mark}", *means, f"{100 * TARGETS[first, second]:.0f}")
     return table

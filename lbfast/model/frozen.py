@@ -7,9 +7,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.torch_version import TorchVersion
 
-_FLOAT8 = torch.float8_e4m3fn
-_FLOAT8_LARGEST = 448.0
+from lbfast.ops._float8 import Float8, to_float8
+from lbfast.ops.mlp import activate_, activate_float8
 
 
 class FrozenLinear(nn.Module):
@@ -34,19 +35,31 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        return self.activated(x, "none")
+        return self._linear(self._rows(x), self.bias).view(*x.shape[:-1], self.out_features)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """The same without the bias."""
+        return self._linear(self._rows(x), None).view(*x.shape[:-1], self.out_features)
 
     def activated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
-        """The same, then "gelu", "quick_gelu" or "none"."""
-        y = self._product(x.reshape(-1, self.in_features).to(self.dtype), activation == "gelu")
-        if activation == "quick_gelu":
-            y = y * torch.sigmoid(1.702 * y)
-        return y.view(*x.shape[:-1], self.out_features)
+        """The same as `forward`, then "gelu" or "quick_gelu"."""
+        return activate_(self(x), activation)
 
-    def _product(self, x: torch.Tensor, gelu: bool) -> torch.Tensor:
+    def add_to(self, total: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """total (..., out_features), contiguous, + what `forward` gives: in two terms, for a norm that adds them.
+
+        The product is summed into total, which may be overwritten; what is left to be added is the bias (out_features,)
+        here, nothing (None) where the product takes it, or all of it where it can't be summed.
+        """
+        rows = total.view(-1, self.out_features)
+        return rows.addmm_(self._rows(x), self.weight.T).view(total.shape), self.bias
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(-1, self.in_features).to(self.dtype)
+
+    def _linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (M, in_features) -> (M, out_features)."""
-        y = F.linear(x, self.weight, self.bias)
-        return F.gelu(y) if gelu else y
+        return F.linear(x, self.weight, bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         probe = torch.empty(0, dtype=self.dtype, device=self.bias.device)
@@ -76,38 +89,79 @@ class PackedLinear(FrozenLinear):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
         self.bias = bias
 
-    def _product(self, x: torch.Tensor, gelu: bool) -> torch.Tensor:
-        attribute, algorithm = ("gelu", "none") if gelu else ("none", "")
+    def activated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        if activation != "gelu":
+            return super().activated(x, activation)
+        return self._linear(self._rows(x), self.bias, activation).view(*x.shape[:-1], self.out_features)
+
+    def add_to(self, total: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows = self._rows(x)
+        if len(rows):
+            terms = (rows, total.view(-1, self.out_features), self.weight, self.bias)
+            total = torch.ops.mkldnn._linear_pointwise(*terms, "add").view(total.shape)
+        return total, None
+
+    def _linear(self, x: torch.Tensor, bias: torch.Tensor | None, end: str = "none") -> torch.Tensor:
         if not len(x):
             return x.new_empty(0, self.out_features)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, attribute, [], algorithm)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, end, [], "none" if end == "gelu" else "")
 
 
 class Float8Linear(FrozenLinear):
-    """Inputs and weight in float8 e4m3, each row with its scale; sums in float32, results in bfloat16."""
+    """Inputs and weight in float8 e4m3, each row with its scale; sums in float32, results in bfloat16.
+
+    Inputs may come as `ops.layer_norm_float8` or `activated` leave them: (values, scales).
+    """
 
     scales: torch.Tensor
 
     def _hold(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        values, scales = _to_float8(weight)
+        values, scales = to_float8(weight)
         self.register_buffer("weight", values)
         self.register_buffer("scales", scales.T)
-        self.register_buffer("bias", bias)
+        self.register_buffer("bias", bias.bfloat16())  # as the product takes it
 
-    def _product(self, x: torch.Tensor, gelu: bool) -> torch.Tensor:
-        values, scales = _to_float8(x)
-        if x.is_cuda:
-            y = torch._scaled_mm(values, self.weight.T, scale_a=scales, scale_b=self.scales, out_dtype=torch.bfloat16)
+    def forward(self, x: torch.Tensor | Float8) -> torch.Tensor:
+        return self._product(x, self.bias)
+
+    def product(self, x: torch.Tensor | Float8) -> torch.Tensor:
+        return self._product(x, None)
+
+    def activated(self, x: torch.Tensor | Float8, activation: str) -> Float8:  # type: ignore[override]
+        """As the next Float8Linear takes it."""
+        return activate_float8(self(x), activation)
+
+    def add_to(self, total: torch.Tensor, x: torch.Tensor | Float8) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return total, self(x)
+
+    def _product(self, x: torch.Tensor | Float8, bias: torch.Tensor | None) -> torch.Tensor:
+        values, scales = activate_float8(x, "none") if isinstance(x, torch.Tensor) else x
+        shape = (*values.shape[:-1], self.out_features)
+        values, scales = values.reshape(-1, self.in_features), scales.reshape(-1, 1)
+        if values.is_cuda:
+            y = torch._scaled_mm(
+                values, self.weight.T, scales, self.scales, bias, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
         else:  # emulated: PyTorch 2.11's takes no scale a row there
-            y = (F.linear(values.float(), self.weight.float()) * scales * self.scales).bfloat16()
-        y = y.to(self.dtype) + self.bias
-        return F.gelu(y) if gelu else y
+            y = F.linear(values.float(), self.weight.float()) * scales * self.scales
+            y = (y if bias is None else y + bias).bfloat16()
+        return y.to(self.dtype).view(shape)
 
 
-def _to_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(M, K) -> e4m3 (M, K) and float32 (M, 1), whose product is x, rounded; the largest of a row takes 448."""
-    scales = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / _FLOAT8_LARGEST
-    return (x.float() / scales).to(_FLOAT8), scales
+def check_float8(device: torch.device) -> None:
+    """Raises RuntimeError where a device has no float8 products with a scale a row, or wrong ones."""
+    if device.type != "cuda":
+        return  # emulated
+    if torch.version.hip:
+        raise RuntimeError("precision: fp8 needs an NVIDIA GPU; AMD's float8 products are another format's")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        raise RuntimeError(f"precision: fp8 needs a GPU of compute capability 8.9 or later, got {device}")
+    if capability == (8, 9) and torch.__version__ < TorchVersion("2.12"):
+        raise RuntimeError(
+            f"precision: fp8 on a GPU of compute capability 8.9 needs PyTorch 2.12 or later, got {torch.__version__}, "
+            "whose product ignores the current stream (pytorch issue 177651)"
+        )
 
 
 def _no_state(module: nn.Module, prefix: str, keep_vars: bool) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 
 from lbfast import dispatch
+from lbfast.ops._float8 import Float8, to_float8
 
 
 @overload
@@ -23,8 +24,22 @@ def layer_norm(
     eps: float = ...,
     *,
     residual: torch.Tensor,
+    keep_total: Literal[True] = ...,
     impl: str | None = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@overload
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float = ...,
+    *,
+    residual: torch.Tensor | None,
+    keep_total: Literal[False],
+    impl: str | None = ...,
+) -> torch.Tensor: ...
 
 
 def layer_norm(
@@ -34,6 +49,7 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     residual: torch.Tensor | None = None,
+    keep_total: bool = True,
     impl: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Layer normalisation; with a residual, of the sum, and the sum comes too: both in one pass over memory.
@@ -49,10 +65,12 @@ def layer_norm(
         weight, bias: (D,), floating point; read in float32 whatever their dtype.
         eps: added to the variance.
         residual: broadcastable to x's shape, floating point.
+        keep_total: False where nobody needs the sum: it is neither rounded nor written, and y comes alone.
         impl: "triton" or "torch"; None chooses.
 
     Returns:
-        y, of x's shape and dtype; with a residual (y, total), both of the two dtypes' promotion.
+        y, of x's shape and dtype; with a residual (y, total), both of the two dtypes' promotion; without its total y
+        alone, of x's dtype.
 
     Raises:
         TypeError: x, weight, bias or residual is not floating point. ValueError: shapes don't fit.
@@ -61,6 +79,8 @@ def layer_norm(
     Source: Ba et al., arXiv 1607.06450.
     """
     _check(x, weight, bias, residual)
+    if residual is not None and not keep_total:
+        return _without_total(x, weight, bias, eps, residual, impl)
     if not torch.compiler.is_compiling():  # a compiled graph chooses when it runs
         impl = dispatch.choose("layer_norm", impl, IMPLEMENTATIONS, x, weight, bias, residual)
         if impl == "torch":  # whose own autograd keeps the same, and costs less than ours around it
@@ -71,6 +91,54 @@ def layer_norm(
         return torch.ops.lbfast.layer_norm(x, weight, bias, eps, impl)[0]
     y, total, _, _ = torch.ops.lbfast.add_layer_norm(x, residual, weight, bias, eps, impl)
     return y, total
+
+
+def _without_total(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, residual: torch.Tensor, impl: str | None
+) -> torch.Tensor:
+    tensors = (x, weight, bias, residual)
+    traced = torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    if not traced and dispatch.choose("layer_norm", impl, IMPLEMENTATIONS, *tensors) == "triton":
+        from lbfast.kernels import layer_norm as kernel
+
+        return kernel.layer_norm_infer(x, residual, weight, bias, eps, keep_total=False, float8=False)[0]
+    return layer_norm(x, weight, bias, eps, residual=residual, impl=impl)[0].to(x.dtype)  # whose backward needs the sum
+
+
+def layer_norm_float8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float = 1e-5,
+    *,
+    residual: torch.Tensor | None = None,
+    keep_total: bool = True,
+    impl: str | None = None,
+) -> tuple[Float8, torch.Tensor]:
+    """The same rounded to rows of float8, for a product; the norm is not rounded before. No autograd.
+
+    Args: as `layer_norm`'s.
+
+    Returns:
+        (values e4m3, of x's shape, scales float32 (..., 1)), and total: x itself where there is no sum or none to keep.
+
+    Raises:
+        As `layer_norm`.
+    """
+    _check(x, weight, bias, residual)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and dispatch.choose("layer_norm", impl, IMPLEMENTATIONS, x, weight, bias, residual) == "triton":
+        from lbfast.kernels import layer_norm as kernel
+
+        values, scales, total = kernel.layer_norm_infer(
+            x, residual, weight, bias, eps, keep_total=keep_total, float8=True
+        )
+        return (values, scales), x if total is None else total
+    wide = _accumulator(x.dtype)
+    given = x if keep_total else x.to(wide)
+    total = given if residual is None else given + residual
+    y = torch.nn.functional.layer_norm(total.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps)
+    return to_float8(y), total if keep_total else x
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None) -> None:

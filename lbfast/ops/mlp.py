@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lbfast import dispatch
+from lbfast.ops._float8 import Float8, to_float8
 from lbfast.ops._linear import linear, product
 
 ACTIVATIONS = ("gelu", "quick_gelu")
@@ -71,8 +72,7 @@ def _check(
     fc2_bias: torch.Tensor,
     activation: str,
 ) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"mlp: activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    _check_activation(activation)
     if x.dim() == 0 or fc1_weight.dim() != 2 or fc1_weight.shape[1] != x.shape[-1]:
         raise ValueError(
             f"mlp: fc1_weight: expected (F, D) with D of x {tuple(x.shape)}, got {tuple(fc1_weight.shape)}"
@@ -88,6 +88,40 @@ def _check(
     dtypes = {t.dtype for t in (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)}
     if len(dtypes) != 1 or not x.is_floating_point():
         raise TypeError(f"mlp: expected x, weights and biases of one floating dtype, got {sorted(map(str, dtypes))}")
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"mlp: activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def activate_(h: torch.Tensor, activation: str, impl: str | None = None) -> torch.Tensor:
+    """act(h) over h, contiguous, in one pass; with gradients, and in a compiled graph, which fuses it, out of place.
+
+    Raises ValueError for an unknown activation, RuntimeError where `impl` cannot take h.
+    """
+    _check_activation(activation)
+    if torch.compiler.is_compiling() or h.requires_grad:
+        return _activate(h, activation)
+    if dispatch.choose("mlp", impl, IMPLEMENTATIONS, h) == "triton":
+        from lbfast.kernels import mlp as kernel
+
+        return kernel.activation_fwd(h, activation, in_place=True)
+    return _activate(h, activation, out=h)
+
+
+def activate_float8(h: torch.Tensor, activation: str, impl: str | None = None) -> Float8:
+    """act(h), or h itself for "none", rounded to rows of float8 for a product, in one pass: h (..., F). No autograd.
+
+    Raises as `activate_`.
+    """
+    if activation != "none":
+        _check_activation(activation)
+    if not torch.compiler.is_compiling() and dispatch.choose("mlp", impl, IMPLEMENTATIONS, h) == "triton":
+        from lbfast.kernels import mlp as kernel
+
+        return kernel.activation_float8(h, activation)
+    return to_float8(h if activation == "none" else _activate(h.float(), activation))
 
 
 def _activate(h: torch.Tensor, activation: str, out: torch.Tensor | None = None) -> torch.Tensor:
