@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -30,6 +30,21 @@ class LayerNorm(nn.LayerNorm):
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (normalised sum, sum) of x and a residual that broadcasts against it, in one pass."""
         return ops.layer_norm(x, self.weight, self.bias, self.eps, residual=residual)
+
+
+class Sum(NamedTuple):
+    """A tower's sum over its layers in two terms, for the next norm to join: a pass over memory less.
+
+    Attributes:
+        total: (..., D).
+        rest: what is to be added to it, of its shape; or None.
+    """
+
+    total: torch.Tensor
+    rest: torch.Tensor | None = None
+
+    def joined(self) -> torch.Tensor:
+        return self.total if self.rest is None else self.total + self.rest
 
 
 class PreNorm:
@@ -265,41 +280,47 @@ class EncoderLayer(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | Sum,
         frames: int = 1,
         causal: bool = False,
         key_padding_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x (B * T, N, D), the T frames of a clip adjacent -> the same shape, and the tokens' attention if asked."""
+    ) -> tuple[Any, torch.Tensor | None]:
+        """x (B * T, N, D), the T frames of a clip adjacent -> the same, and the tokens' attention if asked.
+
+        Of a tensor a tensor, of a Sum a Sum: with gradient checkpointing, which keeps what comes between layers, the
+        former.
+        """
         h = self._before_attention(x, frames)
         read = self.self_attn.reading(h)
         a, weights = self.self_attn(read, causal, key_padding_mask, output_attentions)
-        return self._after_attention(a, h.total), weights
+        return self._after_attention(a, h.total, x), weights
 
-    def packed(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
+    def packed(self, x: torch.Tensor | Sum, packing: Packing) -> Any:
         """The same, causal, for captions laid end to end: x (tokens, D) -> (tokens, D)."""
         h = self._before_attention(x, frames=1)
         a = self.self_attn.packed(self.self_attn.reading(h), packing)
-        return self._after_attention(a, h.total)
+        return self._after_attention(a, h.total, x)
 
-    def pooled(self, x: torch.Tensor, frames: int = 1, packing: Packing | None = None) -> torch.Tensor:
+    def pooled(self, x: torch.Tensor | Sum, frames: int = 1, packing: Packing | None = None) -> Any:
         """The same for the pooled tokens alone: x (B * T, N, D) or (tokens, D) -> (B * T, 1, D) or (B, 1, D)."""
         h = self._before_attention(x, frames)
         a = self.self_attn.pooled(h.output(), packing)
-        return self._after_attention(a, pooled_tokens(h.total, packing))
+        return self._after_attention(a, pooled_tokens(h.total, packing), x)
 
-    def _before_attention(self, x: torch.Tensor, frames: int) -> PreNorm:
+    def _before_attention(self, x: torch.Tensor | Sum, frames: int) -> PreNorm:
         """The input of self_attn; its total is what the output is added to."""
         if not self.add_time_attn:
-            return PreNorm(self.layer_norm1, x)
+            return PreNorm(self.layer_norm1, *(x if isinstance(x, Sum) else Sum(x)))
+        x = x.joined() if isinstance(x, Sum) else x  # the norm's residual is the temporal embedding
         a, x = self._across_frames(x.unflatten(0, (-1, frames)))
         return PreNorm(self.layer_norm1, a.flatten(0, 1), x.flatten(0, 1))
 
-    def _after_attention(self, a: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def _after_attention(self, a: torch.Tensor, x: torch.Tensor, like: torch.Tensor | Sum) -> torch.Tensor | Sum:
         h = PreNorm(self.layer_norm2, a, x)
         y = self.mlp(h.read_by(self.mlp.fc1, self.mlp.fc2))
-        return h.total + y
+        after = Sum(h.total, y)
+        return after if isinstance(like, Sum) else after.joined()
 
     def _across_frames(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (B, T, N, D) -> what attention over frames adds, and what it is to be added to."""
@@ -335,12 +356,13 @@ class Encoder(nn.Module):
         """x (B * T, N, D) -> last hidden state, the states before each layer and after the last, the attentions."""
         states: list[torch.Tensor] = []
         attentions: list[torch.Tensor] = []
+        between = self._between(x, output_hidden_states)
         for layer in self.layers:
-            states.append(x)
-            x, weights = self._run(layer, x, frames, causal, key_padding_mask, output_attentions)
+            if output_hidden_states:
+                states.append(between)
+            between, weights = self._run(layer, between, frames, causal, key_padding_mask, output_attentions)
             attentions.append(weights)
-            if not output_hidden_states:
-                states.clear()
+        x = between.joined() if isinstance(between, Sum) else between
         states.append(x)
         return x, tuple(states) if output_hidden_states else None, tuple(attentions) if output_attentions else None
 
@@ -350,21 +372,30 @@ class Encoder(nn.Module):
         x (B * T, N, D) -> (B * T, D), of the first tokens; or packed captions (tokens, D) -> (B, D), of their ends.
         """
         *layers, last = cast(list[EncoderLayer], list(self.layers))
+        between = self._between(x)
         for layer in layers:
             if packing is None:
-                x, _ = self._run(layer, x, frames)
+                between, _ = self._run(layer, between, frames)
             else:
-                x = self._run(layer.packed, x, packing)
-        return self._run(last.pooled, x, frames, packing)[:, 0]
+                between = self._run(layer.packed, between, packing)
+        out = self._run(last.pooled, between, frames, packing)
+        return (out.joined() if isinstance(out, Sum) else out)[:, 0]
+
+    def _between(self, x: torch.Tensor, output_hidden_states: bool = False) -> Any:
+        """What to give the first layer: a Sum, where what comes between layers is not to be kept."""
+        return x if output_hidden_states or self._checkpoints() else Sum(x)
 
     def activation_bytes(self, tokens: int) -> int:
         """About what inference holds at once for so many tokens: the widest point of a layer, the MLP."""
         width = 6 * self.config.hidden_size + 2 * self.config.intermediate_size
         return tokens * width * next(self.parameters()).element_size()
 
+    def _checkpoints(self) -> bool:
+        return self.gradient_checkpointing and self.training
+
     def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a layer, checkpointed in training where that is on."""
-        if not (self.gradient_checkpointing and self.training):
+        if not self._checkpoints():
             return function(*arguments)
         run = getattr(self, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
         return run(function, *arguments)
