@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from lbfast import dispatch, ops
 from lbfast.model.frozen import FrozenLinear
 from lbfast.ops._linear import trained_linear
 from lbfast.ops._prenorm import norm_linears, norm_mlp
+
+if TYPE_CHECKING:
+    from lbfast.model.running import Running
 
 
 class LayerNorm(nn.LayerNorm):
@@ -141,23 +144,33 @@ class Attention(nn.Module):
         weights = attention_weights(q * self.scale, k, causal, key_padding_mask) if output_attentions else None
         return self.out_proj(y.flatten(-2)), weights
 
-    def packed(self, x: torch.Tensor | PreNorm, packing: Packing) -> torch.Tensor:
+    def packed(self, x: torch.Tensor | PreNorm, packing: Packing | Padded) -> torch.Tensor:
         """Causal attention within each caption: x (tokens, D) -> (tokens, D)."""
+        return self.out_proj(self.mix(x, packing))
+
+    def pooled(self, x: torch.Tensor, packing: Packing | Padded | None = None) -> torch.Tensor:
+        """What `forward` or `packed` gives for the pooled tokens alone: x (B, N, D) or (tokens, D) -> (B, 1, D)."""
+        return self.out_proj(self.mix_pooled(x, packing))
+
+    def mix(self, x: torch.Tensor | PreNorm, packing: Packing | Padded | None = None) -> torch.Tensor:
+        """What `packed` projects, or without packing `forward`: of the same shape."""
+        if packing is None:
+            return ops.attention(*self.project(x), scale=self.scale).flatten(-2)
         if self.qkv is not None and isinstance(x, torch.Tensor):
             q, k, v = self._split(packing.pad(self.qkv(x)))
         else:
             q, k, v = (packing.pad(item) for item in self.project(x))
-        return self.out_proj(packing.pack(ops.attention(q, k, v, causal=True, scale=self.scale).flatten(-2)))
+        return packing.pack(ops.attention(q, k, v, causal=True, scale=self.scale).flatten(-2))
 
-    def pooled(self, x: torch.Tensor, packing: Packing | None = None) -> torch.Tensor:
-        """What `forward` or `packed` gives for the pooled tokens alone: x (B, N, D) or (tokens, D) -> (B, 1, D)."""
+    def mix_pooled(self, x: torch.Tensor, packing: Packing | Padded | None = None) -> torch.Tensor:
+        """What `pooled` projects, (B, 1, D)."""
         heads = (self.heads, -1)
         q = self.q_proj(pooled_tokens(x, packing)).unflatten(-1, heads)
         k, v = self.k_proj(x).unflatten(-1, heads), self.v_proj(x).unflatten(-1, heads)
         padding = None
         if packing is not None:
             k, v, padding = packing.pad(k), packing.pad(v), packing.padding
-        return self.out_proj(ops.attention(q, k, v, key_padding_mask=padding, scale=self.scale).flatten(-2))
+        return ops.attention(q, k, v, key_padding_mask=padding, scale=self.scale).flatten(-2)
 
 
 class TemporalAttention(Attention):
@@ -165,7 +178,11 @@ class TemporalAttention(Attention):
 
     def forward(self, x: torch.Tensor | PreNorm) -> torch.Tensor:  # type: ignore[override]
         """x (B, T, N, D), or a norm to be read -> (B, T, N, D)."""
-        return self.out_proj(ops.temporal_attention(*self.project(x)).flatten(-2))
+        return self.out_proj(self.mix(x))
+
+    def mix(self, x: torch.Tensor | PreNorm, packing: Any = None) -> torch.Tensor:
+        """What `forward` projects."""
+        return ops.temporal_attention(*self.project(x)).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -193,6 +210,10 @@ class Packing:
         slots = (valid.flatten().cumsum(0) - 1).view_as(valid) * valid
         return cls(slots, valid.flatten().nonzero()[:, 0], ends, ~valid)
 
+    def to(self, device: torch.device) -> Packing:
+        later = device.type != "cpu"
+        return Packing(*(getattr(self, field.name).to(device, non_blocking=later) for field in fields(self)))
+
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """(tokens, ...) -> (B, N, ...), with some token's values in the padding."""
         return x.index_select(0, self.slots.flatten()).unflatten(0, self.slots.shape)
@@ -202,9 +223,37 @@ class Packing:
         return x.flatten(0, 1).index_select(0, self.tokens)
 
 
-def pooled_tokens(x: torch.Tensor, packing: Packing | None) -> torch.Tensor:
-    """The tokens that are pooled: the first of each row of x (B, N, D), or the ends of packed captions -> (B, 1, D)."""
-    return x[:, :1] if packing is None else x[packing.ends, None]
+@dataclass(frozen=True)
+class Padded:
+    """Captions below each other, with what comes after their ends: Packing for where no size may depend on the data.
+
+    Attributes:
+        ends: (B,) int64, b * N + n of each caption's pooled token.
+        padding: (B, N) bool, True after it.
+    """
+
+    ends: torch.Tensor
+    padding: torch.Tensor
+
+    @classmethod
+    def of(cls, ids: torch.Tensor) -> Padded:
+        """For captions (B, N), the pooled token of each its first largest id."""
+        last = ids.argmax(dim=-1)
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        rows = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device)
+        return cls(rows + last, columns > last[:, None])
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, ...) as it is: attention is causal, so that what comes after a caption's end never reaches it."""
+        return x
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def pooled_tokens(x: torch.Tensor, packing: Packing | Padded | None) -> torch.Tensor:
+    """The tokens that are pooled: the first of each row of x (B, N, D), or the captions' ends -> (B, 1, D)."""
+    return x[:, :1] if packing is None else x.reshape(-1, x.shape[-1])[packing.ends, None]
 
 
 def attention_weights(
@@ -296,13 +345,13 @@ class EncoderLayer(nn.Module):
         a, weights = self.self_attn(read, causal, key_padding_mask, output_attentions)
         return self._after_attention(a, h.total, x), weights
 
-    def packed(self, x: torch.Tensor | Sum, packing: Packing) -> Any:
+    def packed(self, x: torch.Tensor | Sum, packing: Packing | Padded) -> Any:
         """The same, causal, for captions laid end to end: x (tokens, D) -> (tokens, D)."""
         h = self._before_attention(x, frames=1)
         a = self.self_attn.packed(self.self_attn.reading(h), packing)
         return self._after_attention(a, h.total, x)
 
-    def pooled(self, x: torch.Tensor | Sum, frames: int = 1, packing: Packing | None = None) -> Any:
+    def pooled(self, x: torch.Tensor | Sum, frames: int = 1, packing: Packing | Padded | None = None) -> Any:
         """The same for the pooled tokens alone: x (B * T, N, D) or (tokens, D) -> (B * T, 1, D) or (B, 1, D)."""
         h = self._before_attention(x, frames)
         a = self.self_attn.pooled(h.output(), packing)
@@ -342,7 +391,7 @@ class Encoder(nn.Module):
         self.config = config
         self.layers = nn.ModuleList(EncoderLayer(config, temporal_mlp) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False  # set by PreTrainedModel.gradient_checkpointing_enable
-        self.optimized = False  # set by optimize_for_inference
+        self.running: Running | None = None  # by optimize_for_inference
 
     def forward(
         self,
@@ -366,11 +415,14 @@ class Encoder(nn.Module):
         states.append(x)
         return x, tuple(states) if output_hidden_states else None, tuple(attentions) if output_attentions else None
 
-    def pooled(self, x: torch.Tensor, frames: int = 1, packing: Packing | None = None) -> torch.Tensor:
+    def pooled(self, x: torch.Tensor, frames: int = 1, packing: Packing | Padded | None = None) -> torch.Tensor:
         """The last state of the pooled tokens alone: the last layer computes no other.
 
-        x (B * T, N, D) -> (B * T, D), of the first tokens; or packed captions (tokens, D) -> (B, D), of their ends.
+        x (B * T, N, D) -> (B * T, D), of the first tokens; or captions, packed (tokens, D) or padded (B, N, D) ->
+        (B, D), of their ends. Where the encoder is optimized, x is overwritten.
         """
+        if self.running is not None and not x.requires_grad and not torch.compiler.is_compiling():
+            return self.running.pooled(x, packing)
         *layers, last = cast(list[EncoderLayer], list(self.layers))
         between = self._between(x)
         for layer in layers:

@@ -1,0 +1,129 @@
+"""An encoder's layers in inference: products add to the running sum itself, and norms add what these leave out.
+
+    y = norm(total + constant)
+    total += activation(y @ w1.T + b1) @ w2.T;  constant += b2
+
+A sum in the product costs no pass over memory, where its bias would cost one: biases, and the temporal embedding, are
+constants that the norms after them read beside the sum. The first norm of a layer writes them into it, so that the sum
+is never far from what it stands for, and is rounded about as often as by the layers one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from lbfast import ops
+from lbfast.model.frozen import FrozenLinear
+from lbfast.model.layers import (
+    MLP,
+    Attention,
+    Encoder,
+    EncoderLayer,
+    LayerNorm,
+    Packing,
+    Padded,
+    TemporalAttention,
+    pooled_tokens,
+)
+
+
+@dataclass
+class Step:
+    """A norm, and the attention or MLP that reads it and whose product adds to the sum.
+
+    Attributes:
+        constant: what the norm adds to the sum, (D,) or (1, T, 1, D); float32 or wider, or what `settles` writes.
+        settles: whether the norm writes the constant into the sum.
+    """
+
+    norm: LayerNorm
+    reader: Attention | MLP
+    constant: torch.Tensor | None = None
+    settles: bool = False
+
+    @property
+    def product(self) -> FrozenLinear:
+        return cast(FrozenLinear, self.reader.fc2 if isinstance(self.reader, MLP) else self.reader.out_proj)
+
+    def normed(self, total: torch.Tensor, rest: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """total, and rest of its shape which is yet to be added -> the norm of all of it, and the sum from here on."""
+        if rest is None and self.constant is None:
+            return self.norm(total), total
+        if rest is None and not self.settles:
+            assert self.constant is not None
+            y = ops.layer_norm(total, *self.norm.parts, residual=self.constant, keep_total=False)
+            return y, total
+        if rest is not None and self.constant is not None:
+            rest.add_(self.constant)
+        return self.norm.add(total, cast(torch.Tensor, self.constant if rest is None else rest))
+
+    def read(self, y: torch.Tensor, packing: Packing | Padded | None, pooled: bool) -> torch.Tensor:
+        """What the reader hands to its product: of y (..., D), or `pooled`, of its pooled tokens."""
+        if isinstance(self.reader, MLP):
+            fc1 = cast(FrozenLinear, self.reader.fc1)
+            return fc1.activated(y, self.reader.config.hidden_act)
+        if isinstance(self.reader, TemporalAttention):
+            return self.reader.mix(y)
+        y = y.flatten(0, -3) if y.dim() > 3 else y
+        return self.reader.mix_pooled(y, packing) if pooled else self.reader.mix(y, packing)
+
+
+class Running:
+    """The steps of an encoder whose Linears are frozen.
+
+    Args:
+        encoder: of frozen products.
+        frames: T, where its layers attend over frames.
+    """
+
+    def __init__(self, encoder: Encoder, frames: int = 1):
+        self.frames = frames if encoder.config.add_time_attn else 0
+        self.steps: list[Step] = []
+        constant: torch.Tensor | None = None
+        for layer in cast(list[EncoderLayer], list(encoder.layers)):
+            for index, step in enumerate(_steps(layer)):
+                wide = torch.promote_types(step.norm.weight.dtype, torch.float32)
+                if isinstance(step.reader, TemporalAttention) and frames > 1:
+                    embedding = layer.temporal_embedding[:, :frames, None].to(wide)
+                    constant = embedding if constant is None else constant + embedding
+                step.settles = index == 0
+                step.constant = constant
+                if constant is not None and step.settles:
+                    step.constant, constant = constant.to(step.norm.weight.dtype), None
+                if type(step.product) is FrozenLinear:
+                    bias = step.product.bias.to(wide)
+                    constant = bias if constant is None else constant + bias
+                self.steps.append(step)
+        self.constant = constant
+        self.pooling = len(self.steps) - 2  # the last attention over tokens: only the pooled ones go on
+
+    def pooled(self, x: torch.Tensor, packing: Packing | Padded | None = None) -> torch.Tensor:
+        """As `Encoder.pooled` without gradients; x is overwritten."""
+        total = x.contiguous()
+        if self.frames:
+            total = total.unflatten(0, (-1, self.frames))
+        rest: torch.Tensor | None = None
+        for index, step in enumerate(self.steps):
+            y, total = step.normed(total, rest)
+            a = step.read(y, packing, index == self.pooling)
+            if index == self.pooling:
+                total = pooled_tokens(total.flatten(0, -3) if total.dim() > 3 else total, packing).contiguous()
+            total, rest = step.product.add_to(total, a)
+            if rest is not None:  # a bias is in the constants
+                rest = None if rest is step.product.bias else rest.view(total.shape)
+        if self.constant is not None:
+            total = total + self.constant.to(total.dtype)
+        return (total if rest is None else total + rest)[:, 0]
+
+
+def _steps(layer: EncoderLayer) -> Iterator[Step]:
+    if layer.add_time_attn:
+        yield Step(layer.temporal_layer_norm1, layer.temporal_attn)
+        if layer.temporal_mlp is not None and layer.temporal_layer_norm2 is not None:
+            yield Step(layer.temporal_layer_norm2, layer.temporal_mlp)
+    yield Step(layer.layer_norm1, layer.self_attn)
+    yield Step(layer.layer_norm2, layer.mlp)
