@@ -20,9 +20,9 @@ _NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_stri
 class _Operators(TorchDispatchMode):
     """Appends PyTorch's operators that launch something, those inside of lbfast's own too."""
 
-    def __init__(self, names: list[str]):
+    def __init__(self, names: list[str], device: str):
         super().__init__()
-        self.names = names
+        self.names, self.device = names, device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, name = func._schema.name.split("::")
@@ -30,15 +30,15 @@ class _Operators(TorchDispatchMode):
             with self:
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
-        given = tree_leaves((args, kwargs, out))
-        if not func.is_view and name not in _NOTHING and any(isinstance(item, torch.Tensor) for item in given):
+        tensors = (item for item in tree_leaves((args, kwargs, out)) if isinstance(item, torch.Tensor))
+        if not func.is_view and name not in _NOTHING and any(t.device.type == self.device for t in tensors):
             self.names.append(name)
         return out
 
 
 @contextlib.contextmanager
-def launches(monkeypatch: Any) -> Iterator[list[str]]:
-    """The names of what is launched inside of the block, in order, where the CPU's tensors are taken for a GPU's.
+def launches(monkeypatch: Any, device: str = "cpu") -> Iterator[list[str]]:
+    """The names of what is launched inside of the block, in order, where a device's tensors are taken for a GPU's.
 
     What is computed there is meaningless.
     """
@@ -47,6 +47,6 @@ def launches(monkeypatch: Any) -> Iterator[list[str]]:
     def launcher(kernel: Any, grid: Any) -> Any:
         return lambda *args, **kwargs: names.append(kernel.__name__)
 
-    with monkeypatch.context() as patch, dispatch.use_impl("triton"), torch.no_grad(), _Operators(names):
+    with monkeypatch.context() as patch, dispatch.use_impl("triton"), torch.no_grad(), _Operators(names, device):
         patch.setattr(KernelInterface, "__getitem__", launcher)
         yield names

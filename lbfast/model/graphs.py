@@ -41,7 +41,8 @@ class Graphs:
 
     def __call__(self, batch: torch.Tensor, device: torch.device) -> torch.Tensor:
         """batch (B, ...), B >= 1, on the CPU or on `device` -> (B, D) on `device`."""
-        return torch.cat([self._run(piece, device) for piece in batch.split(self.batch_sizes[-1])])
+        pieces = [self._run(piece, device) for piece in batch.split(self.batch_sizes[-1])]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def padded_size(self, batch: int) -> int | None:
         """The size that a batch is padded to; None of one that goes in pieces."""
