@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lbfast import testing
+from lbfast import dispatch, testing
 from lbfast.model.frozen import FrozenLinear
 from lbfast.model.inference import _replace_products
 from lbfast.model.layers import Encoder, Packing, Padded
@@ -16,7 +16,7 @@ FRAMES, WIDTH = 8, 128
 KINDS = ("image", "video", "video with temporal MLP", "text")
 
 
-def encoder(kind="image", layers=3, dtype=torch.bfloat16):
+def encoder(kind="image", layers=6, dtype=torch.bfloat16):
     torch.manual_seed(0)
     about = SimpleNamespace(
         hidden_size=WIDTH,
@@ -66,6 +66,15 @@ def test_the_same_as_one_layer_after_the_other(kind, pack):
     assert testing.relative_error(gradient, want) <= (2e-6 if pack else 1e-14)
 
 
+@pytest.mark.parametrize("kind", KINDS[2:])
+def test_the_same_by_triton(kind):
+    made, (x, about) = encoder(kind, layers=2, dtype=torch.float32), tokens(kind, torch.float32, count=5)
+    want = made.pooled(x, **about)
+    with dispatch.use_impl("triton"):
+        got = frozen(made).pooled(x.clone(), **about)
+    assert testing.relative_error(got, want) <= 2e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,7 +115,7 @@ def of_a_layer(monkeypatch, kind, count=257):
     """What one layer more, but the last, launches; printed."""
     x, about = tokens(kind, torch.bfloat16, count)
     counted = []
-    for layers in (3, 2):
+    for layers in (7, 6):
         made, given = frozen(encoder(kind, layers)), x.clone()
         with launches(monkeypatch) as names:
             made.pooled(given, **about)

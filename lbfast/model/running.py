@@ -4,8 +4,8 @@
     total += activation(y @ w1.T + b1) @ w2.T;  constant += b2
 
 A sum in the product costs no pass over memory, where its bias would cost one: biases, and the temporal embedding, are
-constants that the norms after them read beside the sum. The first norm of a layer writes them into it, so that the sum
-is never far from what it stands for, and is rounded about as often as by the layers one after the other.
+constants that the norms after them read beside the sum. Now and then a norm writes them into it: the sum is never far
+from what it stands for, and is rounded about as often as by the layers one after the other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import cast
 import torch
 
 from lbfast import ops
-from lbfast.model.frozen import FrozenLinear
+from lbfast.model.frozen import Float8Linear, FrozenLinear
 from lbfast.model.layers import (
     MLP,
     Attention,
@@ -30,13 +30,16 @@ from lbfast.model.layers import (
     pooled_tokens,
 )
 
+SETTLING = 4
+"""Layers whose constants may be outside of the sum: small beside it, whatever they are over a whole tower."""
+
 
 @dataclass
 class Step:
     """A norm, and the attention or MLP that reads it and whose product adds to the sum.
 
     Attributes:
-        constant: what the norm adds to the sum, (D,) or (1, T, 1, D); float32 or wider, or what `settles` writes.
+        constant: what the norm adds to the sum, (D,) or (1, T, 1, D); float32 or wider, or of the sum's dtype to settle.
         settles: whether the norm writes the constant into the sum.
     """
 
@@ -84,19 +87,21 @@ class Running:
         self.frames = frames if encoder.config.add_time_attn else 0
         self.steps: list[Step] = []
         constant: torch.Tensor | None = None
-        for layer in cast(list[EncoderLayer], list(encoder.layers)):
+        whole = False  # whether the product before leaves a whole tensor to be added, and so written
+        for depth, layer in enumerate(cast(list[EncoderLayer], list(encoder.layers))):
             for index, step in enumerate(_steps(layer)):
                 wide = torch.promote_types(step.norm.weight.dtype, torch.float32)
                 if isinstance(step.reader, TemporalAttention) and frames > 1:
                     embedding = layer.temporal_embedding[:, :frames, None].to(wide)
                     constant = embedding if constant is None else constant + embedding
-                step.settles = index == 0
+                step.settles = whole or (index == 0 and depth % SETTLING == 0)
                 step.constant = constant
                 if constant is not None and step.settles:
                     step.constant, constant = constant.to(step.norm.weight.dtype), None
                 if type(step.product) is FrozenLinear:
                     bias = step.product.bias.to(wide)
                     constant = bias if constant is None else constant + bias
+                whole = isinstance(step.product, Float8Linear)
                 self.steps.append(step)
         self.constant = constant
         self.pooling = len(self.steps) - 2  # the last attention over tokens: only the pooled ones go on
@@ -111,13 +116,14 @@ class Running:
             y, total = step.normed(total, rest)
             a = step.read(y, packing, index == self.pooling)
             if index == self.pooling:
-                total = pooled_tokens(total.flatten(0, -3) if total.dim() > 3 else total, packing).contiguous()
+                pooled = pooled_tokens(total.flatten(0, -3) if total.dim() > 3 else total, packing).contiguous()
+                total = pooled.view(*total.shape[:-2], *pooled.shape[-2:]) if total.dim() > 3 else pooled
             total, rest = step.product.add_to(total, a)
             if rest is not None:  # a bias is in the constants
                 rest = None if rest is step.product.bias else rest.view(total.shape)
         if self.constant is not None:
             total = total + self.constant.to(total.dtype)
-        return (total if rest is None else total + rest)[:, 0]
+        return (total if rest is None else total + rest).flatten(0, -3)[:, 0]
 
 
 def _steps(layer: EncoderLayer) -> Iterator[Step]:
