@@ -111,6 +111,14 @@ def test_captions_packed_and_padded_are_the_same():
         torch.testing.assert_close(ready.pooled(packing.pack(x), packing=packing), want)
 
 
+def test_autocast_takes_the_layers_as_they_are():
+    made, (x, about) = encoder(dtype=torch.float32), tokens("image", torch.float32)
+    want = made.pooled(x, **about)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = frozen(made).pooled(x.bfloat16(), **about)
+    assert testing.relative_error(got, want) <= 2e-2
+
+
 def of_a_layer(monkeypatch, kind, count=257):
     """What one layer more, but the last, launches; printed."""
     x, about = tokens(kind, torch.bfloat16, count)

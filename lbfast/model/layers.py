@@ -421,7 +421,8 @@ class Encoder(nn.Module):
         x (B * T, N, D) -> (B * T, D), of the first tokens; or captions, packed (tokens, D) or padded (B, N, D) ->
         (B, D), of their ends. Where the encoder is optimized, x is overwritten.
         """
-        if self.running is not None and not x.requires_grad and not torch.compiler.is_compiling():
+        traced = x.requires_grad or torch.compiler.is_compiling() or dispatch.autocast_dtype(x.device) is not None
+        if self.running is not None and not traced:
             return self.running.pooled(x, packing)
         *layers, last = cast(list[EncoderLayer], list(self.layers))
         between = self._between(x)

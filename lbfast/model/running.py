@@ -39,7 +39,7 @@ class Step:
     """A norm, and the attention or MLP that reads it and whose product adds to the sum.
 
     Attributes:
-        constant: what the norm adds to the sum, (D,) or (1, T, 1, D); float32 or wider, or of the sum's dtype to settle.
+        constant: what the norm adds to the sum, (D,) or (1, T, 1, D); float32 or wider, settled of its dtype.
         settles: whether the norm writes the constant into the sum.
     """
 
