@@ -119,12 +119,12 @@ def test_autocast_takes_the_layers_as_they_are():
     assert testing.relative_error(got, want) <= 2e-2
 
 
-def of_a_layer(monkeypatch, kind, count=257):
+def of_a_layer(monkeypatch, kind, count=257, precision=None):
     """What one layer more, but the last, launches; printed."""
     x, about = tokens(kind, torch.bfloat16, count)
     counted = []
     for layers in (7, 6):
-        made, given = frozen(encoder(kind, layers)), x.clone()
+        made, given = frozen(encoder(kind, layers), precision), x.clone()
         with launches(monkeypatch) as names:
             made.pooled(given, **about)
         counted.append(names)
@@ -138,3 +138,9 @@ def of_a_layer(monkeypatch, kind, count=257):
 @pytest.mark.parametrize(("kind", "most"), [("image", 8), ("video", 12), ("text", 8)])
 def test_launches_of_a_layer(monkeypatch, kind, most):
     assert len(of_a_layer(monkeypatch, kind, 77 if kind == "text" else 257)) <= most
+
+
+def test_float8_is_rounded_to_inside_norms_and_activations(monkeypatch):
+    """What only attention hands on is rounded by a kernel of its own. The products are emulated here, by operators."""
+    kernels = [name for name in of_a_layer(monkeypatch, "image", precision="fp8") if name.endswith("_kernel")]
+    assert len(kernels) == 5, kernels

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lbfast.model.checkpoint import parse_dtype
-from lbfast.model.frozen import Float8Linear, FrozenLinear, PackedLinear
+from lbfast.model.frozen import Float8Linear, FrozenLinear, PackedLinear, check_float8
 from lbfast.model.graphs import Graphs
 from lbfast.model.languagebind import LanguageBind, LanguageBindModel
 from lbfast.model.layers import MLP, Attention, Encoder, EncoderLayer, Linear, TemporalAttention
@@ -81,8 +81,8 @@ def optimize_for_inference(
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch_sizes: expected positive numbers, got {tuple(batch_sizes)}")
     device = next(model.parameters()).device
-    if precision == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise RuntimeError(f"precision: fp8 needs a GPU of compute capability 8.9 or later, got {device}")
+    if precision == "fp8":
+        check_float8(device)
     wanted = best_dtype(device) if dtype == "auto" else None if dtype is None else parse_dtype(dtype)
     towers = [m for m in model.modules() if isinstance(m, (VisionTransformer, TextTransformer))]
     if any(tower.encoder.running is not None for tower in towers):

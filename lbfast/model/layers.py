@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lbfast import dispatch, ops
 from lbfast.model.frozen import FrozenLinear
+from lbfast.ops._float8 import Float8
 from lbfast.ops._linear import trained_linear
 from lbfast.ops._prenorm import norm_linears, norm_mlp
 
@@ -117,7 +118,7 @@ class Attention(nn.Module):
         """What to call this with."""
         return h.output() if self.qkv is not None else h.read_by(self.q_proj, self.k_proj, self.v_proj)
 
-    def project(self, x: torch.Tensor | PreNorm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, x: torch.Tensor | PreNorm | Float8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (..., D) -> q, k, v, each a view (..., H, D / H)."""
         if self.qkv is not None:
             return self._split(self.qkv(x))
@@ -152,11 +153,11 @@ class Attention(nn.Module):
         """What `forward` or `packed` gives for the pooled tokens alone: x (B, N, D) or (tokens, D) -> (B, 1, D)."""
         return self.out_proj(self.mix_pooled(x, packing))
 
-    def mix(self, x: torch.Tensor | PreNorm, packing: Packing | Padded | None = None) -> torch.Tensor:
+    def mix(self, x: torch.Tensor | PreNorm | Float8, packing: Packing | Padded | None = None) -> torch.Tensor:
         """What `packed` projects, or without packing `forward`: of the same shape."""
         if packing is None:
             return ops.attention(*self.project(x), scale=self.scale).flatten(-2)
-        if self.qkv is not None and isinstance(x, torch.Tensor):
+        if self.qkv is not None and not isinstance(x, PreNorm):
             q, k, v = self._split(packing.pad(self.qkv(x)))
         else:
             q, k, v = (packing.pad(item) for item in self.project(x))
@@ -180,7 +181,7 @@ class TemporalAttention(Attention):
         """x (B, T, N, D), or a norm to be read -> (B, T, N, D)."""
         return self.out_proj(self.mix(x))
 
-    def mix(self, x: torch.Tensor | PreNorm, packing: Any = None) -> torch.Tensor:
+    def mix(self, x: torch.Tensor | PreNorm | Float8, packing: Any = None) -> torch.Tensor:
         """What `forward` projects."""
         return ops.temporal_attention(*self.project(x)).flatten(-2)
 

@@ -29,6 +29,8 @@ from lbfast.model.layers import (
     TemporalAttention,
     pooled_tokens,
 )
+from lbfast.ops._float8 import Float8
+from lbfast.ops.layer_norm import layer_norm_float8
 
 SETTLING = 4
 """Layers whose constants may be outside of the sum: small beside it, whatever they are over a whole tower."""
@@ -52,27 +54,29 @@ class Step:
     def product(self) -> FrozenLinear:
         return cast(FrozenLinear, self.reader.fc2 if isinstance(self.reader, MLP) else self.reader.out_proj)
 
-    def normed(self, total: torch.Tensor, rest: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def normed(self, total: torch.Tensor, rest: torch.Tensor | None) -> tuple[torch.Tensor | Float8, torch.Tensor]:
         """total, and rest of its shape which is yet to be added -> the norm of all of it, and the sum from here on."""
-        if rest is None and self.constant is None:
+        settles, added = self.settles or rest is not None, self.constant
+        if rest is not None:
+            added = rest if added is None else rest.add_(added)
+        reader = self.reader.fc1 if isinstance(self.reader, MLP) else self.reader.qkv
+        if isinstance(reader, Float8Linear):
+            return layer_norm_float8(total, *self.norm.parts, residual=added, keep_total=settles)
+        if added is None:
             return self.norm(total), total
-        if rest is None and not self.settles:
-            assert self.constant is not None
-            y = ops.layer_norm(total, *self.norm.parts, residual=self.constant, keep_total=False)
-            return y, total
-        if rest is not None and self.constant is not None:
-            rest.add_(self.constant)
-        return self.norm.add(total, cast(torch.Tensor, self.constant if rest is None else rest))
+        if settles:
+            return self.norm.add(total, added)
+        return ops.layer_norm(total, *self.norm.parts, residual=added, keep_total=False), total
 
-    def read(self, y: torch.Tensor, packing: Packing | Padded | None, pooled: bool) -> torch.Tensor:
+    def read(self, y: torch.Tensor | Float8, packing: Packing | Padded | None, pooled: bool) -> torch.Tensor | Float8:
         """What the reader hands to its product: of y (..., D), or `pooled`, of its pooled tokens."""
         if isinstance(self.reader, MLP):
             fc1 = cast(FrozenLinear, self.reader.fc1)
-            return fc1.activated(y, self.reader.config.hidden_act)
+            return fc1.activated(cast(torch.Tensor, y), self.reader.config.hidden_act)
         if isinstance(self.reader, TemporalAttention):
             return self.reader.mix(y)
-        y = y.flatten(0, -3) if y.dim() > 3 else y
-        return self.reader.mix_pooled(y, packing) if pooled else self.reader.mix(y, packing)
+        y = _frames_apart(y) if isinstance(y, torch.Tensor) else (_frames_apart(y[0]), _frames_apart(y[1]))
+        return self.reader.mix_pooled(cast(torch.Tensor, y), packing) if pooled else self.reader.mix(y, packing)
 
 
 class Running:
@@ -116,14 +120,19 @@ class Running:
             y, total = step.normed(total, rest)
             a = step.read(y, packing, index == self.pooling)
             if index == self.pooling:
-                pooled = pooled_tokens(total.flatten(0, -3) if total.dim() > 3 else total, packing).contiguous()
-                total = pooled.view(*total.shape[:-2], *pooled.shape[-2:]) if total.dim() > 3 else pooled
-            total, rest = step.product.add_to(total, a)
+                pooled = pooled_tokens(_frames_apart(total), packing).contiguous()
+                total = pooled.view(*total.shape[:-2], *pooled.shape[-2:]) if self.frames else pooled
+            total, rest = step.product.add_to(total, cast(torch.Tensor, a))
             if rest is not None:  # a bias is in the constants
                 rest = None if rest is step.product.bias else rest.view(total.shape)
         if self.constant is not None:
             total = total + self.constant.to(total.dtype)
         return (total if rest is None else total + rest).flatten(0, -3)[:, 0]
+
+
+def _frames_apart(x: torch.Tensor) -> torch.Tensor:
+    """(B, T, N, D) -> (B * T, N, D); anything else as it is."""
+    return x.flatten(0, 1) if x.dim() == 4 else x
 
 
 def _steps(layer: EncoderLayer) -> Iterator[Step]:
