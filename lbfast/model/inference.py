@@ -58,7 +58,7 @@ def optimize_for_inference(
         model: LanguageBind, LanguageBind{Image,Video,Audio,Depth,Thermal}, or a tower of one.
         dtype: of the weights: "auto" (`best_dtype` of the device), a floating dtype or its name, or None to keep what
             they have. Float pixels are cast to it.
-        precision: "fp8": products of the layers in float8 e4m3 with a scale for each row of inputs and weights, summed
+        precision: "fp8": products of the layers but the last in float8 e4m3, a scale for each row of both, summed
             in float32 (Hopper and later; emulated, slowly, on a CPU). None: in `dtype`.
         pack_weights: on a CPU, lay out the weights. False leaves them plain, as torch.compile wants them.
         cuda_graphs: on a GPU, record the towers. False for torch.compile, and where memory is short.

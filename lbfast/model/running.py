@@ -98,11 +98,12 @@ class Running:
                 if isinstance(step.reader, TemporalAttention) and frames > 1:
                     embedding = layer.temporal_embedding[:, :frames, None].to(wide)
                     constant = embedding if constant is None else constant + embedding
-                step.settles = whole or (index == 0 and depth % SETTLING == 0)
+                leaves = type(step.product) is FrozenLinear  # a bias; others' constant is the temporal embedding alone
+                step.settles = whole or (index == 0 and (depth % SETTLING == 0 or not leaves))
                 step.constant = constant
                 if constant is not None and step.settles:
                     step.constant, constant = constant.to(step.norm.weight.dtype), None
-                if type(step.product) is FrozenLinear:
+                if leaves:
                     bias = step.product.bias.to(wide)
                     constant = bias if constant is None else constant + bias
                 whole = isinstance(step.product, Float8Linear)
