@@ -7,7 +7,7 @@ import torch
 from transformers import CLIPVisionConfig
 from transformers.models.clip import modeling_clip as clip
 
-from lbfast.model.layers import EncoderLayer
+from lbfast.model.layers import Encoder, EncoderLayer
 from lbfast.reference import languagebind as reference
 
 CLIPS, FRAMES, TOKENS, WIDTH = 2, 8, 257, 1024
@@ -90,3 +90,17 @@ def test_a_video_layer_keeps_less_than_45_percent_of_the_reference():
     layer = reference.EncoderLayer(SimpleNamespace(**vars(config()), lora_r=0)).bfloat16()
     kept, baseline = kept_by_both(layer)
     assert kept <= 0.45 * baseline
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_layer_more_keeps_what_it_keeps_alone(checkpointing):
+    """The sum between layers is in two terms, of which none is kept; with gradient checkpointing one tensor is."""
+    about = SimpleNamespace(**{**vars(config()), "add_time_attn": False, "hidden_size": 64, "intermediate_size": 256})
+    x = torch.zeros(CLIPS, TOKENS, 64, requires_grad=True)
+    kept = []
+    for about.num_hidden_layers in (2, 3):
+        encoder = Encoder(about).train()
+        encoder.gradient_checkpointing = checkpointing
+        kept.append(kept_bytes(encoder, lambda encoder=encoder: encoder(x)))
+    alone = EncoderLayer(about)
+    assert kept[1] - kept[0] <= (x.nbytes if checkpointing else kept_bytes(alone, lambda: alone(x)))

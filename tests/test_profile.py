@@ -55,6 +55,12 @@ def test_counts_the_flop_of_the_reference(name):
     assert 0.5 * theirs.get_total_flops() < pooled < theirs.get_total_flops()
 
 
+def test_counts_a_product_into_a_sum():
+    total, a, b = torch.zeros(3, 5), torch.zeros(3, 4), torch.zeros(4, 5)
+    work = counted(lambda: total.addmm_(a, b))
+    assert work["aten::addmm_"].flops == 2 * 3 * 4 * 5
+
+
 def test_counts_the_flop_of_a_backward():
     """Three products where the forward has one: of the layers, in a training step."""
     model = tiny.model("video")

@@ -215,9 +215,7 @@ class _Run:
             [item.text for item in batch], max_length=longest, padding=True, truncation=True, return_tensors="pt"
         )
         with torch.inference_mode():
-            return model.get_text_features(
-                input_ids=tokens["input_ids"].to(self.device), attention_mask=tokens["attention_mask"].to(self.device)
-            )
+            return model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
 
     def _keep(self, items: list[Item], embeds: torch.Tensor, checkpoint: Checkpoint) -> None:
         """Normalises, and writes the rows that are finite."""

@@ -123,8 +123,7 @@ class Encoder:
             tokens = self.tokenizer(batch, max_length=longest, padding=True, truncation=True, return_tensors="pt")
             with torch.inference_mode():
                 embeds = self.model.get_text_features(
-                    input_ids=tokens["input_ids"].to(self.device),
-                    attention_mask=tokens["attention_mask"].to(self.device),
+                    input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
                 )
             rows.append(_unit(embeds))
             self.progress("text", first + len(batch), len(texts))

@@ -41,12 +41,18 @@ class Graphs:
 
     def __call__(self, batch: torch.Tensor, device: torch.device) -> torch.Tensor:
         """batch (B, ...), B >= 1, on the CPU or on `device` -> (B, D) on `device`."""
-        return torch.cat([self._run(piece, device) for piece in batch.split(self.batch_sizes[-1])])
+        pieces = [self._run(piece, device) for piece in batch.split(self.batch_sizes[-1])]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def padded_size(self, batch: int) -> int | None:
+        """The size that a batch is padded to; None of one that goes in pieces."""
+        return next((size for size in self.batch_sizes if size >= batch), None)
 
     @torch.inference_mode(False)  # buffers made under inference_mode could not be written outside of it
     @torch.no_grad()
     def _run(self, batch: torch.Tensor, device: torch.device) -> torch.Tensor:
-        size = next(size for size in self.batch_sizes if size >= len(batch))
+        size = self.padded_size(len(batch))
+        assert size is not None
         key = (size, *batch.shape[1:], batch.dtype, device)
         if batch.device != device:
             if key not in self._uploads:

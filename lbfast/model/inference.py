@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from lbfast.model.checkpoint import parse_dtype
-from lbfast.model.frozen import Float8Linear, FrozenLinear, PackedLinear
+from lbfast.model.frozen import Float8Linear, FrozenLinear, PackedLinear, check_float8
 from lbfast.model.graphs import Graphs
 from lbfast.model.languagebind import LanguageBind, LanguageBindModel
 from lbfast.model.layers import MLP, Attention, Encoder, EncoderLayer, Linear, TemporalAttention
 from lbfast.model.lora import merge_lora
+from lbfast.model.running import Running
 from lbfast.model.towers import TextTransformer, VisionTransformer
 
 PRECISIONS = ("fp8",)
@@ -47,8 +48,9 @@ def optimize_for_inference(
 
     Adapters are merged, queries, keys and values are projected by one product, and parameters take no gradients. On a
     CPU weights are laid out once as oneDNN's products want them, instead of at every call, and the MLP's activation
-    becomes the end of its first product. On a GPU the vision towers' launches are recorded as CUDA graphs, one for each
-    batch size at its first use; CPU inputs are copied through pinned memory while the batch before is computed.
+    becomes the end of its first product. On a GPU the towers' launches are recorded as CUDA graphs, one for each batch
+    size, and of captions for each of a few lengths, at its first use; CPU inputs are copied through pinned memory while
+    the batch before is computed. Where launching takes no longer than computing, captions are packed instead.
 
     The weights can't be saved, moved or trained any more. The number of threads is left alone.
 
@@ -56,10 +58,10 @@ def optimize_for_inference(
         model: LanguageBind, LanguageBind{Image,Video,Audio,Depth,Thermal}, or a tower of one.
         dtype: of the weights: "auto" (`best_dtype` of the device), a floating dtype or its name, or None to keep what
             they have. Float pixels are cast to it.
-        precision: "fp8": products of the layers in float8 e4m3 with a scale for each row of inputs and weights, summed
+        precision: "fp8": products of the layers but the last in float8 e4m3, a scale for each row of both, summed
             in float32 (Hopper and later; emulated, slowly, on a CPU). None: in `dtype`.
         pack_weights: on a CPU, lay out the weights. False leaves them plain, as torch.compile wants them.
-        cuda_graphs: on a GPU, record the vision towers. False for torch.compile, and where memory is short.
+        cuda_graphs: on a GPU, record the towers. False for torch.compile, and where memory is short.
         batch_sizes: the sizes recorded; a batch is padded to the next, larger ones go in pieces.
 
     Returns:
@@ -79,11 +81,11 @@ def optimize_for_inference(
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch_sizes: expected positive numbers, got {tuple(batch_sizes)}")
     device = next(model.parameters()).device
-    if precision == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise RuntimeError(f"precision: fp8 needs a GPU of compute capability 8.9 or later, got {device}")
+    if precision == "fp8":
+        check_float8(device)
     wanted = best_dtype(device) if dtype == "auto" else None if dtype is None else parse_dtype(dtype)
     towers = [m for m in model.modules() if isinstance(m, (VisionTransformer, TextTransformer))]
-    if any(tower.encoder.optimized for tower in towers):
+    if any(tower.encoder.running is not None for tower in towers):
         raise ValueError("model: expected one that is not optimized yet")
     for tower in towers:
         if merge_lora(tower):
@@ -93,12 +95,15 @@ def optimize_for_inference(
         nn.Module.to(model, wanted)
     for tower in towers:
         _replace_products(tower.encoder, precision, pack_weights and device.type == "cpu")
-        if cuda_graphs and device.type == "cuda" and isinstance(tower, VisionTransformer):
+        tower.encoder.running = Running(tower.encoder, tower.frames if isinstance(tower, VisionTransformer) else 1)
+        if cuda_graphs and device.type == "cuda":
             tower.graphs = _graphs(tower, batch_sizes)
     return model
 
 
-def _graphs(tower: VisionTransformer, batch_sizes: Sequence[int]) -> Graphs:
+def _graphs(tower: VisionTransformer | TextTransformer, batch_sizes: Sequence[int]) -> Graphs:
+    if isinstance(tower, TextTransformer):
+        return Graphs(tower.pooled_padded, batch_sizes)
     return Graphs(lambda pixels: tower.pooled_clips(pixels, 0 if pixels.ndim == 4 else len(pixels)), batch_sizes)
 
 
@@ -116,9 +121,10 @@ def _fold_scale(attention: Attention) -> None:
 def _replace_products(encoder: Encoder, precision: str | None, pack: bool) -> None:
     """Puts frozen products in the places of an encoder's Linears, one by one: no two copies of all weights at once."""
     pack = pack and PackedLinear.takes(next(encoder.parameters()).dtype)
-    kind = Float8Linear if precision == "fp8" else PackedLinear if pack else FrozenLinear
+    plain = PackedLinear if pack else FrozenLinear
     last = cast(EncoderLayer, encoder.layers[-1])
     for layer in encoder.layers:
+        kind = Float8Linear if precision == "fp8" and layer is not last else plain
         for module in layer.modules():
             if isinstance(module, Attention) and module is not last.self_attn:  # of the last, only one query is wanted
                 _fold_scale(module)
@@ -128,4 +134,3 @@ def _replace_products(encoder: Encoder, precision: str | None, pack: bool) -> No
                 for name, child in list(module.named_children()):
                     if isinstance(child, Linear):
                         setattr(module, name, kind(child))
-    encoder.optimized = True

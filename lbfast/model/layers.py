@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -13,8 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from lbfast import dispatch, ops
 from lbfast.model.frozen import FrozenLinear
+from lbfast.ops._float8 import Float8
 from lbfast.ops._linear import trained_linear
 from lbfast.ops._prenorm import norm_linears, norm_mlp
+
+if TYPE_CHECKING:
+    from lbfast.model.running import Running
 
 
 class LayerNorm(nn.LayerNorm):
@@ -30,6 +34,21 @@ class LayerNorm(nn.LayerNorm):
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (normalised sum, sum) of x and a residual that broadcasts against it, in one pass."""
         return ops.layer_norm(x, self.weight, self.bias, self.eps, residual=residual)
+
+
+class Sum(NamedTuple):
+    """A tower's sum over its layers in two terms, for the next norm to join: a pass over memory less.
+
+    Attributes:
+        total: (..., D).
+        rest: what is to be added to it, of its shape; or None.
+    """
+
+    total: torch.Tensor
+    rest: torch.Tensor | None = None
+
+    def joined(self) -> torch.Tensor:
+        return self.total if self.rest is None else self.total + self.rest
 
 
 class PreNorm:
@@ -99,7 +118,7 @@ class Attention(nn.Module):
         """What to call this with."""
         return h.output() if self.qkv is not None else h.read_by(self.q_proj, self.k_proj, self.v_proj)
 
-    def project(self, x: torch.Tensor | PreNorm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, x: torch.Tensor | PreNorm | Float8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (..., D) -> q, k, v, each a view (..., H, D / H)."""
         if self.qkv is not None:
             return self._split(self.qkv(x))
@@ -126,23 +145,33 @@ class Attention(nn.Module):
         weights = attention_weights(q * self.scale, k, causal, key_padding_mask) if output_attentions else None
         return self.out_proj(y.flatten(-2)), weights
 
-    def packed(self, x: torch.Tensor | PreNorm, packing: Packing) -> torch.Tensor:
+    def packed(self, x: torch.Tensor | PreNorm, packing: Packing | Padded) -> torch.Tensor:
         """Causal attention within each caption: x (tokens, D) -> (tokens, D)."""
-        if self.qkv is not None and isinstance(x, torch.Tensor):
+        return self.out_proj(self.mix(x, packing))
+
+    def pooled(self, x: torch.Tensor, packing: Packing | Padded | None = None) -> torch.Tensor:
+        """What `forward` or `packed` gives for the pooled tokens alone: x (B, N, D) or (tokens, D) -> (B, 1, D)."""
+        return self.out_proj(self.mix_pooled(x, packing))
+
+    def mix(self, x: torch.Tensor | PreNorm | Float8, packing: Packing | Padded | None = None) -> torch.Tensor:
+        """What `packed` projects, or without packing `forward`: of the same shape."""
+        if packing is None:
+            return ops.attention(*self.project(x), scale=self.scale).flatten(-2)
+        if self.qkv is not None and not isinstance(x, PreNorm):
             q, k, v = self._split(packing.pad(self.qkv(x)))
         else:
             q, k, v = (packing.pad(item) for item in self.project(x))
-        return self.out_proj(packing.pack(ops.attention(q, k, v, causal=True, scale=self.scale).flatten(-2)))
+        return packing.pack(ops.attention(q, k, v, causal=True, scale=self.scale).flatten(-2))
 
-    def pooled(self, x: torch.Tensor, packing: Packing | None = None) -> torch.Tensor:
-        """What `forward` or `packed` gives for the pooled tokens alone: x (B, N, D) or (tokens, D) -> (B, 1, D)."""
+    def mix_pooled(self, x: torch.Tensor, packing: Packing | Padded | None = None) -> torch.Tensor:
+        """What `pooled` projects, (B, 1, D)."""
         heads = (self.heads, -1)
         q = self.q_proj(pooled_tokens(x, packing)).unflatten(-1, heads)
         k, v = self.k_proj(x).unflatten(-1, heads), self.v_proj(x).unflatten(-1, heads)
         padding = None
         if packing is not None:
             k, v, padding = packing.pad(k), packing.pad(v), packing.padding
-        return self.out_proj(ops.attention(q, k, v, key_padding_mask=padding, scale=self.scale).flatten(-2))
+        return ops.attention(q, k, v, key_padding_mask=padding, scale=self.scale).flatten(-2)
 
 
 class TemporalAttention(Attention):
@@ -150,7 +179,11 @@ class TemporalAttention(Attention):
 
     def forward(self, x: torch.Tensor | PreNorm) -> torch.Tensor:  # type: ignore[override]
         """x (B, T, N, D), or a norm to be read -> (B, T, N, D)."""
-        return self.out_proj(ops.temporal_attention(*self.project(x)).flatten(-2))
+        return self.out_proj(self.mix(x))
+
+    def mix(self, x: torch.Tensor | PreNorm | Float8, packing: Any = None) -> torch.Tensor:
+        """What `forward` projects."""
+        return ops.temporal_attention(*self.project(x)).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -178,6 +211,10 @@ class Packing:
         slots = (valid.flatten().cumsum(0) - 1).view_as(valid) * valid
         return cls(slots, valid.flatten().nonzero()[:, 0], ends, ~valid)
 
+    def to(self, device: torch.device) -> Packing:
+        later = device.type != "cpu"
+        return Packing(*(getattr(self, field.name).to(device, non_blocking=later) for field in fields(self)))
+
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """(tokens, ...) -> (B, N, ...), with some token's values in the padding."""
         return x.index_select(0, self.slots.flatten()).unflatten(0, self.slots.shape)
@@ -187,9 +224,37 @@ class Packing:
         return x.flatten(0, 1).index_select(0, self.tokens)
 
 
-def pooled_tokens(x: torch.Tensor, packing: Packing | None) -> torch.Tensor:
-    """The tokens that are pooled: the first of each row of x (B, N, D), or the ends of packed captions -> (B, 1, D)."""
-    return x[:, :1] if packing is None else x[packing.ends, None]
+@dataclass(frozen=True)
+class Padded:
+    """Captions below each other, with what comes after their ends: Packing for where no size may depend on the data.
+
+    Attributes:
+        ends: (B,) int64, b * N + n of each caption's pooled token.
+        padding: (B, N) bool, True after it.
+    """
+
+    ends: torch.Tensor
+    padding: torch.Tensor
+
+    @classmethod
+    def of(cls, ids: torch.Tensor) -> Padded:
+        """For captions (B, N), the pooled token of each its first largest id."""
+        last = ids.argmax(dim=-1)
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        rows = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device)
+        return cls(rows + last, columns > last[:, None])
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, ...) as it is: attention is causal, so that what comes after a caption's end never reaches it."""
+        return x
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def pooled_tokens(x: torch.Tensor, packing: Packing | Padded | None) -> torch.Tensor:
+    """The tokens that are pooled: the first of each row of x (B, N, D), or the captions' ends -> (B, 1, D)."""
+    return x[:, :1] if packing is None else x.reshape(-1, x.shape[-1])[packing.ends, None]
 
 
 def attention_weights(
@@ -265,41 +330,47 @@ class EncoderLayer(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | Sum,
         frames: int = 1,
         causal: bool = False,
         key_padding_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x (B * T, N, D), the T frames of a clip adjacent -> the same shape, and the tokens' attention if asked."""
+    ) -> tuple[Any, torch.Tensor | None]:
+        """x (B * T, N, D), the T frames of a clip adjacent -> the same, and the tokens' attention if asked.
+
+        Of a tensor a tensor, of a Sum a Sum: with gradient checkpointing, which keeps what comes between layers, the
+        former.
+        """
         h = self._before_attention(x, frames)
         read = self.self_attn.reading(h)
         a, weights = self.self_attn(read, causal, key_padding_mask, output_attentions)
-        return self._after_attention(a, h.total), weights
+        return self._after_attention(a, h.total, x), weights
 
-    def packed(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
+    def packed(self, x: torch.Tensor | Sum, packing: Packing | Padded) -> Any:
         """The same, causal, for captions laid end to end: x (tokens, D) -> (tokens, D)."""
         h = self._before_attention(x, frames=1)
         a = self.self_attn.packed(self.self_attn.reading(h), packing)
-        return self._after_attention(a, h.total)
+        return self._after_attention(a, h.total, x)
 
-    def pooled(self, x: torch.Tensor, frames: int = 1, packing: Packing | None = None) -> torch.Tensor:
+    def pooled(self, x: torch.Tensor | Sum, frames: int = 1, packing: Packing | Padded | None = None) -> Any:
         """The same for the pooled tokens alone: x (B * T, N, D) or (tokens, D) -> (B * T, 1, D) or (B, 1, D)."""
         h = self._before_attention(x, frames)
         a = self.self_attn.pooled(h.output(), packing)
-        return self._after_attention(a, pooled_tokens(h.total, packing))
+        return self._after_attention(a, pooled_tokens(h.total, packing), x)
 
-    def _before_attention(self, x: torch.Tensor, frames: int) -> PreNorm:
+    def _before_attention(self, x: torch.Tensor | Sum, frames: int) -> PreNorm:
         """The input of self_attn; its total is what the output is added to."""
         if not self.add_time_attn:
-            return PreNorm(self.layer_norm1, x)
+            return PreNorm(self.layer_norm1, *(x if isinstance(x, Sum) else Sum(x)))
+        x = x.joined() if isinstance(x, Sum) else x  # the norm's residual is the temporal embedding
         a, x = self._across_frames(x.unflatten(0, (-1, frames)))
         return PreNorm(self.layer_norm1, a.flatten(0, 1), x.flatten(0, 1))
 
-    def _after_attention(self, a: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def _after_attention(self, a: torch.Tensor, x: torch.Tensor, like: torch.Tensor | Sum) -> torch.Tensor | Sum:
         h = PreNorm(self.layer_norm2, a, x)
         y = self.mlp(h.read_by(self.mlp.fc1, self.mlp.fc2))
-        return h.total + y
+        after = Sum(h.total, y)
+        return after if isinstance(like, Sum) else after.joined()
 
     def _across_frames(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (B, T, N, D) -> what attention over frames adds, and what it is to be added to."""
@@ -321,7 +392,7 @@ class Encoder(nn.Module):
         self.config = config
         self.layers = nn.ModuleList(EncoderLayer(config, temporal_mlp) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False  # set by PreTrainedModel.gradient_checkpointing_enable
-        self.optimized = False  # set by optimize_for_inference
+        self.running: Running | None = None  # by optimize_for_inference
 
     def forward(
         self,
@@ -335,36 +406,50 @@ class Encoder(nn.Module):
         """x (B * T, N, D) -> last hidden state, the states before each layer and after the last, the attentions."""
         states: list[torch.Tensor] = []
         attentions: list[torch.Tensor] = []
+        between = self._between(x, output_hidden_states)
         for layer in self.layers:
-            states.append(x)
-            x, weights = self._run(layer, x, frames, causal, key_padding_mask, output_attentions)
+            if output_hidden_states:
+                states.append(between)
+            between, weights = self._run(layer, between, frames, causal, key_padding_mask, output_attentions)
             attentions.append(weights)
-            if not output_hidden_states:
-                states.clear()
+        x = between.joined() if isinstance(between, Sum) else between
         states.append(x)
         return x, tuple(states) if output_hidden_states else None, tuple(attentions) if output_attentions else None
 
-    def pooled(self, x: torch.Tensor, frames: int = 1, packing: Packing | None = None) -> torch.Tensor:
+    def pooled(self, x: torch.Tensor, frames: int = 1, packing: Packing | Padded | None = None) -> torch.Tensor:
         """The last state of the pooled tokens alone: the last layer computes no other.
 
-        x (B * T, N, D) -> (B * T, D), of the first tokens; or packed captions (tokens, D) -> (B, D), of their ends.
+        x (B * T, N, D) -> (B * T, D), of the first tokens; or captions, packed (tokens, D) or padded (B, N, D) ->
+        (B, D), of their ends. Where the encoder is optimized, x is overwritten.
         """
+        traced = x.requires_grad or torch.compiler.is_compiling() or dispatch.autocast_dtype(x.device) is not None
+        if self.running is not None and not traced:
+            return self.running.pooled(x, packing)
         *layers, last = cast(list[EncoderLayer], list(self.layers))
+        between = self._between(x)
         for layer in layers:
             if packing is None:
-                x, _ = self._run(layer, x, frames)
+                between, _ = self._run(layer, between, frames)
             else:
-                x = self._run(layer.packed, x, packing)
-        return self._run(last.pooled, x, frames, packing)[:, 0]
+                between = self._run(layer.packed, between, packing)
+        out = self._run(last.pooled, between, frames, packing)
+        return (out.joined() if isinstance(out, Sum) else out)[:, 0]
+
+    def _between(self, x: torch.Tensor, output_hidden_states: bool = False) -> Any:
+        """What to give the first layer: a Sum, where what comes between layers is not to be kept."""
+        return x if output_hidden_states or self._checkpoints() else Sum(x)
 
     def activation_bytes(self, tokens: int) -> int:
         """About what inference holds at once for so many tokens: the widest point of a layer, the MLP."""
         width = 6 * self.config.hidden_size + 2 * self.config.intermediate_size
         return tokens * width * next(self.parameters()).element_size()
 
+    def _checkpoints(self) -> bool:
+        return self.gradient_checkpointing and self.training
+
     def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a layer, checkpointed in training where that is on."""
-        if not (self.gradient_checkpointing and self.training):
+        if not self._checkpoints():
             return function(*arguments)
         run = getattr(self, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
         return run(function, *arguments)

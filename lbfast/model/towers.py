@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from lbfast import ops
 from lbfast.model.config import Modality
 from lbfast.model.graphs import Graphs
-from lbfast.model.layers import Encoder, LayerNorm, Packing
+from lbfast.model.layers import Encoder, LayerNorm, Packing, Padded
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -187,11 +187,15 @@ class VisionTransformer(nn.Module):
         frames = pixel_values.shape[0] * (pixel_values.shape[2] if pixel_values.ndim > 4 else 1)
         return self.encoder.activation_bytes(frames * self.embeddings.num_positions)
 
+    @property
+    def frames(self) -> int:
+        """T' where the layers attend over frames, else 1."""
+        return self.config.num_frames // self.embeddings.tube_size if self.config.add_time_attn else 1
+
     def _tokens(self, pixels: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Clips -> (B * T', 1 + kept, D), and T' where the layers attend over frames, else 1."""
+        """Clips -> (B * T', 1 + kept, D), and `frames`."""
         kept = self.patch_dropout(pixels.shape[0], self.embeddings.num_patches, pixels.device)
-        frames = self.config.num_frames // self.embeddings.tube_size if self.config.add_time_attn else 1
-        return self.embeddings(pixels, kept, self.pre_layrnorm), frames
+        return self.embeddings(pixels, kept, self.pre_layrnorm), self.frames
 
     def _pool(self, first: torch.Tensor, clips: int) -> torch.Tensor:
         """Class tokens (B * T', D) -> their mean over the frames of each of so many clips; of none, each alone."""
@@ -234,6 +238,13 @@ class VisionTransformer(nn.Module):
         return pixel_values, pixel_values.shape[0]
 
 
+CAPTION_LENGTHS = (16, 24, 32, 48, 64)
+"""Columns that CUDA graphs of captions have, where these are no longer; else as many as there are positions."""
+
+LAUNCHING = 7e10
+"""FLOP that a GPU has time for while the launches of a packed layer are issued: a dozen, 10 us each, at 580 TFLOP/s."""
+
+
 class TextEmbeddings(nn.Module):
     """Token and position embeddings."""
 
@@ -259,6 +270,7 @@ class TextTransformer(nn.Module):
         self.embeddings = TextEmbeddings(config)
         self.encoder = Encoder(config)
         self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.graphs: Graphs | None = None  # by optimize_for_inference
 
     def forward(
         self,
@@ -313,35 +325,58 @@ class TextTransformer(nn.Module):
         """pooler_output alone, (B, D): the same, for the tokens up to each end of text only.
 
         Attention is causal, so what comes after the pooled token never reaches it. Captions whose mask hides one of
-        these tokens, and graphs that are being compiled or captured, take the full path.
+        these tokens, and graphs that are being compiled or captured, take the full path. Captions in CPU memory are
+        looked at there, so that nothing waits for the device.
         """
         ids = self._check(input_ids, position_ids)
-        packing = self._packing(ids, attention_mask)
-        if packing is None:
-            return self(ids, attention_mask, position_ids, return_dict=False)[1]
+        device = self.final_layer_norm.weight.device
+        lengths = self._lengths(ids, attention_mask)
+        if lengths is None:
+            return self(*_on(device, ids, attention_mask, position_ids), return_dict=False)[1]
+        columns = self._columns_to_replay(lengths) if position_ids is None else None
+        if self.graphs is not None and columns is not None and not torch.is_grad_enabled():
+            missing = max(columns - ids.shape[1], 0)
+            return self.graphs(F.pad(ids, (0, missing)) if missing else ids[:, :columns], device)
+        packing = Packing.of(lengths)
         longest = packing.slots.shape[1]
         if position_ids is None:
             position_ids = torch.arange(ids.shape[1], device=ids.device)
-        columns = packing.pack(position_ids.expand_as(ids)[:, :longest])
-        x = self.embeddings.token_embedding(packing.pack(ids[:, :longest])) + self.embeddings.position_embedding(
-            columns
-        )
-        return self.final_layer_norm(self.encoder.pooled(x, packing=packing))
+        positions = packing.pack(position_ids.to(ids.device).expand_as(ids)[:, :longest])
+        packed, positions = _on(device, packing.pack(ids[:, :longest]), positions)
+        x = self.embeddings.token_embedding(packed) + self.embeddings.position_embedding(positions)
+        return self.final_layer_norm(self.encoder.pooled(x, packing=packing.to(device)))
+
+    def pooled_padded(self, ids: torch.Tensor) -> torch.Tensor:
+        """`pooled` of checked ids (B, N) on the device, by launches that depend on their shape alone."""
+        return self.final_layer_norm(self.encoder.pooled(self.embeddings(ids), packing=Padded.of(ids)))
 
     def activation_bytes(self, input_ids: torch.Tensor) -> int:
         """About what inference on these captions, (B, N), holds at once."""
         return self.encoder.activation_bytes(input_ids.numel())
 
-    def _packing(self, ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Packing | None:
-        """The tokens that reach the pooled ones, or None where every token must be computed."""
+    def _lengths(self, ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Tokens up to the pooled one of each caption, (B,), where ids are; None where every token must be computed."""
         if torch.compiler.is_compiling() or (ids.is_cuda and torch.cuda.is_current_stream_capturing()):
             return None
         lengths = ids.argmax(dim=-1) + 1
-        padding = None if attention_mask is None else padding_from(attention_mask, ids.shape)
-        packing = Packing.of(lengths)
-        if padding is not None and bool((padding[:, : packing.padding.shape[1]] & ~packing.padding).any()):
+        padding = None if attention_mask is None else padding_from(attention_mask.to(ids.device), ids.shape)
+        if padding is not None:
+            reached = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+            if bool((padding & reached).any()):
+                return None
+        return lengths
+
+    def _columns_to_replay(self, lengths: torch.Tensor) -> int | None:
+        """How long captions of these lengths, padded, are to a graph of theirs; None where packing them is faster."""
+        if self.graphs is None:
             return None
-        return packing
+        longest, tokens = torch.stack([lengths.max(), lengths.sum()]).tolist()
+        limit = self.config.max_position_embeddings
+        columns = next((length for length in CAPTION_LENGTHS if longest <= length < limit), limit)
+        width, inner = self.config.hidden_size, self.config.intermediate_size
+        rows = self.graphs.padded_size(len(lengths))
+        flops = (8 * width + 4 * inner) * width  # of a token in a layer
+        return columns if rows and rows * columns * flops <= max(tokens * flops, LAUNCHING) else None
 
     def _check(self, input_ids: torch.Tensor | None, position_ids: torch.Tensor | None) -> torch.Tensor:
         """Returns input_ids as (B, N)."""
@@ -383,6 +418,11 @@ def padding_from(attention_mask: torch.Tensor, shape: torch.Size | tuple[int, in
     if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not padding.any():
         return None
     return padding
+
+
+def _on(device: torch.device, *tensors: torch.Tensor | None) -> list[Any]:
+    """There, without waiting for what the device computes."""
+    return [None if t is None else t.to(device, non_blocking=device.type != "cpu") for t in tensors]
 
 
 def output_flags(

@@ -129,6 +129,7 @@ def _after_grad(count: Callable[..., float]) -> Callable[..., float]:
 
 _FORMULAS: dict[str, Callable[..., float]] = {
     "mkldnn::_linear_pointwise": _linear,
+    "aten::addmm_": lambda total, a, b, *rest, out, **more: 2 * a.numel() * b.shape[1],
     "aten::_scaled_dot_product_flash_attention_for_cpu": _heads_first,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _heads_first_bwd,
     "lbfast::mlp": _mlp,
