@@ -76,7 +76,9 @@ def patch_embed(
     tokens = torch.ops.lbfast.patch_embed(pixels, weight, class_embedding, position, kept, mean, std, impl)
     if pre_norm is None:
         return tokens
-    return layer_norm(tokens, *pre_norm, residual=position_embedding)[0] if norm_adds else layer_norm(tokens, *pre_norm)
+    if not norm_adds:
+        return layer_norm(tokens, *pre_norm)
+    return layer_norm(tokens, *pre_norm, residual=position_embedding, keep_total=False)
 
 
 def _check_pixels(pixels: torch.Tensor, weight: torch.Tensor, mean: object, std: object) -> None:
