@@ -5,12 +5,12 @@
 Each tile of logits leaves (shift, sum) of its rows and columns in buffers of its own; `_join_kernel` adds them up in a
 fixed order. No atomics: the same bits every time.
 
-A tile has one shift, a constant of the scale (`shift_of`): no exponential of unit rows overflows it, and no maximum is
-looked for. What underflows is below 2^-126; so each sum of at least LEAST = 2^-90 is right to 2^-29 of itself. A tile
-with a smaller sum (logits below -62 + shift all along a row), or one beyond MOST (embeddings that are no unit rows), or
-NaN, is computed again with its rows' and columns' own maxima. Shifts are whole powers of two: to change them is exact.
-Positives stay out of the tiles' sums and join at the end, with their own logit for a shift where it is the largest:
-then the loss of a row, log(1 + the rest), keeps its digits.
+A tile of 16-bit inputs has one shift, a constant of the scale (`shift_of`): no exponential of unit rows overflows it,
+and no maximum is looked for. What underflows is below 2^-126; so each sum of at least LEAST = 2^-90 is right to 2^-29
+of itself. A tile with a smaller sum (logits below shift - 62 all along a row), or one beyond MOST (embeddings that are
+no unit rows), or NaN, is computed again with its rows' and columns' own maxima; float32 always takes these. Positives
+stay out of the tiles' sums and join at the end, with their own logit for a shift where it is the largest: then the loss
+of a row, log(1 + the rest), keeps its digits.
 
 Kept for the backward, where it fits: exp2 of the tiles in bfloat16 for bfloat16 inputs, which saves its first GEMM.
 Contract: Implementation in lbfast/ops/info_nce.py. Source: CLIP, arXiv 2103.00020; Inf-CLIP, arXiv 2410.17243.
@@ -91,16 +91,6 @@ def products(
 
 
 @triton.jit
-def powers_of_two(acc, scale, shift, x_ptr):
-    """t with exp2(t) = exp(scale * acc - shift), by one multiply-add, or two for float32 inputs."""
-    if x_ptr.dtype.element_ty == tl.float32:  # scale * LOG2_E in one number is off by a rounding, the same everywhere
-        t = (acc * scale) * LOG2_E - shift * LOG2_E
-    else:
-        t = acc * (scale * LOG2_E) - shift * LOG2_E
-    return t
-
-
-@triton.jit
 def same_label(row_labels_ptr, col_labels_ptr, m, n, o_m, o_n):
     """[BLOCK_M, BLOCK_N]: pairs that share a label."""
     rows = tl.load(row_labels_ptr + o_m, mask=o_m < m, other=-1)
@@ -124,6 +114,16 @@ def _negatives(t, row_labels_ptr, col_labels_ptr, m, n, diag, first_m, first_n):
 
 
 @triton.jit
+def _own_sums(z, sums_ptr, shifts_ptr, o, mask, AXIS: tl.constexpr):
+    """Sums along an axis of logits, with the largest of each for its shift; 0 where there is none."""
+    shift = tl.max(z, axis=AXIS, keep_dims=True)
+    total = tl.sum(tl.exp2((z - shift) * LOG2_E), axis=AXIS)
+    shift = tl.sum(shift, axis=AXIS)
+    tl.store(shifts_ptr + o, shift, mask=mask)
+    tl.store(sums_ptr + o, tl.where(shift == NONE, 0.0, total), mask=mask)
+
+
+@triton.jit
 def _worst(total, mask):
     """Of sums [BLOCK], how far from LEAST the worst is, in a float's steps: out of bounds, NaN too, is > _RANGE."""
     bits = tl.where(mask, total, 1.0).to(tl.uint32, bitcast=True) - _LEAST_BITS
@@ -139,6 +139,8 @@ def _info_nce_fwd_kernel(
     col_labels_ptr,
     row_sums_ptr,
     col_sums_ptr,
+    row_shifts_ptr,
+    col_shifts_ptr,
     poor_ptr,
     positives_ptr,
     kept_ptr,
@@ -155,7 +157,10 @@ def _info_nce_fwd_kernel(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """row_sums (tiles_n, m) and col_sums (tiles_m, n) of exp(z - shift); poor (tiles_m, tiles_n) 1 or 0."""
+    """row_sums (tiles_n, m) and col_sums (tiles_m, n) of exp(z - shift); poor (tiles_m, tiles_n): 1 if not so.
+
+    Of float32 all tiles are poor: they have shifts of their own, in row_shifts and col_shifts, at once.
+    """
     tile_m, tile_n = tile_of(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP)
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
     o_m, o_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
@@ -170,17 +175,24 @@ def _info_nce_fwd_kernel(
         here = m_m & (column >= first_n) & (column < first_n + BLOCK_N) & (column < n)
         tl.store(positives_ptr + o_m, positive, mask=here)
 
-    t = powers_of_two(acc, scale, shift_of(scale), x_ptr)
-    e = tl.exp2(_negatives(t, row_labels_ptr, col_labels_ptr, m, n, diag, first_m, first_n))
-    row_sum, col_sum = tl.sum(e, axis=1), tl.sum(e, axis=0)
-    poor = tl.maximum(_worst(row_sum, m_m), _worst(col_sum, m_n)) > _RANGE
-    tl.store(poor_ptr + tile_m * tl.cdiv(n, BLOCK_N) + tile_n, poor.to(tl.int8))
-    tl.store(row_sums_ptr + tile_n.to(tl.int64) * m + o_m, row_sum, mask=m_m)
-    tl.store(col_sums_ptr + tile_m.to(tl.int64) * n + o_n, col_sum, mask=m_n)
-    if kept_ptr is not None:
-        p_kept = kept_ptr + first_m.to(tl.int64) * stride_kept + first_n
-        o_kept = tl.arange(0, BLOCK_M)[:, None] * stride_kept + tl.arange(0, BLOCK_N)[None, :]
-        tl.store(p_kept + o_kept, e.to(tl.bfloat16), mask=m_m[:, None] & m_n[None, :])
+    p_poor = poor_ptr + tile_m * tl.cdiv(n, BLOCK_N) + tile_n
+    p_row, p_col = tile_n.to(tl.int64) * m + o_m, tile_m.to(tl.int64) * n + o_n
+    if x_ptr.dtype.element_ty == tl.float32:  # its rounding is finer than that of a logit far from the shift
+        z = _negatives(acc * scale, row_labels_ptr, col_labels_ptr, m, n, diag, first_m, first_n)
+        _own_sums(z, row_sums_ptr, row_shifts_ptr, p_row, m_m, 1)
+        _own_sums(z, col_sums_ptr, col_shifts_ptr, p_col, m_n, 0)
+        tl.store(p_poor, 1)
+    else:
+        t = acc * (scale * LOG2_E) - shift_of(scale) * LOG2_E
+        e = tl.exp2(_negatives(t, row_labels_ptr, col_labels_ptr, m, n, diag, first_m, first_n))
+        row_sum, col_sum = tl.sum(e, axis=1), tl.sum(e, axis=0)
+        tl.store(p_poor, (tl.maximum(_worst(row_sum, m_m), _worst(col_sum, m_n)) > _RANGE).to(tl.int8))
+        tl.store(row_sums_ptr + p_row, row_sum, mask=m_m)
+        tl.store(col_sums_ptr + p_col, col_sum, mask=m_n)
+        if kept_ptr is not None:
+            p_kept = kept_ptr + first_m.to(tl.int64) * stride_kept + first_n
+            o_kept = tl.arange(0, BLOCK_M)[:, None] * stride_kept + tl.arange(0, BLOCK_N)[None, :]
+            tl.store(p_kept + o_kept, e.to(tl.bfloat16), mask=m_m[:, None] & m_n[None, :])
 
 
 @triton.jit
@@ -236,16 +248,8 @@ def _info_nce_again_kernel(
                         PRECISION,
                     )
                     z = _negatives(acc * scale, row_labels_ptr, col_labels_ptr, m, n, diag, first_m, first_n)
-                    shift = tl.max(z, axis=1)
-                    total = tl.sum(tl.exp2((z - shift[:, None]) * LOG2_E), axis=1)
-                    p_row = tl.cast(tile_n, tl.int64) * m + o_m
-                    tl.store(row_shifts_ptr + p_row, shift, mask=o_m < m)
-                    tl.store(row_sums_ptr + p_row, tl.where(shift == NONE, 0.0, total), mask=o_m < m)
-                    shift = tl.max(z, axis=0)
-                    total = tl.sum(tl.exp2((z - shift[None, :]) * LOG2_E), axis=0)
-                    p_col = tile_m.to(tl.int64) * n + o_n
-                    tl.store(col_shifts_ptr + p_col, shift, mask=o_n < n)
-                    tl.store(col_sums_ptr + p_col, tl.where(shift == NONE, 0.0, total), mask=o_n < n)
+                    _own_sums(z, row_sums_ptr, row_shifts_ptr, tl.cast(tile_n, tl.int64) * m + o_m, o_m < m, 1)
+                    _own_sums(z, col_sums_ptr, col_shifts_ptr, tile_m.to(tl.int64) * n + o_n, o_n < n, 0)
 
 
 @triton.jit
@@ -417,34 +421,17 @@ def info_nce_fwd(x, y, scale, diag, row_labels, col_labels, workspace, room):
             first = NO_DIAGONAL if diag is None else diag + a
             labels = (None if row_labels is None else row_labels[a:b], col_labels)
             numbers = (b - a, n, first, x.stride(0), y.stride(0))
+            operands = (x[a:b], y, scale, *labels, row_sums, col_sums, row_shifts, col_shifts, flags)
             _info_nce_fwd_kernel[(tiles * tiles_n,)](
-                x[a:b],
-                y,
-                scale,
-                *labels,
-                row_sums,
-                col_sums,
-                flags,
+                *operands,
                 positives[a:b],
                 None if kept is None else kept[a:b],
                 *numbers,
                 pitch,
                 **options(launch, x),
             )
-            _info_nce_again_kernel[(tiles,)](
-                x[a:b],
-                y,
-                scale,
-                *labels,
-                row_sums,
-                col_sums,
-                row_shifts,
-                col_shifts,
-                flags,
-                *numbers,
-                FLAGS=FLAGS,
-                **left,
-            )
+            if x.dtype != torch.float32:
+                _info_nce_again_kernel[(tiles,)](*operands, *numbers, FLAGS=FLAGS, **left)
             count = 0 if diag is None else b - a
             here = positives[a:b]
             _join(row_sums, row_shifts, flags, (1, tiles_n), block_m, scale, None, here, 0, count, rows[:, a:b])
@@ -491,7 +478,8 @@ def aot_cases(arch: str) -> list[AotCase]:
         tiles, _ = diagonal(launch, b, b)
         trips = (triton.cdiv(d, launch.tile["BLOCK_K"]),)
         tile = dict(launch.tile)
-        sums = {"row_sums_ptr": "*fp32:16", "col_sums_ptr": "*fp32:16", "poor_ptr": "*i8:16"}
+        sums = dict.fromkeys(("row_sums_ptr", "col_sums_ptr", "row_shifts_ptr", "col_shifts_ptr"), "*fp32:16")
+        sums |= {"poor_ptr": "*i8:16"}
         own = {"positives_ptr": "*fp32:16"}
         kept = {"kept_ptr": "*bf16:16", "stride_kept": "i32:16"}
         for keep in (False, True) if kind == "bf16" else (False,):
@@ -509,13 +497,15 @@ def aot_cases(arch: str) -> list[AotCase]:
                     trips,
                 )
             )
+        if kind == "fp32":
+            continue
         single = again(launch)
         del tile["GROUP"]
         cases.append(
             AotCase(
                 f"info_nce fwd again, no tile {what}",
                 _info_nce_again_kernel,
-                signature | sums | {"row_shifts_ptr": "*fp32:16", "col_shifts_ptr": "*fp32:16"},
+                signature | sums,
                 constants | tile | {"FLAGS": FLAGS},
                 single.num_warps,
                 single.num_stages,

@@ -7,7 +7,7 @@ type, and the two products are the library's, accumulated in float32 in place. N
 
 One exponential, with the forward's shift, serves both softmaxes: p = exp2(t) (w_row + w_col), w = 2^shift / exp(lse).
 That is exact to 2^-62 where the lse of all the tile's rows and columns lie within reach of the shift (`_weights_kernel`
-says where); elsewhere the tile takes two exponentials, each with the row's or column's own shift.
+says where); elsewhere, and for float32, the tile takes two exponentials, with the row's and the column's own shift.
 Source: CLIP, arXiv 2103.00020; Inf-CLIP, arXiv 2410.17243.
 """
 
@@ -27,7 +27,6 @@ from lbfast.kernels.info_nce import (
     diagonal,
     launch_of,
     options,
-    powers_of_two,
     products,
     rows_contiguous,
     same_label,
@@ -105,10 +104,11 @@ def _softmaxes(
     m_m, m_n = o_m < m, o_n < n
     scale = tl.load(scale_ptr)
     acc = products(x_ptr, y_ptr, m, n, stride_x, stride_y, first_m, first_n, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-    if near:
+    if near & (x_ptr.dtype.element_ty != tl.float32):
         row_weight = tl.load(row_weights_ptr + o_m, mask=m_m, other=0.0)
         col_weight = tl.load(col_weights_ptr + o_n, mask=m_n, other=0.0)
-        p = tl.exp2(powers_of_two(acc, scale, shift_of(scale), x_ptr)) * (row_weight[:, None] + col_weight[None, :])
+        t = acc * (scale * LOG2_E) - shift_of(scale) * LOG2_E
+        p = tl.exp2(t) * (row_weight[:, None] + col_weight[None, :])
     else:
         row_shift = tl.load(rows_ptr + o_m, mask=m_m, other=0.0)
         row_sum = tl.load(rows_ptr + stride_rows + o_m, mask=m_m, other=1.0)

@@ -260,7 +260,7 @@ class _InfoNCE(torch.autograd.Function):
             dy: Any = None
             whole = shards.world == 1 or plan.gather == "all"
             own = y[shards.span(shards.rank)] if whole else y
-            start = [None, None]
+            start: list[Any] = [None, None]
             if means:
                 start = [
                     smoothing_start(e, mean, plan.smoothing) if need else None
