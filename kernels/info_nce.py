@@ -475,7 +475,7 @@ def aot_cases(arch: str) -> list[AotCase]:
     cases = []
     for what, kind, b, launch, _, signature, constants in aot_shapes(arch):
         d, size = constants["D"], 4 if kind == "fp32" else 2
-        tiles, _ = diagonal(launch, b, b)
+        tiles, held = diagonal(launch, b, b)
         trips = (triton.cdiv(d, launch.tile["BLOCK_K"]),)
         tile = dict(launch.tile)
         sums = dict.fromkeys(("row_sums_ptr", "col_sums_ptr", "row_shifts_ptr", "col_shifts_ptr"), "*fp32:16")
@@ -495,6 +495,7 @@ def aot_cases(arch: str) -> list[AotCase]:
                     2 * b * d * size + 2 * b * b * keep,
                     tiles,
                     trips,
+                    (held, held),
                 )
             )
         if kind == "fp32":
@@ -513,6 +514,7 @@ def aot_cases(arch: str) -> list[AotCase]:
                 tiles,
                 triton.cdiv(b, launch.tile["BLOCK_M"]),
                 (1, 0, *trips),
+                (0, 0, held),
             )
         )
         if kind == "bf16":

@@ -424,7 +424,7 @@ def aot_cases(arch: str) -> list[AotCase]:
         statistics = {"rows_ptr": "*fp32:16", "cols_ptr": "*fp32:16", "headroom": "fp32"}
         statistics |= {"stride_rows": "i32:16", "stride_cols": "i32:16"}
         poor = {"poor_ptr": "*i8:16", "stride_poor": "i32:16"}
-        tiles, _ = diagonal(launch, rows, b)
+        tiles, held = diagonal(launch, rows, b)
         trips = (triton.cdiv(d, launch.tile["BLOCK_K"]),)
         cases.append(
             AotCase(
@@ -438,12 +438,13 @@ def aot_cases(arch: str) -> list[AotCase]:
                 rows * b * size,
                 tiles,
                 trips,
+                (1, held),
             )
         )
         if kind != "bf16":
             continue
         tile = {"BLOCK_M": forward.tile["BLOCK_M"], "BLOCK_N": forward.tile["BLOCK_N"]}
-        tiles, _ = diagonal(forward, rows, b)
+        tiles, held = diagonal(forward, rows, b)
         kept = {"kept_ptr": "*bf16:16", "stride_kept": "i32:16", "m": "i32:16", "n": "i32:16", "diag": "i32"}
         cases.append(
             AotCase(
@@ -456,6 +457,7 @@ def aot_cases(arch: str) -> list[AotCase]:
                 0,
                 2 * rows * b * size,
                 tiles,
+                shares=(1, held),
             )
         )
         single = again(forward)
@@ -471,6 +473,7 @@ def aot_cases(arch: str) -> list[AotCase]:
                 tiles,
                 triton.cdiv(rows, tile["BLOCK_M"]),
                 (1, 0, *trips),
+                (0, 0, held),
             )
         )
     pointers = dict.fromkeys(("stats_ptr", "positives_ptr", "cols_ptr", "weights_ptr", "exact_ptr"), "*fp32:16")
