@@ -253,6 +253,7 @@ def _info_nce_bwd_left_kernel(
     tile_m, tiles_n = tl.program_id(0), tl.cdiv(n, BLOCK_N)
     poor_ptr += tile_m.to(tl.int64) * stride_poor
     row_near = tl.load(row_near_ptr + tile_m)
+    first_m = tile_m * BLOCK_M
     embeddings = (x_ptr, y_ptr, scale_ptr, row_labels_ptr, col_labels_ptr, stride_x, stride_y)
     statistics = (rows_ptr, cols_ptr, stride_rows, stride_cols, row_weights_ptr, col_weights_ptr, False)
     for some in range(0, tiles_n, FLAGS):
@@ -262,7 +263,7 @@ def _info_nce_bwd_left_kernel(
         if tl.min(tl.where(o < tiles_n, kept, 1), axis=0) == 0:
             for tile_n in range(some, tl.minimum(some + FLAGS, tiles_n)):
                 if ((1 - tl.load(poor_ptr + tile_n)) & tl.load(col_near_ptr + tile_n) & row_near) == 0:
-                    first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+                    first_n = tile_n * BLOCK_N
                     p = _softmaxes(
                         embeddings,
                         statistics,
