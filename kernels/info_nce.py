@@ -395,7 +395,9 @@ def info_nce_fwd(x, y, scale, diag, row_labels, col_labels, workspace, room):
     """
     x, y = rows_contiguous(x), rows_contiguous(y)
     m, n = x.shape[0], y.shape[0]
-    launch = launch_of(x, "" if row_labels is None else "labels")
+    pitch = triton.cdiv(n, 8) * 8  # rows begin at multiples of 16 bytes
+    keep = x.dtype == torch.bfloat16 and 2 * m * pitch <= room
+    launch = launch_of(x, "labels" if row_labels is not None else "kept" if keep else "")
     block_m, block_n = launch.tile["BLOCK_M"], launch.tile["BLOCK_N"]
     rows, cols = (x.new_empty(2, size, dtype=torch.float32) for size in (m, n))
     positives = x.new_empty(m, dtype=torch.float32)
@@ -404,8 +406,6 @@ def info_nce_fwd(x, y, scale, diag, row_labels, col_labels, workspace, room):
             stats[0], stats[1] = NONE.value, 0
         return rows, cols, positives, None, None
     tiles_m, tiles_n = triton.cdiv(m, block_m), triton.cdiv(n, block_n)
-    pitch = triton.cdiv(n, 8) * 8  # rows begin at multiples of 16 bytes
-    keep = x.dtype == torch.bfloat16 and 2 * m * pitch <= room
     kept = x.new_empty(m, pitch) if keep else None
     poor = x.new_empty(tiles_m, tiles_n, dtype=torch.int8)
     bytes_a_tile_row = 8 * (tiles_n * block_m + n)
@@ -423,12 +423,7 @@ def info_nce_fwd(x, y, scale, diag, row_labels, col_labels, workspace, room):
             numbers = (b - a, n, first, x.stride(0), y.stride(0))
             operands = (x[a:b], y, scale, *labels, row_sums, col_sums, row_shifts, col_shifts, flags)
             _info_nce_fwd_kernel[(tiles * tiles_n,)](
-                *operands,
-                positives[a:b],
-                None if kept is None else kept[a:b],
-                *numbers,
-                pitch,
-                **options(launch, x),
+                *operands, positives[a:b], None if kept is None else kept[a:b], *numbers, pitch, **options(launch, x)
             )
             if x.dtype != torch.float32:
                 _info_nce_again_kernel[(tiles,)](*operands, *numbers, FLAGS=FLAGS, **left)
@@ -443,7 +438,7 @@ def info_nce_fwd(x, y, scale, diag, row_labels, col_labels, workspace, room):
 def aot_shapes(arch: str):
     """B 32768 at D 768 and 1024 in bfloat16, with and without labels; float16, and float32 as tf32 and exactly.
 
-    Yields what to print, rows, launches of forward and backward, constants and the signature that all kernels share.
+    Yields what to print, dtype, rows, launches ("", "kept", "bwd"), and the signature and constants that all share.
     """
     b = 32768
     for d, kind, labels, precision in (
@@ -460,7 +455,7 @@ def aot_shapes(arch: str):
         signature |= dict.fromkeys(("row_labels_ptr", "col_labels_ptr"), "*i32:16") if labels else {}
         constants = {"D": d, "PRECISION": precision}
         constants |= {} if labels else {"row_labels_ptr": None, "col_labels_ptr": None}
-        yield what, kind, b, row_of(arch, wide, special), row_of(arch, wide, special or "bwd"), signature, constants
+        yield what, kind, b, [row_of(arch, wide, special or row) for row in ("", "kept", "bwd")], signature, constants
 
 
 def diagonal(launch: configs.Launch, m: int, n: int) -> tuple[int, float]:
@@ -473,16 +468,15 @@ def diagonal(launch: configs.Launch, m: int, n: int) -> tuple[int, float]:
 
 def aot_cases(arch: str) -> list[AotCase]:
     cases = []
-    for what, kind, b, launch, _, signature, constants in aot_shapes(arch):
+    for what, kind, b, (plain, keeping, _), signature, constants in aot_shapes(arch):
         d, size = constants["D"], 4 if kind == "fp32" else 2
-        tiles, held = diagonal(launch, b, b)
-        trips = (triton.cdiv(d, launch.tile["BLOCK_K"]),)
-        tile = dict(launch.tile)
         sums = dict.fromkeys(("row_sums_ptr", "col_sums_ptr", "row_shifts_ptr", "col_shifts_ptr"), "*fp32:16")
         sums |= {"poor_ptr": "*i8:16"}
         own = {"positives_ptr": "*fp32:16"}
         kept = {"kept_ptr": "*bf16:16", "stride_kept": "i32:16"}
-        for keep in (False, True) if kind == "bf16" else (False,):
+        for keep, launch in ((False, plain), (True, keeping))[: 1 + (kind == "bf16")]:
+            tile, (tiles, held) = dict(launch.tile), diagonal(launch, b, b)
+            trips = (triton.cdiv(d, launch.tile["BLOCK_K"]),)
             cases.append(
                 AotCase(
                     f"info_nce fwd{' kept' if keep else ''} {what}",
@@ -500,7 +494,7 @@ def aot_cases(arch: str) -> list[AotCase]:
             )
         if kind == "fp32":
             continue
-        single = again(launch)
+        single, tile, (tiles, held) = again(plain), dict(plain.tile), diagonal(plain, b, b)
         del tile["GROUP"]
         cases.append(
             AotCase(
@@ -512,14 +506,12 @@ def aot_cases(arch: str) -> list[AotCase]:
                 single.num_stages,
                 0,
                 tiles,
-                triton.cdiv(b, launch.tile["BLOCK_M"]),
+                triton.cdiv(b, plain.tile["BLOCK_M"]),
                 (1, 0, *trips),
                 (0, 0, held),
             )
         )
-        if kind == "bf16":
-            cases.append(_aot_join(launch, b))
-    return cases
+    return [*cases, _aot_join(row_of(arch, False), 32768)]
 
 
 def _aot_join(launch: configs.Launch, n: int) -> AotCase:

@@ -327,7 +327,7 @@ def info_nce_bwd(x, y, scale, rows, cols, positives, kept, poor, diag, row_label
     if m == 0 or n == 0:
         return
     kind = "" if row_labels is None else "labels"
-    forward, launch = launch_of(x, kind), launch_of(x, kind or "bwd")
+    forward, launch = launch_of(x, kind or "kept"), launch_of(x, kind or "bwd")
     launch = launch if kept is None else forward  # its tiles
     block_m, block_n = launch.tile["BLOCK_M"], launch.tile["BLOCK_N"]
     headroom = _ROUNDING_HEADROOM if x.dtype == torch.float16 else 1.0
@@ -418,7 +418,7 @@ def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: flo
 def aot_cases(arch: str) -> list[AotCase]:
     """`aot_shapes` of the forward, 4,096 rows at a time."""
     cases = []
-    for what, kind, b, forward, launch, signature, constants in aot_shapes(arch):
+    for what, kind, b, (_, forward, launch), signature, constants in aot_shapes(arch):
         d, size, rows = constants["D"], 4 if kind == "fp32" else 2, 4096
         weights = dict.fromkeys(("row_weights_ptr", "col_weights_ptr", "exact_ptr"), "*fp32:16")
         weights |= {"row_near_ptr": "*i8:16", "col_near_ptr": "*i8:16", "ds_ptr": f"*{kind}:16", "stride_ds": "i32:16"}
@@ -439,7 +439,7 @@ def aot_cases(arch: str) -> list[AotCase]:
                 rows * b * size,
                 tiles,
                 trips,
-                (1, held),
+                (held,) if kind == "fp32" else (1, held),
             )
         )
         if kind != "bf16":

@@ -150,10 +150,12 @@ def test_each_gradient_alone(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-def test_extreme_rows(impl, dtype):
+def test_extreme_rows(impl, dtype, monkeypatch):
     """Finite and right: identical rows, opposite rows, one-hot rows, whole tiles of them or parts, at scale 100."""
     if impl not in impls(dtype):
         pytest.skip(f"{impl} does not take {dtype} here")
+    if dtype == torch.bfloat16:  # exponentials kept for the backward have a rounding more, the same for all rows here
+        monkeypatch.setattr(module, "_memory", lambda *about: (1 << 28, 0))
     eye = torch.eye(96, device=DEVICE, dtype=dtype)
     same = unit(1, 96, dtype=dtype).expand(70, 96)
     s = torch.tensor(100.0, device=DEVICE)
@@ -228,20 +230,20 @@ def test_properties(impl):
 
 @pytest.mark.skipif("triton" not in IMPLS, reason="no Triton here")
 @pytest.mark.parametrize("scale", [14.3, 100.0])
-def test_triton_chunks_and_parts(scale, monkeypatch):
-    """Scratch for a tile at a time, and parts joined in many groups: the results of one launch."""
+@pytest.mark.parametrize("dtype, room", [(torch.float32, 0), (torch.bfloat16, 0), (torch.bfloat16, 1 << 30)])
+def test_triton_chunks_and_parts(dtype, room, scale, monkeypatch):
+    """Scratch for a tile or two at a time, and parts joined in groups: the results of one launch, kept or not."""
     kernel = importlib.import_module("lbfast.kernels.info_nce")
     tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 2}
     monkeypatch.setitem(kernel.configs.INFO_NCE, "interpreter", kernel.configs.Launch(tile, num_warps=4))
-    x, y, s = unit(330, 40), unit(330, 40, seed=1), torch.tensor(scale, device=DEVICE)
+    x, y, s = unit(330, 40, dtype=dtype), unit(330, 40, seed=1, dtype=dtype), torch.tensor(scale, device=DEVICE)
     y[:70], x[:70] = -x[:1], x[:1].clone()  # some tiles with shifts of their own
-    plan = module._memory(x, len(x), None)
+    monkeypatch.setattr(module, "_memory", lambda *about: (1 << 28, room))
     once = run(info_nce, x, y, s, impl="triton")
-    monkeypatch.setattr(module, "_memory", lambda *about: (70_000, 0))
+    monkeypatch.setattr(module, "_memory", lambda *about: (70_000, room))
     monkeypatch.setattr(kernel, "_MOST_PARTS", 2)  # of the six there are
-    assert plan[0] > 70_000
     for a, b in zip(once, run(info_nce, x, y, s, impl="triton")):
-        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4 if a.dtype == torch.float32 else ROUNDING[dtype])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
