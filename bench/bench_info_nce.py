@@ -5,8 +5,11 @@
     pytest bench/bench_info_nce.py                      one size, under pytest-benchmark
 
 Peers: open_clip's arithmetic (`dense`), the same from one product (`dense, one product`), row chunks in plain torch
-under autograd (`row-chunked`); memeff and inf-cl where installed and a GPU is there. Inputs are unit rows, the scale
-14.3 and learnt. TFLOP/s count 8 B^2 D for forward and backward, 2 and 6 for one alone.
+under autograd (`row-chunked`), torch's `linear_cross_entropy` in both directions (torch 2.13 or later), `dense`
+compiled by Inductor with its auto-chunker (on a GPU); memeff and inf-cl where installed and a GPU is there. Inputs are
+unit rows, the scale 14.3 and learnt; ours are measured at 100, too. Up to 8,192 pairs a GPU waits for launches: there
+forward and backward are measured in a CUDA graph as well. TFLOP/s count 8 B^2 D for forward and backward, 2 and 6 for
+one alone.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,20 +36,34 @@ DENSE_LIMIT_GIB = {"cpu": 8, "cuda": 100}
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 """How far a loss may be from float64's, relatively: dense losses round their logits."""
 
-PEERS: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
-    "dense": (peers.clip_loss, ""),
-    "dense, one product": (peers.clip_loss_one_product, ""),
-    "row-chunked": (peers.clip_loss_row_chunked, ""),
-    "memeff": (peers.memeff_loss, "memeff"),
-    "inf-cl": (peers.inf_cl_loss, "inf_cl"),
+HIGH_SCALE = 100.0
+ALL_IN_FORWARD = "linear_cross_entropy"
+"""Computes its gradients in the forward, and gives them once: there is no backward alone to measure."""
+GRAPHED = 8192
+"""Up to so many pairs passes are captured in a CUDA graph, too."""
+
+
+def _here() -> str:
+    return ""
+
+
+PEERS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[], str]]] = {
+    "dense": (peers.clip_loss, _here),
+    "dense, one product": (peers.clip_loss_one_product, _here),
+    "row-chunked": (peers.clip_loss_row_chunked, _here),
+    "linear_cross_entropy": (peers.clip_loss_linear_cross_entropy, peers.missing_linear_cross_entropy),
+    "dense, torch.compile in chunks": (peers.clip_loss_compiled_in_chunks, peers.missing_auto_chunker),
+    "memeff": (peers.memeff_loss, lambda: peers.missing("memeff")),
+    "inf-cl": (peers.inf_cl_loss, lambda: peers.missing("inf_cl")),
 }
+"""Name -> loss of (image, text, scale), and why it cannot be measured here."""
 
 
-def inputs(size: int, dim: int, dtype: str, device: str) -> list[torch.Tensor]:
+def inputs(size: int, dim: int, dtype: str, device: str, scale: float = peers.SCALE) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     rows = [F.normalize(torch.randn(size, dim, generator=generator), dim=-1) for _ in range(2)]
     made = [x.to(device, getattr(torch, dtype)).requires_grad_() for x in rows]
-    return [*made, torch.tensor(peers.SCALE, device=device, requires_grad=True)]
+    return [*made, torch.tensor(scale, device=device, requires_grad=True)]
 
 
 def loss_of(name: str) -> Callable[..., torch.Tensor]:
@@ -84,11 +101,11 @@ def candidates(size: int, dtype: str, device: str) -> tuple[list[str], dict[str,
             absent[f"lbfast {impl}"] = "absent: " + "; ".join(reasons)
         else:
             names.append(f"lbfast {impl}")
-    for name, (_, package) in PEERS.items():
-        reason = peers.missing(package) if package else ""
+    for name, (_, why_not) in PEERS.items():
+        reason = why_not()
         if size > PEERS_TO:
             reason = f"left out: takes minutes above {PEERS_TO} pairs"
-        if name.startswith("dense"):
+        if name in ("dense", "dense, one product"):
             need = 7 * size**2 * getattr(torch, dtype).itemsize / 2**30
             if need > DENSE_LIMIT_GIB[device]:
                 reason = f"left out: would need about {need:.0f} GiB"
@@ -119,23 +136,66 @@ def measure(size: int, dim: int, dtype: str, record: harness.Record, passes: Seq
             able.append(name)
         except Exception as error:  # peers fail in ways of their own, and memory runs out
             record.add([{**about, "name": name, "note": contest.reason(error)}])
-    rates = record.rates(getattr(torch, dtype))
     for part in passes:
         # kept graphs of dense candidates add up: backward alone is measured one candidate after the other
-        groups = [[name] for name in able] if part == "bwd" else [able]
-        flops = FLOPS[part] * size**2 * dim
+        groups = [[name] for name in able if name != ALL_IN_FORWARD] if part == "bwd" else [able]
         for group in groups:
-            steps = {n: step(n, part, tensors) for n in group}
-            rows = []
-            timings = harness.interleaved(steps, record.device, seconds, least=3 if often else 1, warm=often)
-            for name, timing in timings.items():
-                row = {**about, "part": part, "name": name, **dataclasses.asdict(timing)}
-                row["tflops"] = round(flops / timing.median_ms / 1e9, 3)
-                row["gbytes"] = 0
-                row["of_floor"] = round(rates.floor_ms(flops, 0) / timing.median_ms, 3)
-                row["extra_MiB"] = round(memory[name], 1)
-                rows.append(row)
-            record.add(rows)
+            _time({n: step(n, part, tensors) for n in group}, part, about, record, seconds, memory)
+    ours = [name for name in able if name.startswith("lbfast ")]
+    if "both" in passes and often:
+        high = inputs(size, dim, dtype, record.device, HIGH_SCALE)
+        about_high = {**about, "case": f"{size}x{dim}, scale {HIGH_SCALE:g}"}
+        _time({name: step(name, "both", high) for name in ours}, "both", about_high, record, seconds, memory)
+        if record.device == "cuda" and size <= GRAPHED:
+            _time_graphs(able, tensors, about, record, seconds, memory)
+
+
+def _time_graphs(
+    names: Sequence[str],
+    tensors: Sequence[torch.Tensor],
+    about: Mapping[str, str],
+    record: harness.Record,
+    seconds: float,
+    memory: Mapping[str, float],
+) -> None:
+    """Forward and backward of those that can be captured, as CUDA graphs."""
+    about = {**about, "case": f"{about['case']}, in a graph"}
+    side = torch.cuda.Stream()  # a backward runs where its forward ran: to be captured, not on the default one
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        replays = {}
+        for name in names:
+            try:
+                replays[name] = contest.captured(step(name, "both", tensors))
+            except Exception as error:  # some wait for the device
+                record.add([{**about, "name": name, "note": contest.reason(error)}])
+        _time(replays, "both", about, record, seconds, memory)
+    torch.cuda.current_stream().wait_stream(side)
+
+
+def _time(
+    steps: Mapping[str, Callable[[], Any]],
+    part: str,
+    about: Mapping[str, str],
+    record: harness.Record,
+    seconds: float,
+    memory: Mapping[str, float],
+) -> None:
+    """A row a candidate, measured in turns."""
+    size, dim = (int(number) for number in about["case"].split(",")[0].split("x"))
+    flops = FLOPS[part] * size**2 * dim
+    rates = record.rates(getattr(torch, about["dtype"]))
+    often = size <= PEERS_TO
+    rows = []
+    timings = harness.interleaved(steps, record.device, seconds, least=3 if often else 1, warm=often)
+    for name, timing in timings.items():
+        row = {**about, "part": part, "name": name, **dataclasses.asdict(timing)}
+        row["tflops"] = round(flops / timing.median_ms / 1e9, 3)
+        row["gbytes"] = 0
+        row["of_floor"] = round(rates.floor_ms(flops, 0) / timing.median_ms, 3)
+        row["extra_MiB"] = round(memory[name], 1)
+        rows.append(row)
+    record.add(rows)
 
 
 def _exact(tensors: Sequence[torch.Tensor]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from typing import Any
@@ -31,6 +32,43 @@ def clip_loss_one_product(image: torch.Tensor, text: torch.Tensor, scale: torch.
     labels = torch.arange(image.shape[0], device=image.device)
     logits = scale * image @ text.T
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def missing_linear_cross_entropy() -> str:
+    """Why torch's linear_cross_entropy cannot be measured here; empty where it can."""
+    if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return ""
+    return f"absent: torch {torch.__version__} has no linear_cross_entropy (2.13 has)"
+
+
+def clip_loss_linear_cross_entropy(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Both directions by torch's own chunks, its options as it chooses them."""
+    labels = torch.arange(image.shape[0], device=image.device)
+    chunks = torch.nn.LinearCrossEntropyOptions()
+    per_image, per_text = (
+        F.linear_cross_entropy(scale.to(x.dtype) * x, y, labels, options=chunks)
+        for x, y in ((image, text), (text, image))
+    )
+    return (per_image.float() + per_text.float()) / 2
+
+
+def missing_auto_chunker() -> str:
+    """Why Inductor's auto-chunker cannot be measured here; empty where it can."""
+    if not torch.cuda.is_available():
+        return "absent: compiled for a GPU only"
+    if not hasattr(importlib.import_module("torch._inductor.config"), "auto_chunker"):
+        return f"absent: torch {torch.__version__} has no auto-chunker"
+    return ""
+
+
+@functools.cache
+def _compiled_in_chunks() -> Any:
+    return torch.compile(clip_loss, dynamic=False, options={"auto_chunker.enable": True})
+
+
+def clip_loss_compiled_in_chunks(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """open_clip's arithmetic under torch.compile, which cuts the logits into chunks by itself."""
+    return _compiled_in_chunks()(image, text, scale)
 
 
 def clip_loss_row_chunked(

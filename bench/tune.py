@@ -221,7 +221,7 @@ TUNABLES = (
     Tunable("ATTENTION_BWD", _ATTENTION, _heads, _attention, stages=(1, 2, 3), backward=True),
     Tunable("INFO_NCE", call=_loss, **_LOSSES),  # type: ignore[arg-type]
     Tunable("INFO_NCE", call=_loss, suffix="bwd", backward=True, **_LOSSES),  # type: ignore[arg-type]
-    Tunable("INFO_NCE", call=_loss_of_classes, suffix="busy", **_LOSSES),  # type: ignore[arg-type]
+    Tunable("INFO_NCE", call=_loss_of_classes, suffix="labels", **_LOSSES),  # type: ignore[arg-type]
 )
 
 Timer = Callable[[Callable[[], Any]], float]

@@ -98,18 +98,19 @@ ATTENTION_BWD_WHOLE: Mapping[str, tuple[Launch, ...]] = {
     ),
 }
 
-# info_nce: tiles of logits, GROUP rows of tiles swept together. "wide": float32. "busy": labels, or logits kept.
+# info_nce: tiles of logits, GROUP rows of tiles swept together. "wide": float32. "labels": where pairs are left out;
+# "kept": whose exponentials are kept, forward and backward.
 INFO_NCE: Mapping[str, Launch] = {
     "default": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8}, num_warps=8, num_stages=3),
-    "busy": Launch({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8}, num_warps=4, num_stages=3),
+    "labels": Launch({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8}, num_warps=4, num_stages=3),
     "wide": Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8}, num_warps=4, num_stages=2),
     "sm_80": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8}, num_warps=8, num_stages=4),
-    "sm_90": Launch({"BLOCK_M": 256, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
-    "sm_90 bwd": Launch({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
-    "sm_90 busy": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
+    "sm_90": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=4, num_stages=3),
+    "sm_90 labels": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=4, num_stages=3),
     "sm_100": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
     "sm_100 bwd": Launch({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
-    "sm_100 busy": Launch({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
+    "sm_100 kept": Launch({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
+    "sm_100 labels": Launch({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
     "sm_120": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=2),
     "interpreter": Launch({"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 256, "GROUP": 2}, num_warps=4),
 }

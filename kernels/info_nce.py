@@ -1,15 +1,18 @@
-"""InfoNCE: softmax statistics of x @ y.T along both axes in one GEMM, and its gradients chunk by chunk.
+"""InfoNCE, forward: softmax statistics of x @ y.T along both axes in one GEMM.
 
-    z = scale * x @ y.T;  p_row = exp(z - lse_row), p_col = exp(z - lse_col)
-    dS = p_row + p_col - 2 delta;  dx += dS @ y, dy += dS.T @ x
+    z = scale * x @ y.T;  row_i = sum_j exp(z_ij), col_j = sum_i exp(z_ij), each as (shift, sum of exp(z - shift))
 
-Forward: each tile of logits leaves (shift, sum) of its rows and columns in buffers of its own; `_join_kernel` adds them
-up in a fixed order. Backward: for a chunk of rows the tile is computed again, delta is subtracted before dS is
-rounded to the inputs' type, and the two products are the library's, accumulated in float32 in place. No atomics: the
-same bits every time. Kept for the backward: the statistics; and, where asked for and it fits, exp(z - shift of the
-tile) in bfloat16 for bfloat16 inputs, which saves the second GEMM.
+Each tile of logits leaves (shift, sum) of its rows and columns in buffers of its own; `_join_kernel` adds them up in a
+fixed order. No atomics: the same bits every time.
 
-One exponential serves both softmaxes while a tile's shifts lie within SPREAD of each other; else it takes two.
+A tile of 16-bit inputs has one shift, a constant of the scale (`shift_of`): no exponential of unit rows overflows it,
+and no maximum is looked for. What underflows is below 2^-126; so each sum of at least LEAST = 2^-90 is right to 2^-29
+of itself. A tile with a smaller sum (logits below shift - 62 all along a row), or one beyond MOST (embeddings that are
+no unit rows), or NaN, is computed again with its rows' and columns' own maxima; float32 always takes these. Positives
+stay out of the tiles' sums and join at the end, with their own logit for a shift where it is the largest: then the loss
+of a row, log(1 + the rest), keeps its digits.
+
+Kept for the backward, where it fits: exp2 of the tiles in bfloat16 for bfloat16 inputs, which saves its first GEMM.
 Contract: Implementation in lbfast/ops/info_nce.py. Source: CLIP, arXiv 2103.00020; Inf-CLIP, arXiv 2410.17243.
 """
 
@@ -24,14 +27,24 @@ from lbfast.kernels.primitives import AotCase, arch, dot_precision, on_device
 
 from lbfast.kernels import configs
 
-_NO_DIAGONAL = -(2**30)
-_ROUNDING_HEADROOM = 4096.0  # float16 holds dS times this: probabilities of 1/B stay normal numbers
+NO_DIAGONAL = -(2**30)
 NONE = tl.constexpr(-3.4028234663852886e38)  # logit of a pair that is left out
-SPREAD = tl.constexpr(16.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LEAST, MOST = tl.constexpr(2.0**-90), tl.constexpr(2.0**126)
+_LEAST_BITS, _RANGE = tl.constexpr((127 - 90) << 23), tl.constexpr((126 + 90) << 23)
+_SCALING = tl.constexpr(32.0)  # parts are summed up 2^32 times smaller, which 2^31 of them don't overflow
+FLAGS = 1024  # of tiles, looked at together
+_MOST_PARTS = 512  # that one program joins
 
 
 @triton.jit
-def _tile_of(pid, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+def shift_of(scale):
+    """The tiles' shift: 0, or of a large scale 16 or 32, whose product with LOG2_E is exact."""
+    return 16 * tl.minimum(tl.maximum(tl.ceil(tl.abs(scale) / 16) - 5, 0.0), 2.0)
+
+
+@triton.jit
+def tile_of(pid, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
     """Tiles in groups of GROUP rows of tiles, down the columns first: neighbours share their operands in the cache."""
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     group = pid // (GROUP * tiles_n)
@@ -41,7 +54,7 @@ def _tile_of(pid, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.
 
 
 @triton.jit
-def _products(
+def products(
     x_ptr,
     y_ptr,
     m,
@@ -78,14 +91,43 @@ def _products(
 
 
 @triton.jit
-def _logits(acc, scale, row_labels_ptr, col_labels_ptr, m, n, diag, o_m, o_n):
-    """Scaled; pairs past the end, and negatives that share a label, at NONE. [BLOCK_M, BLOCK_N]."""
-    z = tl.where((o_m < m)[:, None] & (o_n < n)[None, :], acc * scale, NONE)
+def same_label(row_labels_ptr, col_labels_ptr, m, n, o_m, o_n):
+    """[BLOCK_M, BLOCK_N]: pairs that share a label."""
+    rows = tl.load(row_labels_ptr + o_m, mask=o_m < m, other=-1)
+    cols = tl.load(col_labels_ptr + o_n, mask=o_n < n, other=-2)
+    return rows[:, None] == cols[None, :]
+
+
+@triton.jit
+def _negatives(t, row_labels_ptr, col_labels_ptr, m, n, diag, first_m, first_n):
+    """t with NONE for positives, for pairs past the end, and for those that share a label. [BLOCK_M, BLOCK_N]."""
+    BLOCK_M: tl.constexpr = t.shape[0]
+    BLOCK_N: tl.constexpr = t.shape[1]
+    o_m, o_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
     if row_labels_ptr is not None:
-        rows = tl.load(row_labels_ptr + o_m, mask=o_m < m, other=-1)
-        cols = tl.load(col_labels_ptr + o_n, mask=o_n < n, other=-2)
-        z = tl.where((rows[:, None] == cols[None, :]) & (o_n[None, :] != o_m[:, None] + diag), NONE, z)
-    return z
+        t = tl.where(same_label(row_labels_ptr, col_labels_ptr, m, n, o_m, o_n), NONE, t)
+    first = first_m + diag - first_n  # column of the tile's first row's positive
+    if (first < BLOCK_N) & (first + BLOCK_M > 0) | (first_m + BLOCK_M > m) | (first_n + BLOCK_N > n):
+        inside = (o_m < m)[:, None] & (o_n < n)[None, :]
+        t = tl.where(inside & (o_n[None, :] != (o_m + diag)[:, None]), t, NONE)
+    return t
+
+
+@triton.jit
+def _own_sums(z, sums_ptr, shifts_ptr, o, mask, AXIS: tl.constexpr):
+    """Sums along an axis of logits, with the largest of each for its shift; 0 where there is none."""
+    shift = tl.max(z, axis=AXIS, keep_dims=True)
+    total = tl.sum(tl.exp2((z - shift) * LOG2_E), axis=AXIS)
+    shift = tl.sum(shift, axis=AXIS)
+    tl.store(shifts_ptr + o, shift, mask=mask)
+    tl.store(sums_ptr + o, tl.where(shift == NONE, 0.0, total), mask=mask)
+
+
+@triton.jit
+def _worst(total, mask):
+    """Of sums [BLOCK], how far from LEAST the worst is, in a float's steps: out of bounds, NaN too, is > _RANGE."""
+    bits = tl.where(mask, total, 1.0).to(tl.uint32, bitcast=True) - _LEAST_BITS
+    return tl.max(bits, axis=0)
 
 
 @triton.jit
@@ -95,16 +137,19 @@ def _info_nce_fwd_kernel(
     scale_ptr,
     row_labels_ptr,
     col_labels_ptr,
-    row_parts_ptr,
-    col_parts_ptr,
+    row_sums_ptr,
+    col_sums_ptr,
+    row_shifts_ptr,
+    col_shifts_ptr,
+    poor_ptr,
     positives_ptr,
     kept_ptr,
-    kept_shift_ptr,
     m,
     n,
     diag,
     stride_x,
     stride_y,
+    stride_kept,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -112,305 +157,290 @@ def _info_nce_fwd_kernel(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """row_parts (2, tiles_n, m) and col_parts (2, tiles_m, n): [0] shift, [1] sum of exp(z - shift)."""
-    tile_m, tile_n = _tile_of(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP)
-    tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
+    """row_sums (tiles_n, m) and col_sums (tiles_m, n) of exp(z - shift); poor (tiles_m, tiles_n): 1 if not so.
+
+    Of float32 all tiles are poor: they have shifts of their own, in row_shifts and col_shifts, at once.
+    """
+    tile_m, tile_n = tile_of(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP)
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
     o_m, o_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
     m_m, m_n = o_m < m, o_n < n
-    acc = _products(x_ptr, y_ptr, m, n, stride_x, stride_y, first_m, first_n, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-    z = _logits(acc, tl.load(scale_ptr), row_labels_ptr, col_labels_ptr, m, n, diag, o_m, o_n)
+    scale = tl.load(scale_ptr)
+    acc = products(x_ptr, y_ptr, m, n, stride_x, stride_y, first_m, first_n, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
 
-    first = first_m + diag - first_n  # column of the tile's first row's positive
+    first = first_m + diag - first_n
     if (first < BLOCK_N) & (first + BLOCK_M > 0):
         column = o_m + diag
-        positive = tl.sum(tl.where(o_n[None, :] == column[:, None], z, 0.0), axis=1)
+        positive = tl.sum(tl.where(o_n[None, :] == column[:, None], acc * scale, 0.0), axis=1)
         here = m_m & (column >= first_n) & (column < first_n + BLOCK_N) & (column < n)
         tl.store(positives_ptr + o_m, positive, mask=here)
 
-    row_shift, col_shift = tl.max(z, axis=1, keep_dims=True), tl.max(z, axis=0, keep_dims=True)
-    top = tl.max(col_shift)
-    lowest_row = tl.min(tl.where(m_m[:, None], row_shift, top))
-    near = top - tl.minimum(lowest_row, tl.min(tl.where(m_n[None, :], col_shift, top))) <= SPREAD
-    if near:
-        e = tl.exp(z - top)
-        row_sum, col_sum = tl.sum(e, axis=1, keep_dims=True), tl.sum(e, axis=0, keep_dims=True)
-        row_shift, col_shift = tl.zeros_like(row_shift) + top, tl.zeros_like(col_shift) + top
+    p_poor = poor_ptr + tile_m * tl.cdiv(n, BLOCK_N) + tile_n
+    p_row, p_col = tile_n.to(tl.int64) * m + o_m, tile_m.to(tl.int64) * n + o_n
+    if x_ptr.dtype.element_ty == tl.float32:  # its rounding is finer than that of a logit far from the shift
+        z = _negatives(acc * scale, row_labels_ptr, col_labels_ptr, m, n, diag, first_m, first_n)
+        _own_sums(z, row_sums_ptr, row_shifts_ptr, p_row, m_m, 1)
+        _own_sums(z, col_sums_ptr, col_shifts_ptr, p_col, m_n, 0)
+        tl.store(p_poor, 1)
+    else:
+        t = acc * (scale * LOG2_E) - shift_of(scale) * LOG2_E
+        e = tl.exp2(_negatives(t, row_labels_ptr, col_labels_ptr, m, n, diag, first_m, first_n))
+        row_sum, col_sum = tl.sum(e, axis=1), tl.sum(e, axis=0)
+        tl.store(p_poor, (tl.maximum(_worst(row_sum, m_m), _worst(col_sum, m_n)) > _RANGE).to(tl.int8))
+        tl.store(row_sums_ptr + p_row, row_sum, mask=m_m)
+        tl.store(col_sums_ptr + p_col, col_sum, mask=m_n)
         if kept_ptr is not None:
-            p_kept = kept_ptr + first_m.to(tl.int64) * n + first_n
-            o_kept = tl.arange(0, BLOCK_M)[:, None].to(tl.int64) * n + tl.arange(0, BLOCK_N)[None, :]
+            p_kept = kept_ptr + first_m.to(tl.int64) * stride_kept + first_n
+            o_kept = tl.arange(0, BLOCK_M)[:, None] * stride_kept + tl.arange(0, BLOCK_N)[None, :]
             tl.store(p_kept + o_kept, e.to(tl.bfloat16), mask=m_m[:, None] & m_n[None, :])
-    else:
-        row_sum = tl.sum(tl.exp(z - row_shift), axis=1, keep_dims=True)
-        col_sum = tl.sum(tl.exp(z - col_shift), axis=0, keep_dims=True)
-    if kept_ptr is not None:  # infinite where nothing was kept
-        tl.store(kept_shift_ptr + tile_m * tiles_n + tile_n, tl.where(near, top, float("inf")))
-
-    p_row = row_parts_ptr + tile_n.to(tl.int64) * m + o_m[:, None]
-    tl.store(p_row, row_shift, mask=m_m[:, None])
-    tl.store(p_row + tiles_n.to(tl.int64) * m, row_sum, mask=m_m[:, None])
-    p_col = col_parts_ptr + tile_m.to(tl.int64) * n + o_n[None, :]
-    tl.store(p_col, col_shift, mask=m_n[None, :])
-    tl.store(p_col + tiles_m.to(tl.int64) * n, col_sum, mask=m_n[None, :])
 
 
 @triton.jit
-def _join_kernel(parts_ptr, stats_ptr, parts, n, BLOCK: tl.constexpr):
-    """Joins parts (2, parts, n) with the statistics stats (2, n), in place, one after the other."""
-    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = o < n
-    shift = tl.load(stats_ptr + o, mask=mask, other=0.0)
-    total = tl.load(stats_ptr + n + o, mask=mask, other=0.0)
-    p_part = parts_ptr + o
-    for _ in range(parts):
-        more = tl.load(p_part, mask=mask, other=0.0)
-        summand = tl.load(p_part + tl.cast(parts, tl.int64) * n, mask=mask, other=0.0)
-        top = tl.maximum(shift, more, propagate_nan=tl.PropagateNan.ALL)
-        total = total * tl.exp(shift - top) + summand * tl.exp(more - top)
-        shift = top
-        p_part += n
-    tl.store(stats_ptr + o, shift, mask=mask)
-    tl.store(stats_ptr + n + o, total, mask=mask)
-
-
-@triton.jit
-def _both_softmaxes(z, row_shift, row_sum, col_shift, col_sum, m_m, m_n):
-    """exp(z - row_shift) / row_sum + exp(z - col_shift) / col_sum, by one exponential where the shifts are near."""
-    highest = tl.maximum(tl.max(tl.where(m_m, row_shift, NONE), axis=0), tl.max(tl.where(m_n, col_shift, NONE), axis=0))
-    lowest = tl.minimum(
-        tl.min(tl.where(m_m, row_shift, highest), axis=0), tl.min(tl.where(m_n, col_shift, highest), axis=0)
-    )
-    if highest - lowest <= 2 * SPREAD:
-        middle = lowest + (highest - lowest) / 2
-        row, col = tl.exp(middle - row_shift) / row_sum, tl.exp(middle - col_shift) / col_sum
-        p = tl.exp(z - middle) * (row[:, None] + col[None, :])
-    else:
-        p = tl.exp(z - row_shift[:, None]) / row_sum[:, None] + tl.exp(z - col_shift[None, :]) / col_sum[None, :]
-    return p
-
-
-@triton.jit
-def _info_nce_bwd_kernel(
+def _info_nce_again_kernel(
     x_ptr,
     y_ptr,
     scale_ptr,
     row_labels_ptr,
     col_labels_ptr,
-    rows_ptr,
-    cols_ptr,
-    positives_ptr,
-    kept_ptr,
-    kept_shift_ptr,
-    ds_ptr,
-    stride_rows,
+    row_sums_ptr,
+    col_sums_ptr,
+    row_shifts_ptr,
+    col_shifts_ptr,
+    poor_ptr,
     m,
     n,
     diag,
     stride_x,
     stride_y,
-    stride_ds,
-    headroom,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
+    FLAGS: tl.constexpr,
 ):
-    """ds (m, n) = headroom * dS, rounded."""
-    tile_m, tile_n = _tile_of(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP)
-    first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
-    o_m, o_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
-    m_m, m_n = o_m < m, o_n < n
-    row_shift = tl.load(rows_ptr + o_m, mask=m_m, other=0.0)
-    row_sum = tl.load(rows_ptr + stride_rows + o_m, mask=m_m, other=1.0)
-    col_shift = tl.load(cols_ptr + o_n, mask=m_n, other=0.0)
-    col_sum = tl.load(cols_ptr + n + o_n, mask=m_n, other=1.0)
-    inside = m_m[:, None] & m_n[None, :]
-    if kept_ptr is None:
-        acc = _products(
-            x_ptr, y_ptr, m, n, stride_x, stride_y, first_m, first_n, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
-        )
-        z = _logits(acc, tl.load(scale_ptr), row_labels_ptr, col_labels_ptr, m, n, diag, o_m, o_n)
-        p = _both_softmaxes(z, row_shift, row_sum, col_shift, col_sum, m_m, m_n)
-    else:
-        top = tl.load(kept_shift_ptr + tile_m * tl.cdiv(n, BLOCK_N) + tile_n)
-        if top < float("inf"):
-            p_kept = kept_ptr + o_m.to(tl.int64)[:, None] * n + o_n[None, :]
-            e = tl.load(p_kept, mask=inside, other=0.0).to(tl.float32)
-            row, col = tl.exp(top - row_shift) / row_sum, tl.exp(top - col_shift) / col_sum
-            p = e * (row[:, None] + col[None, :])
-        else:
-            acc = _products(
-                x_ptr, y_ptr, m, n, stride_x, stride_y, first_m, first_n, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
-            )
-            z = _logits(acc, tl.load(scale_ptr), row_labels_ptr, col_labels_ptr, m, n, diag, o_m, o_n)
-            p = _both_softmaxes(z, row_shift, row_sum, col_shift, col_sum, m_m, m_n)
-
-    first = first_m + diag - first_n
-    if (first < BLOCK_N) & (first + BLOCK_M > 0):  # p - 1 cancels: from the logit and each side's own shift
-        column = o_m + diag
-        here = m_m & (column >= first_n) & (column < first_n + BLOCK_N) & (column < n)
-        positive = tl.load(positives_ptr + o_m, mask=here, other=0.0)
-        shift = tl.load(cols_ptr + column, mask=here, other=0.0)
-        total = tl.load(cols_ptr + n + column, mask=here, other=1.0)
-        exact = (tl.exp(positive - row_shift) / row_sum - 1) + (tl.exp(positive - shift) / total - 1)
-        p = tl.where((o_n[None, :] == column[:, None]) & here[:, None], exact[:, None], p)
-
-    p_ds = ds_ptr + first_m.to(tl.int64) * stride_ds + first_n
-    o_ds = tl.arange(0, BLOCK_M)[:, None] * stride_ds + tl.arange(0, BLOCK_N)[None, :]
-    tl.store(p_ds + o_ds, (p * headroom).to(ds_ptr.dtype.element_ty), mask=inside)
+    """Poor tiles with shifts of their own, (tiles_n, m) and (tiles_m, n) as the sums. A program: a row of tiles."""
+    tile_m, tiles_n = tl.program_id(0), tl.cdiv(n, BLOCK_N)
+    poor_ptr += tile_m.to(tl.int64) * tiles_n
+    first_m = tile_m * BLOCK_M
+    o_m = first_m + tl.arange(0, BLOCK_M)
+    scale = tl.load(scale_ptr)
+    for some in range(0, tiles_n, FLAGS):
+        o = some + tl.arange(0, FLAGS)
+        if tl.max(tl.load(poor_ptr + o, mask=o < tiles_n, other=0), axis=0) > 0:
+            for tile_n in range(some, tl.minimum(some + FLAGS, tiles_n)):
+                if tl.load(poor_ptr + tile_n) > 0:
+                    first_n = tile_n * BLOCK_N
+                    o_n = first_n + tl.arange(0, BLOCK_N)
+                    acc = products(
+                        x_ptr,
+                        y_ptr,
+                        m,
+                        n,
+                        stride_x,
+                        stride_y,
+                        first_m,
+                        first_n,
+                        D,
+                        BLOCK_M,
+                        BLOCK_N,
+                        BLOCK_K,
+                        PRECISION,
+                    )
+                    z = _negatives(acc * scale, row_labels_ptr, col_labels_ptr, m, n, diag, first_m, first_n)
+                    _own_sums(z, row_sums_ptr, row_shifts_ptr, tl.cast(tile_n, tl.int64) * m + o_m, o_m < m, 1)
+                    _own_sums(z, col_sums_ptr, col_shifts_ptr, tile_m.to(tl.int64) * n + o_n, o_n < n, 0)
 
 
-def _row(name: str, wide: bool, busy: bool, backward: bool) -> configs.Launch:
-    """The row of an architecture; one for float32 ("wide"), one for kernels with more to hold in registers ("busy").
+@triton.jit
+def _join_kernel(
+    sums_ptr,
+    shifts_ptr,
+    poor_ptr,
+    scale_ptr,
+    before_ptr,
+    positives_ptr,
+    out_ptr,
+    n,
+    parts,
+    stride_out,
+    stride_part,
+    stride_tile,
+    first_positive,
+    positives,
+    TILE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EACH: tl.constexpr,
+):
+    """Joins EACH parts a program of sums (parts, n) to out (2, groups, n), [0] shift, [1] sum of exp(z - shift).
 
-    A "bwd" row, where there is one, is the backward's, unless it is wide or busy.
+    poor: as the forward left it: the shift is that of `scale` where 0, else that of shifts (parts, n); None: the latter
+    everywhere. Where positives_ptr is given, this is the last join: with statistics `before` (2, n), if given, and with
+    the positives of columns from first_positive on.
     """
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = o < n
+    start = tl.program_id(1) * EACH
+    end = tl.minimum(start + EACH, parts)
+    top, total = tl.full((BLOCK,), NONE, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    if poor_ptr is not None:
+        common = shift_of(tl.load(scale_ptr))
+        poor_ptr += (tl.program_id(0) * BLOCK // TILE).to(tl.int64) * stride_tile
+    for part in range(start, end, PARTS):
+        o_part = part + tl.arange(0, PARTS)
+        m_part = (o_part < end)[:, None] & mask[None, :]
+        o_sum = o_part.to(tl.int64)[:, None] * n + o[None, :]
+        summand = tl.load(sums_ptr + o_sum, mask=m_part, other=0.0)
+        if poor_ptr is None:
+            shift = tl.load(shifts_ptr + o_sum, mask=m_part, other=NONE)
+        else:
+            poor = tl.load(poor_ptr + o_part.to(tl.int64) * stride_part, mask=o_part < end, other=0) > 0
+            own = tl.load(shifts_ptr + o_sum, mask=m_part & poor[:, None], other=common)
+            shift = tl.where(m_part, own, NONE)
+        higher = tl.maximum(top, tl.max(shift, axis=0))
+        weight = tl.exp2((shift - higher[None, :]) * LOG2_E - _SCALING)
+        total = total * tl.exp2((top - higher) * LOG2_E) + tl.sum(summand * weight, axis=0)
+        top = higher
+    nothing = total == 0
+    powers = tl.log2(tl.where(nothing, 1.0, total)) + _SCALING
+    steps = tl.where((total > 0) & (total <= MOST), tl.floor(powers / (16 * LOG2_E)), 0.0)
+    top += 16 * steps
+    total *= tl.exp2(steps * (-16 * LOG2_E) + _SCALING)  # in [1, e^16) where anything was joined
+    p_out = out_ptr + tl.program_id(1).to(tl.int64) * n + o
+    if positives_ptr is not None:
+        m_positive = mask & (o >= first_positive) & (o < first_positive + positives)
+        positive = tl.load(positives_ptr + o - first_positive, mask=m_positive, other=NONE)
+        shift = tl.where(m_positive & (nothing | (positive - top > tl.log(total))), positive, top)
+        if before_ptr is not None:
+            earlier = tl.load(before_ptr + o, mask=mask, other=NONE)
+            shift = tl.maximum(shift, earlier)
+        total = tl.where(nothing, 0.0, total * tl.exp2((top - shift) * LOG2_E))
+        total += tl.where(m_positive, tl.exp2((positive - shift) * LOG2_E), 0.0)
+        if before_ptr is not None:
+            total += tl.load(before_ptr + n + o, mask=mask, other=0.0) * tl.exp2((earlier - shift) * LOG2_E)
+        top = shift
+    tl.store(p_out, top, mask=mask)
+    tl.store(p_out + stride_out, total, mask=mask)
+
+
+def row_of(name: str, wide: bool, kind: str = "") -> configs.Launch:
+    """The row of an architecture: "wide" for float32, or of a kind of kernel ("labels", "bwd"), or the plain one."""
     table = configs.INFO_NCE
-    for suffix, wanted in (("wide", wide), ("busy", busy)):
-        if wanted:
-            return table.get(f"{name} {suffix}", table[suffix])
+    if wide:
+        return table.get(f"{name} wide", table["wide"])
     plain = configs.lookup(table, name)
-    return table.get(f"{name} bwd", plain) if backward else plain
+    return table.get(f"{name} {kind}", table.get(kind, plain) if kind else plain)
 
 
-def _launch(x: torch.Tensor, busy: bool, backward: bool) -> configs.Launch:
-    if not x.is_cuda:
+def launch_of(x: torch.Tensor, kind: str = "") -> configs.Launch:
+    name = arch(x.device)
+    if name == "default" and not x.is_cuda:
         return configs.INFO_NCE["interpreter"]
-    return _row(arch(x.device), x.dtype == torch.float32, busy, backward)
+    return row_of(name, x.dtype == torch.float32, kind)
 
 
-def _tiles(launch: configs.Launch, m: int, n: int) -> tuple[int, int]:
-    return triton.cdiv(m, launch.tile["BLOCK_M"]), triton.cdiv(n, launch.tile["BLOCK_N"])
+def again(launch: configs.Launch) -> configs.Launch:
+    """For the kernels that compute single tiles again, which have more to hold than those that compute all of them."""
+    tile = launch.tile
+    return configs.Launch(tile, 8 if tile["BLOCK_M"] * tile["BLOCK_N"] > 64 * 64 else 4, min(launch.num_stages, 2))
 
 
-def _steps(m: int, bytes_a_row: int, workspace: int, launch: configs.Launch) -> range:
-    """First rows of chunks of whole tiles that need at most `workspace` bytes each (one tile's rows at least)."""
-    block = launch.tile["BLOCK_M"]
-    return range(0, m, max(1, workspace // bytes_a_row // block) * block)
-
-
-def _options(launch: configs.Launch, x: torch.Tensor) -> dict[str, Any]:
+def options(launch: configs.Launch, x: torch.Tensor) -> dict[str, Any]:
     tile = {"D": x.shape[1], "PRECISION": dot_precision(x.dtype), **launch.tile}
     return {**tile, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
 
 
-def _rows_contiguous(x: torch.Tensor) -> torch.Tensor:
+def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _join(parts: torch.Tensor, stats: torch.Tensor) -> None:
-    count, n = parts.shape[1:]
-    _join_kernel[(triton.cdiv(n, 128),)](parts, stats, count, n, BLOCK=128, num_warps=4)
+def _join(sums, shifts, poor, strides, tile, scale, before, positives, first_positive, count, out):
+    """Statistics (2, n), n apart by out's stride, of parts (parts, n) and `count` positives from first_positive on."""
+    parts, n = sums.shape
+
+    def launch(groups, positives, out):
+        _join_kernel[(triton.cdiv(n, 64), groups)](
+            sums,
+            shifts,
+            poor,
+            scale,
+            before if positives is not None else None,
+            positives,
+            out,
+            n,
+            parts,
+            out.stride(0),
+            *strides,
+            first_positive,
+            count,
+            TILE=tile,
+            PARTS=32,
+            BLOCK=64,
+            EACH=_MOST_PARTS,
+            num_warps=4,
+        )
+
+    while parts > _MOST_PARTS:
+        some = sums.new_empty(2, triton.cdiv(parts, _MOST_PARTS), n)
+        launch(some.shape[1], None, some)
+        (shifts, sums), poor, parts = some, None, some.shape[1]
+    launch(1, positives, out)
 
 
-def info_nce_fwd(x, y, scale, diag, row_labels, col_labels, workspace, keep):
+def info_nce_fwd(x, y, scale, diag, row_labels, col_labels, workspace, room):
     """x (m, D), y (n, D), scale () float32 -> rows (2, m), cols (2, n), positives (m,), kept: tensors or None.
 
-    kept, where `keep` and 2 m n bytes fit in `workspace`: (m, n) bfloat16 and the tiles' shifts.
+    kept, where it takes at most `room` bytes: (m, n) bfloat16, and which tiles are in it.
     """
-    x, y = _rows_contiguous(x), _rows_contiguous(y)
+    x, y = rows_contiguous(x), rows_contiguous(y)
     m, n = x.shape[0], y.shape[0]
-    keep = keep and x.dtype == torch.bfloat16 and 2 * m * n <= workspace
-    launch = _launch(x, keep or row_labels is not None, False)
-    rows, cols = (x.new_zeros(2, size, dtype=torch.float32) for size in (m, n))
-    rows[0], cols[0] = NONE.value, NONE.value
-    positives = x.new_zeros(m, dtype=torch.float32)
-    kept = kept_shift = None
-    if keep:
-        kept = x.new_empty(m, n, dtype=torch.bfloat16)
-        kept_shift = x.new_empty(_tiles(launch, m, n), dtype=torch.float32)
-    if m == 0 or n == 0:
-        return rows, cols, positives, kept, kept_shift
-    tiles_n = _tiles(launch, m, n)[1]
-    steps = _steps(m, 8 * (tiles_n + n // launch.tile["BLOCK_M"] + 1), workspace, launch)
-    with on_device(x):
-        for a in steps:
-            b = min(a + steps.step, m)
-            tiles_m = _tiles(launch, b - a, n)[0]
-            row_parts = x.new_empty(2, tiles_n, b - a, dtype=torch.float32)
-            col_parts = x.new_empty(2, tiles_m, n, dtype=torch.float32)
-            _info_nce_fwd_kernel[(tiles_m * tiles_n,)](
-                x[a:b],
-                y,
-                scale,
-                None if row_labels is None else row_labels[a:b],
-                col_labels,
-                row_parts,
-                col_parts,
-                positives[a:b],
-                None if kept is None else kept[a:b],
-                None if kept_shift is None else kept_shift[a // launch.tile["BLOCK_M"] :],
-                b - a,
-                n,
-                _NO_DIAGONAL if diag is None else diag + a,
-                x.stride(0),
-                y.stride(0),
-                **_options(launch, x),
-            )
-            own = torch.stack([rows[0, a:b], rows[1, a:b]])
-            _join(row_parts, own)
-            rows[:, a:b] = own
-            _join(col_parts, cols)
-    return rows, cols, positives, kept, kept_shift
-
-
-def info_nce_bwd(x, y, scale, rows, cols, positives, kept, kept_shift, diag, row_labels, col_labels, workspace, dx, dy):
-    """Adds dS @ y to dx (m, D) and dS.T @ x to dy (n, D), float32 or None."""
-    x, y = _rows_contiguous(x), _rows_contiguous(y)
-    m, n, launch = x.shape[0], y.shape[0], _launch(x, kept is not None or row_labels is not None, True)
-    if m == 0 or n == 0:
-        return
-    headroom = _ROUNDING_HEADROOM if x.dtype == torch.float16 else 1.0
     pitch = triton.cdiv(n, 8) * 8  # rows begin at multiples of 16 bytes
-    steps = _steps(m, pitch * x.element_size(), workspace, launch)
-    ds = x.new_empty(min(steps.step, m), pitch)
+    keep = x.dtype == torch.bfloat16 and 2 * m * pitch <= room
+    launch = launch_of(x, "labels" if row_labels is not None else "kept" if keep else "")
+    block_m, block_n = launch.tile["BLOCK_M"], launch.tile["BLOCK_N"]
+    rows, cols = (x.new_empty(2, size, dtype=torch.float32) for size in (m, n))
+    positives = x.new_empty(m, dtype=torch.float32)
+    if m == 0 or n == 0:
+        for stats in (rows, cols):
+            stats[0], stats[1] = NONE.value, 0
+        return rows, cols, positives, None, None
+    tiles_m, tiles_n = triton.cdiv(m, block_m), triton.cdiv(n, block_n)
+    kept = x.new_empty(m, pitch) if keep else None
+    poor = x.new_empty(tiles_m, tiles_n, dtype=torch.int8)
+    bytes_a_tile_row = 8 * (tiles_n * block_m + n)
+    step = max(1, workspace // bytes_a_tile_row) * block_m
+    left = {name: value for name, value in options(again(launch), x).items() if name != "GROUP"}
     with on_device(x):
-        for a in steps:
-            b = min(a + steps.step, m)
-            tiles_m, tiles_n = _tiles(launch, b - a, n)
-            _info_nce_bwd_kernel[(tiles_m * tiles_n,)](
-                x[a:b],
-                y,
-                scale,
-                None if row_labels is None else row_labels[a:b],
-                col_labels,
-                rows[:, a:b],
-                cols,
-                positives[a:b],
-                None if kept is None else kept[a:b],
-                None if kept_shift is None else kept_shift[a // launch.tile["BLOCK_M"] :],
-                ds,
-                rows.stride(0),
-                b - a,
-                n,
-                _NO_DIAGONAL if diag is None else diag + a,
-                x.stride(0),
-                y.stride(0),
-                pitch,
-                headroom,
-                **_options(launch, x),
+        for a in range(0, m, step):
+            b = min(a + step, m)
+            tiles = triton.cdiv(b - a, block_m)
+            row_shifts, row_sums = x.new_empty(2, tiles_n, b - a, dtype=torch.float32)
+            col_shifts, col_sums = x.new_empty(2, tiles, n, dtype=torch.float32)
+            flags = poor[a // block_m :]
+            first = NO_DIAGONAL if diag is None else diag + a
+            labels = (None if row_labels is None else row_labels[a:b], col_labels)
+            numbers = (b - a, n, first, x.stride(0), y.stride(0))
+            operands = (x[a:b], y, scale, *labels, row_sums, col_sums, row_shifts, col_shifts, flags)
+            _info_nce_fwd_kernel[(tiles * tiles_n,)](
+                *operands, positives[a:b], None if kept is None else kept[a:b], *numbers, pitch, **options(launch, x)
             )
-            if dx is not None:
-                _add_product(dx[a:b], ds[: b - a, :n], y, 1 / headroom)
-            if dy is not None:
-                _add_product(dy, ds[: b - a, :n].t(), x[a:b], 1 / headroom)
+            if x.dtype != torch.float32:
+                _info_nce_again_kernel[(tiles,)](*operands, *numbers, FLAGS=FLAGS, **left)
+            count = 0 if diag is None else b - a
+            here = positives[a:b]
+            _join(row_sums, row_shifts, flags, (1, tiles_n), block_m, scale, None, here, 0, count, rows[:, a:b])
+            before = cols if a else None
+            _join(col_sums, col_shifts, flags, (tiles_n, 1), block_n, scale, before, here, max(0, first), count, cols)
+    return rows, cols, positives, kept, poor if keep else None
 
 
-def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float) -> None:
-    """out += alpha * a @ b, out float32, in place; the library accumulates in float32."""
-    if b.dtype == torch.float32:
-        out.addmm_(a, b, alpha=alpha)
-    elif b.is_cuda:
-        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, alpha=alpha, out=out)
-    else:  # the interpreter: torch has no such product on the CPU
-        out.addmm_(a.float(), b.float(), alpha=alpha)
+def aot_shapes(arch: str):
+    """B 32768 at D 768 and 1024 in bfloat16, with and without labels; float16, and float32 as tf32 and exactly.
 
-
-def aot_cases(arch: str) -> list[AotCase]:
-    """B 32768 at D 768 and 1024 in bfloat16, with and without labels; float16, and float32 as tf32 and exactly."""
-    cases = []
+    Yields what to print, dtype, rows, launches ("", "kept", "bwd"), and the signature and constants that all share.
+    """
+    b = 32768
     for d, kind, labels, precision in (
         (768, "bf16", False, "ieee"),
         (1024, "bf16", True, "ieee"),
@@ -418,67 +448,85 @@ def aot_cases(arch: str) -> list[AotCase]:
         (768, "fp32", False, "tf32"),
         (768, "fp32", False, "ieee"),
     ):
-        cases += _aot(arch, d, kind, labels, precision)
-    return cases
+        wide, special = kind == "fp32", "labels" if labels else ""
+        what = f"{kind}{' ' + precision if wide else ''}{' labels' if labels else ''} {b}x{d}"
+        signature = {"x_ptr": f"*{kind}:16", "y_ptr": f"*{kind}:16", "scale_ptr": "*fp32", "diag": "i32"}
+        signature |= dict.fromkeys(("m", "n", "stride_x", "stride_y"), "i32:16")
+        signature |= dict.fromkeys(("row_labels_ptr", "col_labels_ptr"), "*i32:16") if labels else {}
+        constants = {"D": d, "PRECISION": precision}
+        constants |= {} if labels else {"row_labels_ptr": None, "col_labels_ptr": None}
+        yield what, kind, b, [row_of(arch, wide, special or row) for row in ("", "kept", "bwd")], signature, constants
 
 
-def _aot(arch: str, d: int, kind: str, labels: bool, precision: str) -> list[AotCase]:
-    launch, launch_bwd = (_row(arch, kind == "fp32", labels, backward) for backward in (False, True))
-    b, chunk, size = 32768, 4096, 4 if kind == "fp32" else 2
-    what = f"{kind}{' ' + precision if kind == 'fp32' else ''}{' labels' if labels else ''} {b}x{d}"
-    operands = {"x_ptr": f"*{kind}:16", "y_ptr": f"*{kind}:16", "scale_ptr": "*fp32", "positives_ptr": "*fp32:16"}
-    numbers = dict.fromkeys(("m", "n", "stride_x", "stride_y"), "i32:16") | {"diag": "i32"}
-    absent: dict[str, Any] = {}
-    if labels:
-        operands |= {"row_labels_ptr": "*i32:16", "col_labels_ptr": "*i32:16"}
-    else:
-        absent = {"row_labels_ptr": None, "col_labels_ptr": None}
-    kept = {"kept_ptr": "*bf16:16", "kept_shift_ptr": "*fp32"}
-    parts = {"row_parts_ptr": "*fp32:16", "col_parts_ptr": "*fp32:16"}
-    stats = {"rows_ptr": "*fp32:16", "cols_ptr": "*fp32:16", "ds_ptr": f"*{kind}:16"}
-    more = {"stride_rows": "i32:16", "stride_ds": "i32:16", "headroom": "fp32"}
-
-    def case(name, kernel, signature, rows, moved, launch=launch) -> AotCase:
-        tiles, diagonal = _diagonal(launch, chunk if "bwd" in name else b, b)
-        shares = (1.0, *(1.0,) * ("kept" in name), diagonal) if "bwd" in name else (diagonal, 1.0)
-        trips = (triton.cdiv(d, launch.tile["BLOCK_K"]),)
-        constants = absent | {"D": d, "PRECISION": precision} | dict(launch.tile)
-        constants |= {} if "kept_ptr" in signature else {"kept_ptr": None, "kept_shift_ptr": None}
-        options = (launch.num_warps, launch.num_stages, 2 * rows * b * d, moved)
-        return AotCase(f"info_nce {name} {what}", kernel, signature, constants, *options, tiles, trips, shares)
-
-    fwd, bwd = operands | parts | numbers, operands | stats | numbers | more
-    cases = [
-        case("fwd", _info_nce_fwd_kernel, fwd, b, 2 * b * d * size),
-        case(f"bwd rows {chunk}", _info_nce_bwd_kernel, bwd, chunk, chunk * b * size, launch_bwd),
-    ]
-    if kind == "bf16":
-        busy = _row(arch, False, True, False)
-        cases.append(case("fwd kept", _info_nce_fwd_kernel, fwd | kept, b, 2 * b * b, busy))
-        cases.append(case(f"bwd kept rows {chunk}", _info_nce_bwd_kernel, bwd | kept, 0, 2 * chunk * b * size, busy))
-    if kind == "bf16" and not labels:
-        signature = {"parts_ptr": "*fp32:16", "stats_ptr": "*fp32:16", "parts": "i32", "n": "i32:16"}
-        columns = -(-b // launch.tile["BLOCK_M"])
-        cases.append(
-            AotCase(
-                f"info_nce join {columns}x{b}",
-                _join_kernel,
-                signature,
-                {"BLOCK": 128},
-                4,
-                3,
-                0,
-                8 * columns * b,
-                programs=triton.cdiv(b, 128),
-                trips=(columns,),
-            )
-        )
-    return cases
-
-
-def _diagonal(launch: configs.Launch, m: int, n: int) -> tuple[int, float]:
+def diagonal(launch: configs.Launch, m: int, n: int) -> tuple[int, float]:
     """Tiles of the first m rows, and the share of them that hold positives."""
-    tiles_m, tiles_n = _tiles(launch, m, n)
     height, width = launch.tile["BLOCK_M"], launch.tile["BLOCK_N"]
+    tiles_m, tiles_n = triton.cdiv(m, height), triton.cdiv(n, width)
     held = sum(-(-(i + 1) * height // width) - i * height // width for i in range(tiles_m))
     return tiles_m * tiles_n, held / (tiles_m * tiles_n)
+
+
+def aot_cases(arch: str) -> list[AotCase]:
+    cases = []
+    for what, kind, b, (plain, keeping, _), signature, constants in aot_shapes(arch):
+        d, size = constants["D"], 4 if kind == "fp32" else 2
+        sums = dict.fromkeys(("row_sums_ptr", "col_sums_ptr", "row_shifts_ptr", "col_shifts_ptr"), "*fp32:16")
+        sums |= {"poor_ptr": "*i8:16"}
+        own = {"positives_ptr": "*fp32:16"}
+        kept = {"kept_ptr": "*bf16:16", "stride_kept": "i32:16"}
+        for keep, launch in ((False, plain), (True, keeping))[: 1 + (kind == "bf16")]:
+            tile, (tiles, held) = dict(launch.tile), diagonal(launch, b, b)
+            trips = (triton.cdiv(d, launch.tile["BLOCK_K"]),)
+            cases.append(
+                AotCase(
+                    f"info_nce fwd{' kept' if keep else ''} {what}",
+                    _info_nce_fwd_kernel,
+                    signature | sums | own | (kept if keep else {}),
+                    constants | tile | ({} if keep else dict.fromkeys(kept)),
+                    launch.num_warps,
+                    launch.num_stages,
+                    2 * b * b * d,
+                    2 * b * d * size + 2 * b * b * keep,
+                    tiles,
+                    trips,
+                    (held, held),
+                )
+            )
+        if kind == "fp32":
+            continue
+        single, tile, (tiles, held) = again(plain), dict(plain.tile), diagonal(plain, b, b)
+        del tile["GROUP"]
+        cases.append(
+            AotCase(
+                f"info_nce fwd again, no tile {what}",
+                _info_nce_again_kernel,
+                signature | sums,
+                constants | tile | {"FLAGS": FLAGS},
+                single.num_warps,
+                single.num_stages,
+                0,
+                tiles,
+                triton.cdiv(b, plain.tile["BLOCK_M"]),
+                (1, 0, *trips),
+                (0, 0, held),
+            )
+        )
+    return [*cases, _aot_join(row_of(arch, False), 32768)]
+
+
+def _aot_join(launch: configs.Launch, n: int) -> AotCase:
+    tile, parts = launch.tile["BLOCK_M"], triton.cdiv(n, launch.tile["BLOCK_M"])
+    pointers = dict.fromkeys(("sums_ptr", "shifts_ptr", "positives_ptr", "out_ptr"), "*fp32:16")
+    numbers = dict.fromkeys(("n", "stride_out", "stride_tile", "positives"), "i32:16")
+    return AotCase(
+        f"info_nce join {parts}x{n}",
+        _join_kernel,
+        pointers | {"poor_ptr": "*i8:16", "scale_ptr": "*fp32"} | numbers | {"parts": "i32", "first_positive": "i32"},
+        {"before_ptr": None, "stride_part": 1, "TILE": tile, "PARTS": 32, "BLOCK": 64, "EACH": _MOST_PARTS},
+        4,
+        3,
+        0,
+        4 * parts * n,
+        triton.cdiv(n, 64),
+        (triton.cdiv(min(parts, _MOST_PARTS), 32),),
+    )

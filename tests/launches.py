@@ -79,8 +79,6 @@ def pretend(arch: str) -> None:
         for name, answer in answers.items():
             if hasattr(module, name):
                 setattr(module, name, answer)
-    module = importlib.import_module("lbfast.kernels.info_nce")
-    module._launch = lambda x, busy, backward: module._row(arch, x.dtype == torch.float32, busy, backward)
 
 
 def ones(dtype: torch.dtype):

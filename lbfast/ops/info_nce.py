@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -9,10 +10,15 @@ from typing import Any, Literal, Protocol
 import torch
 
 from lbfast import dispatch, distributed
+from lbfast.ops._smoothing import accumulation as _accumulation, smoothing_means, smoothing_start
 
 _ROUNDING_HEADROOM = 4096.0  # fp16 rounds dS scaled up by this, so that probabilities of 1/B stay normal numbers
 _ROWS_AT_ONCE = 4096
-"""Of 16-bit embeddings, in the backward: their gradients are summed in float32, and then rounded."""
+"""Of 16-bit embeddings, in the backward: their gradients are summed in float32, and then rounded. Four times as many on
+a GPU, which cuts them up as it likes."""
+
+INTERPRETER_KNOWS_BFLOAT16 = False
+"""Tests that have put Triton's interpreter right say so."""
 
 _DEFAULT_WORKSPACE_MIB = {"cpu": 20, "cuda": 256}
 
@@ -34,10 +40,10 @@ def info_nce(
         logits = logit_scale * image_embeds @ text_embeds.T
         loss = (cross_entropy(logits, arange(B)) + cross_entropy(logits.T, arange(B))) / 2
 
-    The logits are computed in tiles and never stored; the backward computes them again from the softmax statistics
-    of each row and column. Products of 16-bit inputs are accumulated in float32 and never rounded back to 16 bits
-    before the softmax. Inputs are not normalised here, nor are 16-bit inputs converted: bfloat16 stays bfloat16.
-    Under autocast the embeddings are cast to its dtype, as a matrix product would.
+    The logits are computed in tiles; the backward computes them again from the softmax statistics of each row and
+    column, unless there was memory to keep them. Products of 16-bit inputs are accumulated in float32 and never
+    rounded back to 16 bits before the softmax. Inputs are not normalised here, nor are 16-bit inputs converted:
+    bfloat16 stays bfloat16. Under autocast the embeddings are cast to its dtype, as a matrix product would.
 
     Args:
         image_embeds, text_embeds: (B, D), floating point, one device, any strides. Of two dtypes the wider is taken.
@@ -52,8 +58,9 @@ def info_nce(
         gather: "all" collects every rank's texts on each rank; "ring" passes them round, so that no rank ever holds
             more than two ranks' worth of them.
         impl: "triton", "native" or "torch"; None chooses.
-        workspace_mib: bound on the scratch memory for tiles; default 256 on a GPU, 20 elsewhere. Speed, not results
-            to more than rounding, depends on it.
+        workspace_mib: bound on the scratch memory for tiles, and on what is kept of them for the backward; speed, not
+            results to more than rounding, depends on it. None: 20; on a GPU 256, and of bfloat16 embeddings
+            exp(logits) are kept (2 B^2 bytes) where they take at most a quarter of the free memory.
 
     Returns:
         Scalar mean loss: float32 (float64 for float64 inputs). Gradients are those of this loss for the rank's own
@@ -72,20 +79,16 @@ def info_nce(
         dtype = dispatch.autocast_dtype(device) or dtype
     image_embeds, text_embeds = image_embeds.to(dtype), text_embeds.to(dtype)
     name = dispatch.choose("info_nce", impl, IMPLEMENTATIONS, image_embeds, text_embeds)
-    if workspace_mib is None:
-        workspace_mib = _DEFAULT_WORKSPACE_MIB.get(device.type, 20)
     world = distributed.world(group)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         shards = distributed.Shards.agree(image_embeds, group, world, scale.requires_grad, text_embeds.requires_grad)
         if shards.total == 0:
             raise ValueError("info_nce: image_embeds: expected at least one row, got none")
         labels = None if ids is None else _labels(ids, shards)
-    loss = _InfoNCE.apply(
-        image_embeds, text_embeds, scale, _Plan(_implementation(name), shards, gather, labels, workspace_mib << 20)
+    memory = _memory(image_embeds, shards.total, workspace_mib)
+    return _InfoNCE.apply(
+        image_embeds, text_embeds, scale, _Plan(_implementation(name), shards, gather, labels, *memory, label_smoothing)
     )
-    if label_smoothing:
-        loss = loss + label_smoothing * _Smoothing.apply(image_embeds, text_embeds, scale, shards, labels)
-    return loss
 
 
 def _check(
@@ -130,6 +133,16 @@ def _check(
     return logit_scale.reshape(()).to(image_embeds.device)
 
 
+def _memory(x: torch.Tensor, columns: int, workspace_mib: int | None) -> tuple[int, int]:
+    """Bytes of scratch, and bytes that may be kept from the forward to the backward, for x (b, D)."""
+    workspace = (workspace_mib or _DEFAULT_WORKSPACE_MIB.get(x.device.type, 20)) << 20
+    wanted = 2 * len(x) * columns
+    if workspace_mib or not x.is_cuda or wanted <= workspace or torch.cuda.is_current_stream_capturing():
+        return workspace, workspace
+    idle = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
+    return workspace, max(workspace, (torch.cuda.mem_get_info(x.device)[0] + idle) // 4)
+
+
 @dataclass(frozen=True)
 class Block:
     """One rectangle of the matrix of logits: local images against some texts."""
@@ -141,11 +154,14 @@ class Block:
     """(m,) and (n,) int32: a pair with equal labels that is no positive is left out."""
     workspace: int
     """Scratch memory, bytes."""
+    room: int
+    """Bytes that may be kept for the backward."""
 
     def rows(self, part: slice) -> Block:
         """The same for some of the rows."""
         diag = None if self.diag is None else self.diag + part.start
-        return Block(diag, None if self.row_labels is None else self.row_labels[part], self.col_labels, self.workspace)
+        labels = None if self.row_labels is None else self.row_labels[part]
+        return dataclasses.replace(self, diag=diag, row_labels=labels)
 
 
 class Implementation(Protocol):
@@ -186,6 +202,9 @@ class _Plan:
     labels: torch.Tensor | None
     """(total,) int32 on every rank."""
     workspace: int
+    room: int
+    """As in Block."""
+    smoothing: float
 
     def block(self, owner: int | None) -> Block:
         """The local rows against the texts of rank `owner`; of every rank when None."""
@@ -197,8 +216,8 @@ class _Plan:
             diag = 0 if owner == shards.rank else None
             columns = shards.span(owner)
         if labels is None:
-            return Block(diag, None, None, self.workspace)
-        return Block(diag, labels[shards.span(shards.rank)], labels[columns], self.workspace)
+            return Block(diag, None, None, self.workspace, self.room)
+        return Block(diag, labels[shards.span(shards.rank)], labels[columns], self.workspace, self.room)
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -219,15 +238,21 @@ class _InfoNCE(torch.autograd.Function):
             own = cols[:, shards.span(shards.rank)]
             # (shift - positive) first: where the two are near, the difference is exact
             terms = (rows[0] - positives) + rows[1].log() + (own[0] - positives) + own[1].log()
-            loss = shards.sum(_wide(terms).sum()) / (2 * shards.total)
-        ctx.plan = plan
-        ctx.save_for_backward(image_embeds, y, scale, rows, cols, positives, *(kept or ()))
+            total = _wide(terms).sum()
+            means: list[torch.Tensor] = []
+            if plan.smoothing:
+                means = [smoothing_means(e, shards, plan.labels) for e in (text_embeds, image_embeds)]
+                total += _wide(s) * _dot(image_embeds, smoothing_start(text_embeds, means[0], plan.smoothing))
+            loss = shards.sum(total) / (2 * shards.total)
+        ctx.plan, ctx.means = plan, len(means)
+        ctx.save_for_backward(image_embeds, y, scale, rows, cols, positives, *means, *(kept or ()))
         return loss.to(s.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        image_embeds, y, scale, rows, cols, positives, *kept = ctx.saved_tensors
+        image_embeds, y, scale, rows, cols, positives, *others = ctx.saved_tensors
+        means, kept = others[: ctx.means], others[ctx.means :]
         plan, (need_x, need_y, need_s) = ctx.plan, ctx.needs_input_grad[:3]
         shards = plan.shards
         with torch.autocast(image_embeds.device.type, enabled=False):
@@ -236,16 +261,29 @@ class _InfoNCE(torch.autograd.Function):
             factor = grad.to(acc) / (2 * shards.total)
             dx: Any = None
             dy: Any = None
-            if shards.world == 1 or plan.gather == "all":
-                dy = y.new_zeros(y.shape, dtype=acc) if need_y else None
-                dx, ds = _row_grads(image_embeds, y, s, rows, cols, positives, plan, kept, need_x, dy, factor * s)
+            whole = shards.world == 1 or plan.gather == "all"
+            own = y[shards.span(shards.rank)] if whole else y
+            start: list[Any] = [None, None]
+            if means:
+                start = [
+                    smoothing_start(e, mean, plan.smoothing) if need else None
+                    for e, mean, need in ((own, means[0], need_x or not need_y), (image_embeds, means[1], need_y))
+                ]
+            if need_y:
+                dy = y.new_zeros(y.shape, dtype=acc)
+                if start[1] is not None:
+                    (dy[shards.span(shards.rank)] if whole else dy).copy_(start[1])
+            if whole:
+                dx, ds = _row_grads(
+                    image_embeds, y, s, rows, cols, positives, plan, kept, need_x, dy, factor * s, start[0]
+                )
                 if ds is None:
                     ds = _dot(y, dy)
                 dy = shards.scatter_rows(dy) if need_y else None
             else:
                 if need_x or not need_y:  # the scale's gradient comes from either side's
-                    dx = image_embeds.new_zeros(image_embeds.shape, dtype=acc)
-                dy = _ring_grads(image_embeds, y, s, rows, cols, positives, plan, dx, need_y)
+                    dx = start[0] if means else image_embeds.new_zeros(image_embeds.shape, dtype=acc)
+                dy = _ring_grads(image_embeds, y, s, rows, cols, positives, plan, dx, dy)
                 ds = _dot(image_embeds, dx) if dx is not None else _dot(y, dy)
                 dx = dx.mul_(factor * s).to(image_embeds.dtype) if need_x else None
             dy = dy.mul_(factor * s).to(y.dtype) if need_y else None
@@ -253,22 +291,29 @@ class _InfoNCE(torch.autograd.Function):
         return dx, dy, ds, None
 
 
-def _row_grads(x, y, s, rows, cols, positives, plan, kept, need_x, dy, factor):
+def _row_grads(x, y, s, rows, cols, positives, plan, kept, need_x, dy, factor, start):
     """dx (b, D) of x's dtype, times factor, or None; the scale's gradient before it, or None where only dy is made.
 
-    Adds to dy. Of 16-bit rows only so many at a time have their gradient in float32.
+    Adds to dy; what is added to dx is start, of s's dtype, or None. Of 16-bit rows only
+    so many at a time have their gradient in float32.
     """
     if not need_x and dy is not None:
         plan.implementation.grads(x, y, s, rows, cols, positives, plan.block(None), kept, None, dy)
         return None, None
     wide = x.dtype == s.dtype
-    dx = x.new_zeros(x.shape) if wide else x.new_empty(x.shape)
+    if wide:
+        dx = x.new_zeros(x.shape) if start is None else start
+    else:
+        dx = x.new_empty(x.shape)
     ds: Any = _wide(s.new_zeros(()))
-    step = max(1, len(x)) if wide or kept else min(len(x), _ROWS_AT_ONCE)
+    at_once = 4 * _ROWS_AT_ONCE if x.is_cuda else _ROWS_AT_ONCE
+    step = max(1, len(x)) if wide or kept else min(len(x), at_once)
     scratch = dx if wide else x.new_empty((step, *x.shape[1:]), dtype=s.dtype)
     for a in range(0, len(x), max(1, step)):
         part = slice(a, a + step)
         dx_c = scratch if wide else scratch[: len(x[part])].zero_()
+        if start is not None and not wide:
+            dx_c.copy_(start[part])
         some, block = rows[:, part].contiguous(), plan.block(None).rows(part)
         plan.implementation.grads(x[part], y, s, some, cols, positives[part], block, kept, dx_c, dy)
         ds = ds + _dot(x[part], dx_c)
@@ -291,14 +336,13 @@ def _ring_stats(x, y, s, plan):
     return rows, cols, positives
 
 
-def _ring_grads(x, y, s, rows, cols, positives, plan, dx, need_y):
+def _ring_grads(x, y, s, rows, cols, positives, plan, dx, dy):
     """Gradients when the ranks' texts are passed round; each rank's dy follows its texts and comes home complete."""
     shards = plan.shards
-    dy = y.new_zeros(y.shape, dtype=s.dtype) if need_y else None
     for owner, y_owner in shards.ring(y):
         own = cols[:, shards.span(owner)].contiguous()
         plan.implementation.grads(x, y_owner, s, rows, own, positives, plan.block(owner), [], dx, dy)
-        dy = shards.pass_on(dy, owner) if need_y else None
+        dy = shards.pass_on(dy, owner) if dy is not None else None
     return dy
 
 
@@ -324,65 +368,10 @@ def _no_statistics(n: int, s: torch.Tensor) -> torch.Tensor:
     return out
 
 
-class _Smoothing(torch.autograd.Function):
-    """What label smoothing 1 adds to the loss, without any logits: it is bilinear in the embeddings.
-
-    A row's smoothed target differs by eps (1/n_i - delta) on its positive and negatives A_i, n_i of them, so
-
-        added / eps = s/2B sum_i x_i . t_i,   t_i = 2 y_i - sum_{j in A_i} (1/n_i + 1/n_j) y_j
-
-    and sums over A_i are sums over all rows less those over the row's group (which shares n) plus the row itself.
-    """
-
-    @staticmethod
-    def forward(ctx, image_embeds, text_embeds, scale, shards, labels):
-        with torch.autocast(image_embeds.device.type, enabled=False):
-            acc = _accumulation(image_embeds.dtype)
-            x, y, s = image_embeds.to(acc), text_embeds.to(acc), scale.to(acc)
-            factor = 1 / (2 * shards.total)
-            tx, ty = _smoothing_partners(y, shards, labels), _smoothing_partners(x, shards, labels)
-            total = shards.sum(_wide(x * tx).sum()).to(acc) * factor
-        ctx.save_for_backward(tx.to(image_embeds.dtype), ty.to(image_embeds.dtype), scale, total)
-        ctx.factor = factor
-        return total * s
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        tx, ty, scale, total = ctx.saved_tensors
-        need_x, need_y, need_s = ctx.needs_input_grad[:3]
-        factor = grad * scale.to(grad.dtype) * ctx.factor
-        dx = (tx * factor).to(tx.dtype) if need_x else None
-        dy = (ty * factor).to(ty.dtype) if need_y else None
-        return dx, dy, (grad * total).to(scale.dtype) if need_s else None, None, None
-
-
-def _smoothing_partners(y: torch.Tensor, shards: distributed.Shards, labels: torch.Tensor | None) -> torch.Tensor:
-    """t (b, D) of _Smoothing for the local rows y (b, D)."""
-    if labels is None:
-        return 2 * y - (2 / shards.total) * shards.sum(y.sum(0))
-    local = labels[shards.span(shards.rank)].long()
-    n = (shards.total + 1 - torch.bincount(labels, minlength=1)[local]).to(y.dtype)[:, None]
-    groups, slot = torch.unique(local, return_inverse=True)
-    sums = y.new_zeros(len(groups), y.shape[1])
-    for owner, y_owner in shards.ring(y):  # sum over the row's group, wherever its members are
-        theirs = labels[shards.span(owner)].long()
-        where = torch.searchsorted(groups, theirs).clamp_(max=max(0, len(groups) - 1))
-        if len(groups):
-            same = (groups[where] == theirs).to(y.dtype)
-            sums.index_add_(0, where, y_owner * same[:, None])
-    same = sums[slot]
-    return 2 * y - (shards.sum(y.sum(0)) - same + y) / n - (shards.sum((y / n).sum(0)) - same / n + y / n)
-
-
 def _labels(ids: torch.Tensor, shards: distributed.Shards) -> torch.Tensor:
     """(total,) int32 on every rank: equal where ids are."""
     every = shards.gather_rows(ids.to(torch.int64)[:, None])[:, 0]
     return torch.unique(every, return_inverse=True)[1].to(torch.int32)
-
-
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -495,11 +484,12 @@ class _Triton:
         from lbfast.kernels import info_nce as kernel
 
         labels = (block.row_labels, block.col_labels)
-        rows, cols, positives, *kept = kernel.info_nce_fwd(x, y, scale, block.diag, *labels, block.workspace, keep)
+        room = block.room if keep else 0
+        rows, cols, positives, *kept = kernel.info_nce_fwd(x, y, scale, block.diag, *labels, block.workspace, room)
         return rows, cols, None if block.diag is None else positives, kept if kept[0] is not None else None
 
     def grads(self, x, y, scale, rows, cols, positives, block, kept, dx, dy):
-        from lbfast.kernels import info_nce as kernel
+        from lbfast.kernels import info_nce_bwd as kernel
 
         labels = (block.row_labels, block.col_labels)
         kernel.info_nce_bwd(
@@ -511,7 +501,7 @@ def _why_not_triton(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> li
     reasons = dispatch.why_not_triton(image_embeds, text_embeds)
     if image_embeds.dtype == torch.float64:
         reasons = [*reasons, "float64 is computed by the torch implementation"]
-    if image_embeds.dtype == torch.bfloat16 and dispatch.triton_interpreted():
+    if image_embeds.dtype == torch.bfloat16 and dispatch.triton_interpreted() and not INTERPRETER_KNOWS_BFLOAT16:
         reasons = [*reasons, "Triton's interpreter multiplies bfloat16 wrongly"]
     return reasons
 
