@@ -74,8 +74,25 @@ ATTENTION_FWD: Mapping[str, Launch] = {
 }
 ATTENTION_BWD: Mapping[str, Launch] = {
     "default": Launch({"ROWS": 128, "COLS": 32}, num_warps=8, num_stages=2),
+    "sm_90": Launch({"ROWS": 128, "COLS": 64}, num_warps=8, num_stages=1),
     "wide": Launch({"ROWS": 32, "COLS": 32}, num_warps=4, num_stages=1),
     "short": Launch({"ROWS": 32, "COLS": 32, "TOKENS": 128}, num_warps=4, num_stages=1),
+}
+
+# Of the backward, which sizes one program a head takes: up to KEYS keys and one, heads up to DIM, MASKS: causal and padding
+# too; COLS queries a step, RAGGED_COLS where there are fewer keys. What no row takes is split, by ATTENTION_BWD.
+ATTENTION_BWD_WHOLE: Mapping[str, tuple[Launch, ...]] = {
+    "sm_90": (
+        Launch({"KEYS": 64, "DIM": 64, "MASKS": 1, "COLS": 64, "RAGGED_COLS": 64}, num_warps=4),
+        Launch({"KEYS": 128, "DIM": 64, "MASKS": 1, "COLS": 64, "RAGGED_COLS": 64}, num_warps=8),
+        Launch({"KEYS": 256, "DIM": 64, "MASKS": 0, "COLS": 64, "RAGGED_COLS": 32}, num_warps=8),
+    ),
+    "interpreter": (
+        Launch({"KEYS": 16, "DIM": 128, "MASKS": 1, "COLS": 32, "RAGGED_COLS": 32}, num_warps=4),
+        Launch({"KEYS": 64, "DIM": 64, "MASKS": 1, "COLS": 64, "RAGGED_COLS": 64}, num_warps=4),
+        Launch({"KEYS": 128, "DIM": 64, "MASKS": 1, "COLS": 64, "RAGGED_COLS": 32}, num_warps=8),
+        Launch({"KEYS": 256, "DIM": 64, "MASKS": 0, "COLS": 64, "RAGGED_COLS": 32}, num_warps=8),
+    ),
 }
 
 # info_nce: tiles of logits, GROUP rows of tiles swept together. "wide": float32. "busy": labels, or logits kept.
