@@ -7,7 +7,7 @@ Two forms; a table says which sizes take the first.
 - Whole: one program a head and five products; attention_whole_bwd.py.
 - Split, for longer sequences and larger heads, below: a launch over tiles of queries gives dQ, another over tiles of keys
   dK and dV. Each computes P again: seven products. Tiles of rows and of columns are whole, and so without masks, but for
-  the last, of 16, 32, ...: no sequence is padded to 128. The first launch leaves lse and delta where the second reads
+  the last, of 16, 32, ...: no sequence is padded to 128. The first launch leaves -lse and delta where the second reads
   them as vectors.
 Nothing is added up in memory: the result is the same every time. Source: Dao, arXiv 2307.08691.
 """
@@ -39,6 +39,12 @@ from lbfast.kernels import configs
 
 
 @triton.jit
+def ahead(ptr, rows, stride):
+    """The pointer that many rows further on: 64 bits for the start of a tile, so that 32 do within."""
+    return ptr + tl.cast(rows, tl.int64) * stride
+
+
+@triton.jit
 def _over_keys(
     rows,
     dq,
@@ -62,10 +68,11 @@ def _over_keys(
     k_ptr, v_ptr, stride_kn, stride_vn = key_head
     pad_ptr, stride_pm, first = mask
     q_1, q_2, do_1, do_2, lse, delta = rows
-    o_n = start + tl.arange(0, COLS)
+    row = tl.arange(0, COLS)
+    o_n = start + row
     m_n = o_n < M if RAGGED else tl.full([COLS], True, tl.int1)
-    k_1, k_2 = load_rows(k_ptr, o_n.to(tl.int64) * stride_kn, m_n, D, D_1, D_2)  # [COLS, D_1], [COLS, D_2]
-    v_1, v_2 = load_rows(v_ptr, o_n.to(tl.int64) * stride_vn, m_n, D, D_1, D_2)
+    k_1, k_2 = load_rows(ahead(k_ptr, start, stride_kn), row * stride_kn, m_n, D, D_1, D_2)  # [COLS, D_1], [COLS, D_2]
+    v_1, v_2 = load_rows(ahead(v_ptr, start, stride_vn), row * stride_vn, m_n, D, D_1, D_2)
     padded = load_padded(pad_ptr, o_n, stride_pm, M, HAS_MASK)
     s = dot_nt(q_1, q_2, k_1, k_2, D_2, PRECISION, ACC) * scale  # [ROWS, COLS]
     s = mask_scores(s, o_m[:, None], o_n[None, :], padded[None, :], first, M, CAUSAL, HAS_MASK, RAGGED)
@@ -94,17 +101,17 @@ def _dq_rows(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dQ of ROWS queries from start_m of one head, whose pointers these are; their lse and delta to scratch."""
+    """dQ of ROWS queries from start_m of one head, whose pointers these are; their -lse and delta to scratch."""
     do_ptr, q_ptr, o_ptr, lse_ptr, dq_ptr, scratch_ptr, stride_dn, stride_qn, stride_on, stride_s = query_head
-    o_m = start_m + tl.arange(0, ROWS)
+    row = tl.arange(0, ROWS)
+    o_m = start_m + row
     m_m = o_m < N
-    row = o_m.to(tl.int64)
-    do_1, do_2 = load_rows(do_ptr, row * stride_dn, m_m, D, D_1, D_2)
-    o_1, o_2 = load_rows(o_ptr, row * stride_on, m_m, D, D_1, D_2)
-    q_1, q_2 = load_rows(q_ptr, row * stride_qn, m_m, D, D_1, D_2)
+    do_1, do_2 = load_rows(ahead(do_ptr, start_m, stride_dn), row * stride_dn, m_m, D, D_1, D_2)
+    o_1, o_2 = load_rows(ahead(o_ptr, start_m, stride_on), row * stride_on, m_m, D, D_1, D_2)
+    q_1, q_2 = load_rows(ahead(q_ptr, start_m, stride_qn), row * stride_qn, m_m, D, D_1, D_2)
     delta = row_deltas(do_1, do_2, o_1, o_2, D_2, ACC)
     lse = tl.load(lse_ptr + o_m, mask=m_m, other=0.0)
-    tl.store(scratch_ptr + o_m, lse, mask=m_m)
+    tl.store(scratch_ptr + o_m, -lse, mask=m_m)
     tl.store(scratch_ptr + stride_s + o_m, delta, mask=m_m)
     rows = q_1, q_2, do_1, do_2, lse, delta
     dq = zeros(ROWS, D_1, D_2, ACC)
@@ -125,6 +132,7 @@ def _dq_rows(
             PRECISION, ACC,
         )  # fmt: skip
     share = scale * 0.6931471805599453  # ln(2): the scale came with log2(e)
+    dq_ptr = ahead(dq_ptr, start_m, stride_on)
     store_rows(dq_ptr, row * stride_on, m_m, dq[0] * share, dq[1] * share, D, D_1, D_2)
 
 
@@ -237,15 +245,17 @@ def _over_queries(
     k_1, k_2, v_1, v_2 = rows
     dk_1, dk_2, dv_1, dv_2 = sums
     padded, first = mask
-    o_m = start + tl.arange(0, COLS)
+    row = tl.arange(0, COLS)
+    o_m = start + row
     m_m = o_m < N if RAGGED else tl.full([COLS], True, tl.int1)
-    q_1, q_2 = load_rows(q_ptr, o_m.to(tl.int64) * stride_qn, m_m, D, D_1, D_2)  # [COLS, D_1], [COLS, D_2]
-    do_1, do_2 = load_rows(do_ptr, o_m.to(tl.int64) * stride_dn, m_m, D, D_1, D_2)
-    lse = tl.load(scratch_ptr + o_m, mask=m_m, other=0.0)
-    delta = tl.load(scratch_ptr + stride_s + o_m, mask=m_m, other=0.0)
+    q_1, q_2 = load_rows(ahead(q_ptr, start, stride_qn), row * stride_qn, m_m, D, D_1, D_2)  # [COLS, D_1], [COLS, D_2]
+    do_1, do_2 = load_rows(ahead(do_ptr, start, stride_dn), row * stride_dn, m_m, D, D_1, D_2)
+    scratch_ptr += start
+    minus_lse = tl.load(scratch_ptr + row, mask=m_m, other=0.0)
+    delta = tl.load(scratch_ptr + stride_s + row, mask=m_m, other=0.0)
     s = dot_nt(k_1, k_2, q_1, q_2, D_2, PRECISION, ACC) * scale  # [ROWS, COLS]
     s = mask_scores(s, o_m[None, :], o_n[:, None], padded[:, None], first, M, CAUSAL, HAS_MASK, False)
-    p = tl.exp2(s - lse[None, :])  # queries past N have q = dO = 0: they add nothing
+    p = tl.exp2(s + minus_lse[None, :])  # queries past N have q = dO = 0: they add nothing
     dv_1, dv_2 = dot_nn(p, do_1, do_2, dv_1, dv_2, D_2, PRECISION, ACC)
     dp = dot_nt(v_1, v_2, do_1, do_2, D_2, PRECISION, ACC)
     dk_1, dk_2 = dot_nn(p * (dp - delta[None, :]), q_1, q_2, dk_1, dk_2, D_2, PRECISION, ACC)
@@ -275,11 +285,11 @@ def _dkdv_rows(
     """dK and dV of ROWS keys from start_n of one head, whose pointers these are."""
     k_ptr, v_ptr, dk_ptr, dv_ptr, stride_kn, stride_vn, stride_on = key_head
     pad_ptr, stride_pm, first = mask
-    o_n = start_n + tl.arange(0, ROWS)
+    row = tl.arange(0, ROWS)
+    o_n = start_n + row
     m_n = o_n < M
-    row = o_n.to(tl.int64)
-    k_1, k_2 = load_rows(k_ptr, row * stride_kn, m_n, D, D_1, D_2)
-    v_1, v_2 = load_rows(v_ptr, row * stride_vn, m_n, D, D_1, D_2)
+    k_1, k_2 = load_rows(ahead(k_ptr, start_n, stride_kn), row * stride_kn, m_n, D, D_1, D_2)
+    v_1, v_2 = load_rows(ahead(v_ptr, start_n, stride_vn), row * stride_vn, m_n, D, D_1, D_2)
     rows = k_1, k_2, v_1, v_2
     mask = load_padded(pad_ptr, o_n, stride_pm, M, HAS_MASK), first
     dk_1, dk_2 = zeros(ROWS, D_1, D_2, ACC)
@@ -300,6 +310,7 @@ def _dkdv_rows(
         )  # fmt: skip
     share = scale * 0.6931471805599453
     dk_1, dk_2, dv_1, dv_2 = sums
+    dk_ptr, dv_ptr = ahead(dk_ptr, start_n, stride_on), ahead(dv_ptr, start_n, stride_on)
     store_rows(dk_ptr, row * stride_on, m_n, dk_1 * share, dk_2 * share, D, D_1, D_2)
     store_rows(dv_ptr, row * stride_on, m_n, dv_1, dv_2, D, D_1, D_2)
 
@@ -346,7 +357,7 @@ def _attention_bwd_dkdv_kernel(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The same for keys. Reads the lse and delta that _attention_bwd_dq_kernel left."""
+    """The same for keys. Reads the -lse and delta that _attention_bwd_dq_kernel left."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(M, ROWS)
     block = pid % blocks
@@ -396,12 +407,14 @@ def _rest(size: int, block: int) -> int:
     return max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
-def _split_launch(name: str, itemsize: int, tokens: int) -> configs.Launch:
-    """The row for float32 ("wide"), for captions and other short sequences ("short"), or for the architecture."""
+def _split_launch(name: str, itemsize: int, tokens: int, d: int) -> configs.Launch:
+    """The row for float32 ("wide"), for captions and other short sequences, for heads above 64, or for the GPU."""
     table = configs.ATTENTION_BWD
     if itemsize > 2:
         return table["wide"]
-    return table["short"] if tokens <= table["short"].tile["TOKENS"] else configs.lookup(table, name)
+    if tokens <= table["short"].tile["TOKENS"]:
+        return table["short"]
+    return table["large"] if d > 64 else configs.lookup(table, name)
 
 
 def _whole_launch(name: str, itemsize: int, n: int, m: int, d: int, masked: bool) -> configs.Launch | None:
@@ -429,14 +442,11 @@ def _constants(m: int, d: int, causal: bool, masked: bool, dtype: torch.dtype) -
     }
 
 
-def _split_tiles(rows: int, cols: int, launch: configs.Launch) -> dict[str, int]:
-    tile = launch.tile
-    return {
-        "ROWS": tile["ROWS"],
-        "TAIL_ROWS": _rest(rows, tile["ROWS"]) or tile["ROWS"],
-        "COLS": tile["COLS"],
-        "TAIL": _rest(cols, tile["COLS"]),
-    }
+def _split_tiles(form: str, n: int, m: int, launch: configs.Launch) -> dict[str, int]:
+    """form: "DQ", over tiles of queries, or "DKDV", over tiles of keys."""
+    rows, cols = launch.tile.get(f"{form}_ROWS", launch.tile["ROWS"]), launch.tile.get(f"{form}_COLS", launch.tile["COLS"])
+    size, across = (n, m) if form == "DQ" else (m, n)
+    return {"ROWS": rows, "TAIL_ROWS": _rest(size, rows) or rows, "COLS": cols, "TAIL": _rest(across, cols)}
 
 
 def _whole_tiles(n: int, m: int, launch: configs.Launch) -> dict[str, int | bool]:
@@ -483,7 +493,7 @@ def attention_bwd(
     name = arch(q.device) if q.is_cuda else "interpreter"
     masked = causal or padded is not None
     whole = _whole_launch(name, q.element_size(), n, m, d, masked)
-    rows = whole.tile["KEYS"] * 2 if whole else 1
+    rows = whole.tile["KEYS"] * 2 if whole else 256
     do, q, k, v = (_near(x, rows) for x in (do, q, k, v))
     pad = None if padded is None else padded.view(torch.uint8)
     strides = (
@@ -502,16 +512,16 @@ def attention_bwd(
                 **_whole_tiles(n, m, whole), **constants, num_warps=whole.num_warps, num_stages=whole.num_stages,
             )  # fmt: skip
             return dq, dk, dv
-        launch = _split_launch(name, q.element_size(), max(n, m))
+        launch = _split_launch(name, q.element_size(), max(n, m), d)
         how = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
         pitch = triton.cdiv(n, 16) * 16
         scratch = torch.empty((b * h, 2, pitch), dtype=lse.dtype, device=q.device)
         numbers = pitch, n, m, h, scale * LOG2_E
-        tiles = _split_tiles(n, m, launch)
+        tiles = _split_tiles("DQ", n, m, launch)
         _attention_bwd_dq_kernel[(b * h * triton.cdiv(n, tiles["ROWS"]),)](
             do, q, k, v, pad, o, lse, dq, scratch, *strides, *numbers, **tiles, **constants, **how
         )
-        tiles = _split_tiles(m, n, launch)
+        tiles = _split_tiles("DKDV", n, m, launch)
         _attention_bwd_dkdv_kernel[(b * h * triton.cdiv(m, tiles["ROWS"]),)](
             do, q, k, v, pad, dk, dv, scratch, *strides, *numbers, **tiles, **constants, **how
         )
@@ -552,28 +562,31 @@ def aot_cases(arch: str) -> list[AotCase]:
                 )
             )
             continue
-        launch = _split_launch(arch, 2, n)
-        tiles = _split_tiles(n, n, launch)
-        rows, cols = tiles["ROWS"], tiles["COLS"]
-        blocks, trips = triton.cdiv(n, rows), n // cols
-        shared = {"signature": signature | {"stride_s": "i32:16"}, "constants": constants | tiles, "programs": b * h * blocks}
-        shared |= {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-        one = tiles["TAIL_ROWS"] == rows
-        last = [min(trips, triton.cdiv((block + 1) * rows, cols)) if text else trips for block in range(blocks)]
-        shared["shares"] = () if one else ((blocks - 1) / blocks,)
-        for form, kernel, more, products, moved, means in (
-            ("dq", _attention_bwd_dq_kernel, read | {"dq_ptr": "*bf16:16"}, 3, 6, last),
-            ("dkdv", _attention_bwd_dkdv_kernel, {n: written[n] for n in ("dk_ptr", "dv_ptr")}, 4, 6, [trips] * blocks),
+        launch = _split_launch(arch, 2, n, d)
+        for form, kernel, more, products in (
+            ("dq", _attention_bwd_dq_kernel, read | {"dq_ptr": "*bf16:16"}, 3),
+            ("dkdv", _attention_bwd_dkdv_kernel, {name: written[name] for name in ("dk_ptr", "dv_ptr")}, 4),
         ):
-            mean = (statistics.fmean(means),) if one else (statistics.fmean(means[:-1] or [0]), means[-1])
+            tiles = _split_tiles(form.upper(), n, n, launch)
+            rows, trips = tiles["ROWS"], n // tiles["COLS"]
+            blocks = triton.cdiv(n, rows)
+            means = [float(trips)] * blocks
+            if text and form == "dq":
+                means = [min(trips, triton.cdiv((block + 1) * rows, tiles["COLS"])) for block in range(blocks)]
+            one = tiles["TAIL_ROWS"] == rows
             cases.append(
                 AotCase(
                     f"attention bwd {form} {what} x{b}",
                     kernel,
-                    **{**shared, "signature": shared["signature"] | more},
+                    signature | more | {"stride_s": "i32:16"},
+                    constants | tiles,
+                    launch.num_warps,
+                    launch.num_stages,
                     flops=products * flops,
-                    bytes=moved * size + b * n * h * 8,
-                    trips=mean,
+                    bytes=6 * size + b * n * h * 8,
+                    programs=b * h * blocks,
+                    trips=(statistics.fmean(means),) if one else (statistics.fmean(means[:-1] or [0]), means[-1]),
+                    shares=() if one else ((blocks - 1) / blocks,),
                 )
             )
     return cases

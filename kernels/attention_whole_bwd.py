@@ -5,7 +5,7 @@ products, each score computed once. Images have 257 tokens, one more than a tile
 the tile: token 0, the class token. What it takes and gives is worked out beforehand, from large tiles of queries, while
 registers are free: its own dK and dV, and each query's dS, which joins dQ in the step. The queries that whole steps
 leave, one of 257, come first, as rows of 16: so they meet no full registers either.
-lse, delta and the class token's dS wait in scratch, [3, 2 KEYS] a head, aligned, to be read as vectors.
+-lse, delta and the class token's dS wait in scratch, [3, 2 KEYS] a head, aligned, to be read as vectors.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _score_queries(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Writes lse and delta of ROWS queries to scratch. With EXTRA also their dS with key 0, and adds up its dK and dV,
+    """Writes -lse and delta of ROWS queries to scratch. With EXTRA also their dS with key 0, and adds up its dK and dV,
     transposed: [D_1, WIDTH] and [D_2, WIDTH], of which column 0 counts."""
     do_ptr, stride_dn, q_ptr, stride_qn = heads
     o_ptr, lse_ptr, stride_on = o_head
@@ -67,7 +67,7 @@ def _score_queries(
     o_1, o_2 = load_rows(o_ptr, o_m * stride_on, m_m, D, D_1, D_2)
     delta = row_deltas(do_1, do_2, o_1, o_2, D_2, ACC)
     lse = tl.load(lse_ptr + o_m, mask=m_m, other=0.0)
-    tl.store(scratch_ptr + o_m, lse, mask=m_m)
+    tl.store(scratch_ptr + o_m, -lse, mask=m_m)
     tl.store(scratch_ptr + PITCH + o_m, delta, mask=m_m)
     if EXTRA:
         k_1, k_2, v_1, v_2 = class_key
@@ -120,12 +120,13 @@ def _half_step(
     m_m = o_m < N if RAGGED else tl.full([COLS], True, tl.int1)
     q_1, q_2 = load_rows(q_ptr, o_m * stride_qn, m_m, D, D_1, D_2)  # [COLS, D_1], [COLS, D_2]
     do_1, do_2 = load_rows(do_ptr, o_m * stride_dn, m_m, D, D_1, D_2)
-    lse = tl.load(scratch_ptr + o_m, mask=m_m, other=0.0)
+    scratch_ptr += start  # first, so that the lanes' offsets are constants
+    minus_lse = tl.load(scratch_ptr + tl.arange(0, COLS), mask=m_m, other=0.0)
     s = dot_nt(k_1, k_2, q_1, q_2, D_2, PRECISION, ACC) * scale
     s = mask_scores(s, o_m[None, :], o_n[:, None], padded[:, None], first, M, CAUSAL, HAS_MASK, RAGGED_KEYS)
-    p = tl.exp2(s - lse[None, :])  # queries past N have q = dO = 0: they add nothing
+    p = tl.exp2(s + minus_lse[None, :])  # queries past N have q = dO = 0: they add nothing
     dv_1, dv_2 = dot_nn(p, do_1, do_2, dv_1, dv_2, D_2, PRECISION, ACC)
-    delta = tl.load(scratch_ptr + PITCH + o_m, mask=m_m, other=0.0)
+    delta = tl.load(scratch_ptr + PITCH + tl.arange(0, COLS), mask=m_m, other=0.0)
     dp = dot_nt(v_1, v_2, do_1, do_2, D_2, PRECISION, ACC)
     ds = (p * (dp - delta[None, :])).to(q_1.dtype)
     dk_1, dk_2 = dot_nn(ds, q_1, q_2, dk_1, dk_2, D_2, PRECISION, ACC)
@@ -178,7 +179,7 @@ def _whole_step(
     dq_1, dq_2 = tl.zeros([D_1, COLS], ACC), tl.zeros([D_2 if D_2 else 1, COLS], ACC)
     dq_1, dq_2 = dot_tn(keys[0], keys[1], ds, dq_1, dq_2, D_2, PRECISION, ACC)  # transposed: D rows fill the tensor cores
     if EXTRA:
-        ds_0 = tl.load(scratch_ptr + 2 * PITCH + o_m, mask=m_m, other=0.0)
+        ds_0 = tl.load(scratch_ptr + start + 2 * PITCH + tl.arange(0, COLS), mask=m_m, other=0.0)
         dq_1 += class_key[0][:, None] * ds_0[None, :]
         if D_2:
             dq_2 += class_key[1][:, None] * ds_0[None, :]
@@ -222,11 +223,11 @@ def _tail_step(
     m_m = o_m < N
     q_1, q_2 = load_rows(q_ptr, o_m * stride_qn, m_m, D, D_1, D_2)  # [ROWS, D_1], [ROWS, D_2]
     do_1, do_2 = load_rows(do_ptr, o_m * stride_dn, m_m, D, D_1, D_2)
-    lse = tl.load(scratch_ptr + o_m, mask=m_m, other=0.0)
+    minus_lse = tl.load(scratch_ptr + o_m, mask=m_m, other=0.0)
     delta = tl.load(scratch_ptr + PITCH + o_m, mask=m_m, other=0.0)
     s = dot_nt(q_1, q_2, k_1, k_2, D_2, PRECISION, ACC) * scale  # [ROWS, KEYS]
     s = mask_scores(s, o_m[:, None], o_n[None, :], padded[None, :], first, M, CAUSAL, HAS_MASK, RAGGED_KEYS)
-    p = tl.exp2(s - lse[:, None])
+    p = tl.exp2(s + minus_lse[:, None])
     dp = dot_nt(do_1, do_2, v_1, v_2, D_2, PRECISION, ACC)
     ds = (p * (dp - delta[:, None])).to(q_1.dtype)
     p = p.to(q_1.dtype)

@@ -74,7 +74,8 @@ ATTENTION_FWD: Mapping[str, Launch] = {
 }
 ATTENTION_BWD: Mapping[str, Launch] = {
     "default": Launch({"ROWS": 128, "COLS": 32}, num_warps=8, num_stages=2),
-    "sm_90": Launch({"ROWS": 128, "COLS": 64}, num_warps=8, num_stages=1),
+    "sm_90": Launch({"ROWS": 128, "COLS": 64, "DQ_ROWS": 256}, num_warps=8, num_stages=1),
+    "large": Launch({"ROWS": 128, "COLS": 32}, num_warps=8, num_stages=2),
     "wide": Launch({"ROWS": 32, "COLS": 32}, num_warps=4, num_stages=1),
     "short": Launch({"ROWS": 32, "COLS": 32, "TOKENS": 128}, num_warps=4, num_stages=1),
 }
