@@ -5,10 +5,10 @@
 
 Two forms; a table says which sizes take the first.
 - Whole: one program a head and five products; attention_whole_bwd.py.
-- Split, for longer sequences and larger heads, below: a launch over tiles of queries gives dQ, another over tiles of keys
-  dK and dV. Each computes P again: seven products. Tiles of rows and of columns are whole, and so without masks, but for
-  the last, of 16, 32, ...: no sequence is padded to 128. The first launch leaves -lse and delta where the second reads
-  them as vectors.
+- Split, for longer sequences and larger heads, below: a launch over tiles of queries gives dQ, another over tiles of
+  keys dK and dV. Each computes P again: seven products. Tiles of rows and of columns are whole, and so without masks,
+  but for the last, of 16, 32, ...: no sequence is padded to 128. The first launch leaves -lse and delta where the
+  second reads them as vectors.
 Nothing is added up in memory: the result is the same every time. Source: Dao, arXiv 2307.08691.
 """
 
@@ -202,19 +202,20 @@ def _attention_bwd_dq_kernel(
     if HAS_MASK:
         pad_ptr += b * stride_pb
     mask = pad_ptr, stride_pm, first_kept(pad_ptr, stride_pm, M, HAS_MASK, BLOCK_P)
-    if TAIL_ROWS == ROWS:
-        _dq_rows(
-            query_head, key_head, mask, block * ROWS, N, M, scale, ROWS, COLS, TAIL, D, D_1, D_2, CAUSAL, HAS_MASK,
-            PRECISION, ACC,
-        )  # fmt: skip
-    elif block < blocks - 1:
-        _dq_rows(
-            query_head, key_head, mask, block * ROWS, N, M, scale, ROWS, COLS, TAIL, D, D_1, D_2, CAUSAL, HAS_MASK,
-            PRECISION, ACC,
-        )  # fmt: skip
+    if TAIL_ROWS < ROWS:
+        if block < blocks - 1:
+            _dq_rows(
+                query_head, key_head, mask, block * ROWS, N, M, scale, ROWS, COLS, TAIL, D, D_1, D_2, CAUSAL, HAS_MASK,
+                PRECISION, ACC,
+            )  # fmt: skip
+        else:
+            _dq_rows(
+                query_head, key_head, mask, block * ROWS, N, M, scale, TAIL_ROWS, COLS, TAIL, D, D_1, D_2, CAUSAL,
+                HAS_MASK, PRECISION, ACC,
+            )  # fmt: skip
     else:
         _dq_rows(
-            query_head, key_head, mask, block * ROWS, N, M, scale, TAIL_ROWS, COLS, TAIL, D, D_1, D_2, CAUSAL, HAS_MASK,
+            query_head, key_head, mask, block * ROWS, N, M, scale, ROWS, COLS, TAIL, D, D_1, D_2, CAUSAL, HAS_MASK,
             PRECISION, ACC,
         )  # fmt: skip
 
@@ -384,19 +385,20 @@ def _attention_bwd_dkdv_kernel(
     if HAS_MASK:
         pad_ptr += b * stride_pb
     mask = pad_ptr, stride_pm, first_kept(pad_ptr, stride_pm, M, HAS_MASK, BLOCK_P)
-    if TAIL_ROWS == ROWS:
-        _dkdv_rows(
-            query_head, key_head, mask, block * ROWS, N, M, scale, ROWS, COLS, TAIL, D, D_1, D_2, CAUSAL, HAS_MASK,
-            PRECISION, ACC,
-        )  # fmt: skip
-    elif block < blocks - 1:
-        _dkdv_rows(
-            query_head, key_head, mask, block * ROWS, N, M, scale, ROWS, COLS, TAIL, D, D_1, D_2, CAUSAL, HAS_MASK,
-            PRECISION, ACC,
-        )  # fmt: skip
+    if TAIL_ROWS < ROWS:
+        if block < blocks - 1:
+            _dkdv_rows(
+                query_head, key_head, mask, block * ROWS, N, M, scale, ROWS, COLS, TAIL, D, D_1, D_2, CAUSAL, HAS_MASK,
+                PRECISION, ACC,
+            )  # fmt: skip
+        else:
+            _dkdv_rows(
+                query_head, key_head, mask, block * ROWS, N, M, scale, TAIL_ROWS, COLS, TAIL, D, D_1, D_2, CAUSAL,
+                HAS_MASK, PRECISION, ACC,
+            )  # fmt: skip
     else:
         _dkdv_rows(
-            query_head, key_head, mask, block * ROWS, N, M, scale, TAIL_ROWS, COLS, TAIL, D, D_1, D_2, CAUSAL, HAS_MASK,
+            query_head, key_head, mask, block * ROWS, N, M, scale, ROWS, COLS, TAIL, D, D_1, D_2, CAUSAL, HAS_MASK,
             PRECISION, ACC,
         )  # fmt: skip
 
@@ -444,7 +446,10 @@ def _constants(m: int, d: int, causal: bool, masked: bool, dtype: torch.dtype) -
 
 def _split_tiles(form: str, n: int, m: int, launch: configs.Launch) -> dict[str, int]:
     """form: "DQ", over tiles of queries, or "DKDV", over tiles of keys."""
-    rows, cols = launch.tile.get(f"{form}_ROWS", launch.tile["ROWS"]), launch.tile.get(f"{form}_COLS", launch.tile["COLS"])
+    rows, cols = (
+        launch.tile.get(f"{form}_ROWS", launch.tile["ROWS"]),
+        launch.tile.get(f"{form}_COLS", launch.tile["COLS"]),
+    )
     size, across = (n, m) if form == "DQ" else (m, n)
     return {"ROWS": rows, "TAIL_ROWS": _rest(size, rows) or rows, "COLS": cols, "TAIL": _rest(across, cols)}
 

@@ -1,10 +1,10 @@
 """The backward of attention with one program a head, from q, k, v, O and lse. See attention_bwd.py, which calls it.
 
 dK and dV of KEYS keys stay in registers while the queries pass by, COLS a step, and a step's dQ is complete: five
-products, each score computed once. Images have 257 tokens, one more than a tile of 256 keys, so one key may stay outside
-the tile: token 0, the class token. What it takes and gives is worked out beforehand, from large tiles of queries, while
-registers are free: its own dK and dV, and each query's dS, which joins dQ in the step. The queries that whole steps
-leave, one of 257, come first, as rows of 16: so they meet no full registers either.
+products, each score computed once. Images have 257 tokens, one more than a tile of 256 keys, so one key may stay
+outside the tile: token 0, the class token. What it takes and gives is worked out beforehand, from large tiles of
+queries, while registers are free: its own dK and dV, and each query's dS, which joins dQ in the step. The queries that
+whole steps leave, one of 257, come first, as 16 rows: so they meet no full registers either.
 -lse, delta and the class token's dS wait in scratch, [3, 2 KEYS] a head, aligned, to be read as vectors.
 """
 
@@ -165,19 +165,21 @@ def _whole_step(
     KEYS: tl.constexpr = keys[0].shape[0]
     HALF: tl.constexpr = COLS // 2 if COLS > 32 else COLS
     sums, ds = _half_step(
-        heads, scratch_ptr, keys, sums, mask, start, N, M, scale, HALF, RAGGED, RAGGED_KEYS, PITCH, D, D_1, D_2, CAUSAL, HAS_MASK,
-        PRECISION, ACC,
+        heads, scratch_ptr, keys, sums, mask, start, N, M, scale, HALF, RAGGED, RAGGED_KEYS, PITCH, D, D_1, D_2, CAUSAL,
+        HAS_MASK, PRECISION, ACC,
     )  # fmt: skip
     if HALF < COLS:
         sums, ds_2 = _half_step(
-            heads, scratch_ptr, keys, sums, mask, start + HALF, N, M, scale, HALF, RAGGED, RAGGED_KEYS, PITCH, D, D_1, D_2, CAUSAL,
-            HAS_MASK, PRECISION, ACC,
+            heads, scratch_ptr, keys, sums, mask, start + HALF, N, M, scale, HALF, RAGGED, RAGGED_KEYS, PITCH, D, D_1,
+            D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
         )  # fmt: skip
         ds = tl.join(ds, ds_2).permute(0, 2, 1).reshape(KEYS, COLS)
     o_m = start + tl.arange(0, COLS)
     m_m = o_m < N if RAGGED else tl.full([COLS], True, tl.int1)
     dq_1, dq_2 = tl.zeros([D_1, COLS], ACC), tl.zeros([D_2 if D_2 else 1, COLS], ACC)
-    dq_1, dq_2 = dot_tn(keys[0], keys[1], ds, dq_1, dq_2, D_2, PRECISION, ACC)  # transposed: D rows fill the tensor cores
+    dq_1, dq_2 = dot_tn(
+        keys[0], keys[1], ds, dq_1, dq_2, D_2, PRECISION, ACC
+    )  # transposed: D rows fill the tensor cores
     if EXTRA:
         ds_0 = tl.load(scratch_ptr + start + 2 * PITCH + tl.arange(0, COLS), mask=m_m, other=0.0)
         dq_1 += class_key[0][:, None] * ds_0[None, :]
@@ -293,8 +295,8 @@ def _attention_bwd_whole_kernel(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One program a head. EXTRA: key 0 is outside the tile of keys. TAIL: a tile for the queries that tiles of KEYS leave;
-    TAIL_COLS: for those that steps of COLS leave; RAGGED: the last step takes them. share: scale without log2(e)."""
+    """One program a head. EXTRA: key 0 is outside the tile of keys. TAIL: a tile for queries that tiles of KEYS leave.
+    TAIL_COLS: rows for those that steps of COLS leave; RAGGED: the last step takes them. share: scale, no log2(e)."""
     pid = tl.program_id(0)
     h = (pid % H).to(tl.int64)
     b = (pid // H).to(tl.int64)
@@ -322,8 +324,8 @@ def _attention_bwd_whole_kernel(
         )  # fmt: skip
     if TAIL:
         sums = _score_queries(
-            queries, o_head, scratch_ptr, (k_1, k_2, v_1, v_2), sums, (pad_ptr, first), N // KEYS * KEYS, N, M, scale, TAIL,
-            True, EXTRA, 2 * KEYS, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
+            queries, o_head, scratch_ptr, (k_1, k_2, v_1, v_2), sums, (pad_ptr, first), N // KEYS * KEYS, N, M, scale,
+            TAIL, True, EXTRA, 2 * KEYS, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
         )  # fmt: skip
     if EXTRA:
         dk_1, dk_2, dv_1, dv_2 = sums
@@ -355,8 +357,8 @@ def _attention_bwd_whole_kernel(
         )  # fmt: skip
     for step in range(0, tl.cdiv(N, COLS) if RAGGED else whole):
         sums = _whole_step(
-            queries, dq_head, scratch_ptr, keys, class_key, sums, (padded, first), step * COLS, N, M, scale, COLS, RAGGED,
-            RAGGED_KEYS, EXTRA, 2 * KEYS, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
+            queries, dq_head, scratch_ptr, keys, class_key, sums, (padded, first), step * COLS, N, M, scale, COLS,
+            RAGGED, RAGGED_KEYS, EXTRA, 2 * KEYS, D, D_1, D_2, CAUSAL, HAS_MASK, PRECISION, ACC,
         )  # fmt: skip
     dk_1, dk_2, dv_1, dv_2 = sums
     store_rows(dk_ptr + o_key, o_n * stride_on, m_n, dk_1 * share, dk_2 * share, D, D_1, D_2)

@@ -80,8 +80,9 @@ ATTENTION_BWD: Mapping[str, Launch] = {
     "short": Launch({"ROWS": 32, "COLS": 32, "TOKENS": 128}, num_warps=4, num_stages=1),
 }
 
-# Of the backward, which sizes one program a head takes: up to KEYS keys and one, heads up to DIM, MASKS: causal and padding
-# too; COLS queries a step, RAGGED_COLS where there are fewer keys. What no row takes is split, by ATTENTION_BWD.
+# Of the backward, which sizes one program a head takes: up to KEYS keys and one, heads up to DIM, with MASKS causal and
+# padded ones too; COLS queries a step, RAGGED_COLS where there are fewer keys. What no row takes, ATTENTION_BWD splits,
+# DQ_ROWS queries a program where that is not ROWS; "large": heads above 64.
 ATTENTION_BWD_WHOLE: Mapping[str, tuple[Launch, ...]] = {
     "sm_90": (
         Launch({"KEYS": 64, "DIM": 64, "MASKS": 1, "COLS": 64, "RAGGED_COLS": 64}, num_warps=4),
