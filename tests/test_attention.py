@@ -160,6 +160,18 @@ def test_fewer_or_more_queries_than_keys(impl, n, m):
     check(impl, separate(2, n, m, 1, 32), key_padding_mask=padding(m, slice(m // 2, m), slice(0, 1)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES["triton"])
+@pytest.mark.parametrize("n", (1, 40))
+def test_one_key_gets_no_gradient(n, dtype):
+    """Its weight is 1 whatever the scores are: the gradients of q and k are exactly 0."""
+    q, k, v = separate(2, n, 1, 2, 64, dtype)
+    do = randn(*q.shape, dtype=dtype, device=DEVICE, seed=7)
+    for mask in (None, padding(1, slice(0, 1), slice(0, 0))):
+        _, (dq, dk, dv) = grads(lambda *x, m=mask: ops.attention(*x, key_padding_mask=m, impl="triton"), (q, k, v), do)
+        assert not dq.any() and not dk.any()
+        assert relative_error(dv, do.double().sum(1, keepdim=True)) <= ROUNDING[dtype]
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_fused_projection(impl):
     for dtype in DTYPES[impl]:
