@@ -416,12 +416,12 @@ def _split_launch(name: str, itemsize: int, tokens: int, d: int) -> configs.Laun
         return table["wide"]
     if tokens <= table["short"].tile["TOKENS"]:
         return table["short"]
-    return table["large"] if d > 64 else configs.lookup(table, name)
+    return table.get(f"{name} large", table["large"]) if d > 64 else configs.lookup(table, name)
 
 
 def _whole_launch(name: str, itemsize: int, n: int, m: int, d: int, masked: bool) -> configs.Launch | None:
     """The first row of the table with room for m keys, one of which may be outside, and 2 KEYS queries; or None."""
-    if itemsize > 2 and name != "interpreter":
+    if itemsize > 2 and name != "default":
         return None
     for launch in configs.ATTENTION_BWD_WHOLE.get(name, ()):
         keys = launch.tile["KEYS"]
@@ -495,7 +495,7 @@ def attention_bwd(
         return dq, dk.zero_(), dv.zero_()
     if m == 1:  # its weight is 1, whatever q and k are
         return dq.zero_(), dk.zero_(), dv.copy_(do.sum(1, keepdim=True))
-    name = arch(q.device) if q.is_cuda else "interpreter"
+    name = arch(q.device)
     masked = causal or padded is not None
     whole = _whole_launch(name, q.element_size(), n, m, d, masked)
     rows = whole.tile["KEYS"] * 2 if whole else 256

@@ -76,20 +76,21 @@ ATTENTION_BWD: Mapping[str, Launch] = {
     "default": Launch({"ROWS": 128, "COLS": 32}, num_warps=8, num_stages=2),
     "sm_90": Launch({"ROWS": 128, "COLS": 64, "DQ_ROWS": 256}, num_warps=8, num_stages=1),
     "large": Launch({"ROWS": 128, "COLS": 32}, num_warps=8, num_stages=2),
+    "gfx942 large": Launch({"ROWS": 64, "COLS": 32}, num_warps=4, num_stages=1),
     "wide": Launch({"ROWS": 32, "COLS": 32}, num_warps=4, num_stages=1),
     "short": Launch({"ROWS": 32, "COLS": 32, "TOKENS": 128}, num_warps=4, num_stages=1),
 }
 
 # Of the backward, which sizes one program a head takes: up to KEYS keys and one, heads up to DIM, with MASKS causal and
 # padded ones too; COLS queries a step, RAGGED_COLS where there are fewer keys. What no row takes, ATTENTION_BWD splits,
-# DQ_ROWS queries a program where that is not ROWS; "large": heads above 64.
+# DQ_ROWS queries a program where that is not ROWS; "large": heads above 64. "default" is the interpreter alone here.
 ATTENTION_BWD_WHOLE: Mapping[str, tuple[Launch, ...]] = {
     "sm_90": (
         Launch({"KEYS": 64, "DIM": 64, "MASKS": 1, "COLS": 64, "RAGGED_COLS": 64}, num_warps=4),
         Launch({"KEYS": 128, "DIM": 64, "MASKS": 1, "COLS": 64, "RAGGED_COLS": 64}, num_warps=8),
         Launch({"KEYS": 256, "DIM": 64, "MASKS": 0, "COLS": 64, "RAGGED_COLS": 32}, num_warps=8),
     ),
-    "interpreter": (
+    "default": (
         Launch({"KEYS": 16, "DIM": 128, "MASKS": 1, "COLS": 32, "RAGGED_COLS": 32}, num_warps=4),
         Launch({"KEYS": 64, "DIM": 64, "MASKS": 1, "COLS": 64, "RAGGED_COLS": 64}, num_warps=4),
         Launch({"KEYS": 128, "DIM": 64, "MASKS": 1, "COLS": 64, "RAGGED_COLS": 32}, num_warps=8),
