@@ -75,6 +75,7 @@ ATTENTION_FWD: Mapping[str, Launch] = {
 ATTENTION_BWD: Mapping[str, Launch] = {
     "default": Launch({"ROWS": 128, "COLS": 32}, num_warps=8, num_stages=2),
     "sm_90": Launch({"ROWS": 128, "COLS": 64, "DQ_ROWS": 256}, num_warps=8, num_stages=1),
+    "sm_100": Launch({"ROWS": 128, "COLS": 64}, num_warps=8, num_stages=2),
     "large": Launch({"ROWS": 128, "COLS": 32}, num_warps=8, num_stages=2),
     "gfx942 large": Launch({"ROWS": 64, "COLS": 32}, num_warps=4, num_stages=1),
     "wide": Launch({"ROWS": 32, "COLS": 32}, num_warps=4, num_stages=1),
