@@ -15,6 +15,8 @@ SHARED_KERNELS = ("lbfast.kernels.primitives", "lbfast.kernels.configs")
 HEIGHTS = {
     "lbfast.native": 0,
     "lbfast.dispatch": 1,
+    "lbfast.float8": 1,
+    "lbfast.products": 1,
     "lbfast.distributed": 1,
     "lbfast.ops": 2,
     "lbfast.losses": 3,
@@ -71,9 +73,20 @@ def imports(path):
         else:
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
             joined = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [name if is_module(name) else node.module for name in joined]
+            own = [f"{node.module}.{alias.name}" for alias in node.names if alias.name.startswith("_")]
+            names = [name if is_module(name) or name in own else node.module for name in joined]
         for name in names:
             yield name, node.lineno, id(node) in lazy
+
+
+def room(module):
+    """The package a module lies in, of those directly below lbfast; of the ground floor, itself."""
+    return ".".join(module.split(".")[:2])
+
+
+def private(module, name):
+    """Whether `name`, a module or module.attribute, is another room's own: it has a part that begins with _."""
+    return room(module) != room(name) and any(part.startswith("_") for part in name.split(".")[1:])
 
 
 def breach(module, name, in_function):
@@ -86,6 +99,10 @@ def breach(module, name, in_function):
         return "the product knows neither tests nor benches"
     if not within(name, "lbfast"):
         return ""
+    if private(module, name):
+        return "a private door"
+    if not is_module(name) and "._" in name:
+        name = name[: name.rindex("._")]  # a name of its own room's module
     if within(module, "lbfast.kernels"):
         files = [each.removesuffix("_bwd").removesuffix("_whole") for each in (name, module)]
         mine = files[0] == files[1]  # a long file's other parts
@@ -137,6 +154,8 @@ def test_imports_run_downwards():
         ("lbfast.data.reader", "lbfast.training.batches", True),
         ("lbfast.processing.video", "lbfast.data.decode", True),
         ("lbfast.training.start", "lbfast.mini", True),
+        ("lbfast.model.layers", "lbfast.ops._smoothing", False),
+        ("lbfast.model.layers", "lbfast.dispatch._chosen", True),
     ],
 )
 def test_breaches_are_seen(module, name, in_function):
@@ -150,6 +169,8 @@ def test_breaches_are_seen(module, name, in_function):
         ("lbfast.training.batches", "lbfast.data.reader"),
         ("lbfast.embedding.pipeline", "lbfast"),
         ("lbfast.mini.table", "lbfast.evaluation.encoder"),
+        ("lbfast.ops.info_nce", "lbfast.ops._smoothing"),
+        ("lbfast.ops.mlp", "lbfast.products"),
     ],
 )
 def test_what_the_picture_allows(module, name):

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from lbfast import ops, testing
-from lbfast.ops._linear import product, trained_linear
-from lbfast.ops._prenorm import norm_linears, norm_mlp
+from lbfast.model.prenorm import norm_linears, norm_mlp
+from lbfast.products import product, trained_linear
 
 EPS = 1e-5
 NAMES = ("x", "residual", "norm weight", "norm bias", "w1", "b1", "w2", "b2")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.torch_version import TorchVersion
 
-from lbfast.ops._float8 import Float8, to_float8
+from lbfast.float8 import Float8, to_float8
 from lbfast.ops.mlp import activate_, activate_float8
 
 

@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lbfast import dispatch, ops
+from lbfast.float8 import Float8
 from lbfast.model.frozen import FrozenLinear
-from lbfast.ops._float8 import Float8
-from lbfast.ops._linear import trained_linear
-from lbfast.ops._prenorm import norm_linears, norm_mlp
+from lbfast.model.prenorm import norm_linears, norm_mlp
+from lbfast.products import trained_linear
 
 if TYPE_CHECKING:
     from lbfast.model.running import Running

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lbfast import dispatch
 from lbfast.model.layers import Linear
-from lbfast.ops._linear import linear, product
+from lbfast.products import linear, product
 
 
 class LoraLinear(nn.Linear):

@@ -17,6 +17,7 @@ from typing import cast
 import torch
 
 from lbfast import ops
+from lbfast.float8 import Float8
 from lbfast.model.frozen import Float8Linear, FrozenLinear
 from lbfast.model.layers import (
     MLP,
@@ -29,7 +30,6 @@ from lbfast.model.layers import (
     TemporalAttention,
     pooled_tokens,
 )
-from lbfast.ops._float8 import Float8
 from lbfast.ops.layer_norm import layer_norm_float8
 
 SETTLING = 4

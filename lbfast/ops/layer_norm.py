@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 
 from lbfast import dispatch
-from lbfast.ops._float8 import Float8, to_float8
+from lbfast.float8 import Float8, to_float8
 
 
 @overload

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from lbfast import dispatch
-from lbfast.ops._float8 import Float8, to_float8
-from lbfast.ops._linear import linear, product
+from lbfast.float8 import Float8, to_float8
+from lbfast.products import linear, product
 
 ACTIVATIONS = ("gelu", "quick_gelu")
 _QUICK = 1.702

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from lbfast import dispatch
-from lbfast.ops._linear import linear, product
 from lbfast.ops.layer_norm import layer_norm
+from lbfast.products import linear, product
 
 CENTRE = 128
 """uint8 pixels are embedded as x - 128, exact in bfloat16; the bias of that shift stays small."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lbfast import dispatch
-from lbfast.ops._linear import linear, product
+from lbfast.products import linear, product
 
 Norm = tuple[torch.Tensor, torch.Tensor, float]
 """weight (D,), bias (D,), eps of `ops.layer_norm`."""

@@ -1,4 +1,4 @@
-"""The library's matrix products, for the bodies of ops, and a linear layer made of them.
+"""The library's matrix products, for ops and models, and a linear layer made of them.
 
 float32 on a CPU goes to oneDNN, which PyTorch leaves for MKL: on other makers' CPUs than Intel's that is half as fast
 (AMD EPYC, one thread, 514 x 1024 x 4096: 24 ms against 49 ms).
