@@ -141,6 +141,10 @@ def _mlp(device: str) -> Inputs:
     return _random(device, *shapes)
 
 
+def _activations(device: str) -> Inputs:
+    return _random(device, (CLIPS * FRAMES * TOKENS, 4 * WIDTH), grads=(False,))
+
+
 def _patches(device: str) -> Inputs:
     shapes = ((CLIPS, 3, FRAMES, 224, 224), (WIDTH, 3, 14, 14), (WIDTH,), (TOKENS, WIDTH))
     return _random(device, *shapes, grads=(False, False, False, True))
@@ -177,6 +181,14 @@ def _perceptron(*x: Any) -> Any:
     return ops.mlp(*x, activation="gelu", impl="triton")
 
 
+def _float8(h: Any) -> Any:
+    """Values and scales as one tensor, to be compared."""
+    from lbfast.ops.mlp import activate_float8
+
+    values, scales = activate_float8(h, "gelu", impl="triton")
+    return values.float() * scales
+
+
 def _loss(*x: Any) -> Any:
     return ops.info_nce(*x, impl="triton")
 
@@ -185,17 +197,15 @@ def _loss_of_classes(x: Any, y: Any, scale: Any) -> Any:
     return ops.info_nce(x, y, scale, ids=torch.arange(len(x), device=x.device) % 5000, impl="triton")
 
 
-_ATTENTION = {"ROWS": (64, 128), "COLS": (32, 64)}
 _LOGITS = {"BLOCK_M": (64, 128), "BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64), "GROUP": (8,)}
 _LOSSES = {"grid": _LOGITS, "inputs": _embeddings, "stages": (2, 3, 4)}
 TUNABLES = (
-    Tunable("LAYER_NORM_FWD", {"ELEMENTS": (2048, 4096, 8192)}, _rows, _layer_norm, warps=(2, 4, 8)),
+    Tunable("LAYER_NORM_FWD", {"NUMBERS": (16, 32, 64, 128)}, _rows, _layer_norm, warps=(4, 8)),
     Tunable(
         "LAYER_NORM_BWD",
-        {"ELEMENTS": (1024, 2048, 4096), "PER_SM": (2, 4, 8)},
+        {"NUMBERS": (16, 20, 32, 40), "PER_SM": (1, 2, 3, 4)},
         _rows,
         _layer_norm,
-        warps=(2, 4, 8),
         backward=True,
     ),
     Tunable("MLP_FWD", {"BLOCK": (2048, 4096, 8192)}, _mlp, _perceptron),
@@ -206,6 +216,7 @@ TUNABLES = (
         _perceptron,
         backward=True,
     ),
+    Tunable("MLP_FLOAT8", {"NUMBERS": (16, 32, 64)}, _activations, _float8),
     Tunable("PATCH_EMBED_ROWS", {"BLOCK_M": (16, 32, 64, 128), "BLOCK_K": (64, 128)}, _patches, _patch_embed),
     Tunable(
         "PATCH_EMBED_BWD_POSITION",
@@ -218,7 +229,14 @@ TUNABLES = (
     Tunable("TEMPORAL_ATTENTION_BWD", {"ROWS": (32, 64, 128)}, _frames, _temporal, backward=True),
     Tunable("ATTENTION_FWD_HEAD", {"ROWS": (64, 128), "KEYS": (80, 272)}, _heads, _attention, stages=(1, 2)),
     Tunable("ATTENTION_FWD", {"ROWS": (64, 128), "COLS": (64, 128)}, _spectrograms, _attention, stages=(2, 3, 4)),
-    Tunable("ATTENTION_BWD", _ATTENTION, _heads, _attention, stages=(1, 2, 3), backward=True),
+    Tunable(
+        "ATTENTION_BWD",
+        {"ROWS": (64, 128), "COLS": (32, 64), "DQ_ROWS": (128, 256)},
+        _spectrograms,
+        _attention,
+        stages=(1, 2, 3),
+        backward=True,
+    ),
     Tunable("INFO_NCE", call=_loss, **_LOSSES),  # type: ignore[arg-type]
     Tunable("INFO_NCE", call=_loss, suffix="bwd", backward=True, **_LOSSES),  # type: ignore[arg-type]
     Tunable("INFO_NCE", call=_loss_of_classes, suffix="labels", **_LOSSES),  # type: ignore[arg-type]

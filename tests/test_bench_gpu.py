@@ -160,15 +160,13 @@ def test_the_whole_with_the_benches_themselves(here, monkeypatch, capsys):
 
     small = tune.Tunable(
         "LAYER_NORM_FWD",
-        {"ELEMENTS": (64, 128)},
+        {"NUMBERS": (16, 32)},
         lambda device: tune._random(device, (5, 48), (48,), (48,)),
         lambda x, w, b: F.layer_norm(x, (48,), w, b),
         warps=(4,),
     )
     monkeypatch.setattr(tune, "TUNABLES", (small,))
-    monkeypatch.setattr(
-        tune, "timer", lambda step: 1.0 if any(r.tile["ELEMENTS"] == 64 for r in rows.values()) else 2.0
-    )
+    monkeypatch.setattr(tune, "timer", lambda step: 1.0 if any(r.tile["NUMBERS"] == 16 for r in rows.values()) else 2.0)
     monkeypatch.setattr(bench_languagebind, "published_config", lambda name, size: tiny.config(name, lora_r=0))
     monkeypatch.setattr(subjects, "random_model", lambda arch, modality, layers: tiny.model(modality))
     here.bench = bench
