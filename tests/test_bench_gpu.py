@@ -188,7 +188,7 @@ def test_the_whole_with_the_benches_themselves(here, monkeypatch, capsys):
     for name in (
         "power and clocks: not sampled",
         "image L/14",
-        "LAYER_NORM_FWD[default]: ",
+        "LAYER_NORM_FWD[interpreter]: ",
         "info-nce",
         "lora, lbfast",
     ):
