@@ -9,18 +9,21 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 .PHONY: help venv demo test test-fast lint docs bench gpu floors clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 venv: $(VENV)/.test ## the virtual environment, with lbfast and what the tests need
 
 demo: venv ## files of five modalities and captions -> embeddings, similarity tables, time against the reference
 	$(BIN)/python -m bench.demo
 
+# A process for each core, whose threads sleep while they wait: they share the cores.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal
+
 test: venv ## every test; ARGS="-k embed" and the like go to pytest
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: venv ## a minute of tests: all but the slow ones, for a first look at a change
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 docs: $(VENV)/.docs ## the documentation as a site, strictly: build/docs/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
