@@ -174,7 +174,7 @@ def test_float8_finds_what_float32_finds():
     rows, beside = measure(where, draws=1), measure(where, draws=1, precision="fp8")
     assert list(rows) == list(beside) == [("text", "image"), ("text", "depth")]
     for pair, row in rows.items():
-        assert row.there[0] - beside[pair].there[0] <= 0.02, pair
+        assert round(100 * (row.there[0] - beside[pair].there[0])) <= 2, pair  # scenes: 0.99 - 0.97 is over 0.02
     table = show(rows, 1, {"fp8": beside})
     assert [column.header for column in table.columns][1:3] == ["R@1 %", "fp8 R@1 %"]
 
