@@ -183,6 +183,7 @@ def _info_nce_bwd_kernel(
 @triton.jit
 def _info_nce_bwd_kept_kernel(
     kept_ptr,
+    units_ptr,
     poor_ptr,
     row_weights_ptr,
     col_weights_ptr,
@@ -191,6 +192,7 @@ def _info_nce_bwd_kept_kernel(
     exact_ptr,
     ds_ptr,
     stride_kept,
+    stride_units,
     stride_poor,
     stride_ds,
     m,
@@ -199,7 +201,10 @@ def _info_nce_bwd_kept_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The same from what the forward kept, exp2(t) (m, n); poor (tiles_m, tiles_n). Other tiles are left unwritten."""
+    """The same from what the forward kept, exp2(t) over units (tiles_m, tiles_n, BLOCK_M); poor (tiles_m, tiles_n).
+
+    Other tiles are left unwritten.
+    """
     tiles_n = tl.cdiv(n, BLOCK_N)
     tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
     poor = tl.load(poor_ptr + tile_m.to(tl.int64) * stride_poor + tile_n)
@@ -212,7 +217,9 @@ def _info_nce_bwd_kept_kernel(
         e = tl.load(p_kept + o_kept, mask=m_m[:, None] & m_n[None, :], other=0.0).to(tl.float32)
         row_weight = tl.load(row_weights_ptr + o_m, mask=m_m, other=0.0)
         col_weight = tl.load(col_weights_ptr + o_n, mask=m_n, other=0.0)
-        p = e * (row_weight[:, None] + col_weight[None, :])
+        p_unit = units_ptr + tile_m.to(tl.int64) * stride_units + tile_n * BLOCK_M
+        unit = tl.load(p_unit + tl.arange(0, BLOCK_M))
+        p = e * ((unit * row_weight)[:, None] + unit[:, None] * col_weight[None, :])
         _store(p, exact_ptr, ds_ptr, stride_ds, m, n, diag, first_m, first_n)
 
 
@@ -320,7 +327,9 @@ def _chunk(m: int, n: int, d: int, size: int, workspace: int, launch: configs.La
     return rows, max(1, numbers // rows // block_n) * block_n
 
 
-def info_nce_bwd(x, y, scale, rows, cols, positives, kept, poor, diag, row_labels, col_labels, workspace, dx, dy):
+def info_nce_bwd(
+    x, y, scale, rows, cols, positives, kept, units, poor, diag, row_labels, col_labels, workspace, dx, dy
+):
     """Adds dS @ y to dx (m, D) and dS.T @ x to dy (n, D), float32 or None."""
     x, y = rows_contiguous(x), rows_contiguous(y)
     m, n = x.shape[0], y.shape[0]
@@ -370,12 +379,14 @@ def info_nce_bwd(x, y, scale, rows, cols, positives, kept, poor, diag, row_label
                     flags = poor[a // block_m :, c // block_n :]
                     _info_nce_bwd_kept_kernel[(tiles_m * tiles_n,)](
                         kept[part_m, part_n],
+                        units[a // block_m :, c // block_n :],
                         flags,
                         *weights,
                         *near,
                         exact[part_m],
                         ds,
                         kept.stride(0),
+                        units.stride(0),
                         poor.stride(0),
                         pitch,
                         *sizes,
@@ -447,6 +458,7 @@ def aot_cases(arch: str) -> list[AotCase]:
         tile = {"BLOCK_M": forward.tile["BLOCK_M"], "BLOCK_N": forward.tile["BLOCK_N"]}
         tiles, held = diagonal(forward, rows, b)
         kept = {"kept_ptr": "*bf16:16", "stride_kept": "i32:16", "m": "i32:16", "n": "i32:16", "diag": "i32"}
+        kept |= {"units_ptr": "*fp32:16", "stride_units": "i32:16"}
         cases.append(
             AotCase(
                 f"info_nce bwd kept rows {rows} {what}",

@@ -150,12 +150,10 @@ def test_each_gradient_alone(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-def test_extreme_rows(impl, dtype, monkeypatch):
+def test_extreme_rows(impl, dtype):
     """Finite and right: identical rows, opposite rows, one-hot rows, whole tiles of them or parts, at scale 100."""
     if impl not in impls(dtype):
         pytest.skip(f"{impl} does not take {dtype} here")
-    if dtype == torch.bfloat16:  # exponentials kept for the backward have a rounding more, the same for all rows here
-        monkeypatch.setattr(module, "_memory", lambda *about: (1 << 28, 0))
     eye = torch.eye(96, device=DEVICE, dtype=dtype)
     same = unit(1, 96, dtype=dtype).expand(70, 96)
     s = torch.tensor(100.0, device=DEVICE)
