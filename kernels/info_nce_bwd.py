@@ -21,6 +21,7 @@ import triton.language as tl
 from lbfast.kernels.info_nce import (
     FLAGS,
     LOG2_E,
+    MOST_KEPT,
     NO_DIAGONAL,
     again,
     aot_shapes,
@@ -32,6 +33,7 @@ from lbfast.kernels.info_nce import (
     same_label,
     shift_of,
     tile_of,
+    widen,
 )
 from lbfast.kernels.primitives import AotCase, on_device, programs
 
@@ -183,7 +185,6 @@ def _info_nce_bwd_kernel(
 @triton.jit
 def _info_nce_bwd_kept_kernel(
     kept_ptr,
-    units_ptr,
     poor_ptr,
     row_weights_ptr,
     col_weights_ptr,
@@ -192,7 +193,6 @@ def _info_nce_bwd_kept_kernel(
     exact_ptr,
     ds_ptr,
     stride_kept,
-    stride_units,
     stride_poor,
     stride_ds,
     m,
@@ -201,10 +201,7 @@ def _info_nce_bwd_kept_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The same from what the forward kept, exp2(t) over units (tiles_m, tiles_n, BLOCK_M); poor (tiles_m, tiles_n).
-
-    Other tiles are left unwritten.
-    """
+    """The same from what the forward kept, kept (m, n); poor (tiles_m, tiles_n). Other tiles are left unwritten."""
     tiles_n = tl.cdiv(n, BLOCK_N)
     tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
     poor = tl.load(poor_ptr + tile_m.to(tl.int64) * stride_poor + tile_n)
@@ -214,12 +211,10 @@ def _info_nce_bwd_kept_kernel(
         m_m, m_n = o_m < m, o_n < n
         p_kept = kept_ptr + first_m.to(tl.int64) * stride_kept + first_n
         o_kept = tl.arange(0, BLOCK_M)[:, None] * stride_kept + tl.arange(0, BLOCK_N)[None, :]
-        e = tl.load(p_kept + o_kept, mask=m_m[:, None] & m_n[None, :], other=0.0).to(tl.float32)
+        e = widen(tl.load(p_kept + o_kept, mask=m_m[:, None] & m_n[None, :], other=0))
         row_weight = tl.load(row_weights_ptr + o_m, mask=m_m, other=0.0)
         col_weight = tl.load(col_weights_ptr + o_n, mask=m_n, other=0.0)
-        p_unit = units_ptr + tile_m.to(tl.int64) * stride_units + tile_n * BLOCK_M
-        unit = tl.load(p_unit + tl.arange(0, BLOCK_M))
-        p = e * ((unit * row_weight)[:, None] + unit[:, None] * col_weight[None, :])
+        p = e * ((row_weight * (2 * MOST_KEPT))[:, None] + (col_weight * (2 * MOST_KEPT))[None, :])
         _store(p, exact_ptr, ds_ptr, stride_ds, m, n, diag, first_m, first_n)
 
 
@@ -327,9 +322,7 @@ def _chunk(m: int, n: int, d: int, size: int, workspace: int, launch: configs.La
     return rows, max(1, numbers // rows // block_n) * block_n
 
 
-def info_nce_bwd(
-    x, y, scale, rows, cols, positives, kept, units, poor, diag, row_labels, col_labels, workspace, dx, dy
-):
+def info_nce_bwd(x, y, scale, rows, cols, positives, kept, poor, diag, row_labels, col_labels, workspace, dx, dy):
     """Adds dS @ y to dx (m, D) and dS.T @ x to dy (n, D), float32 or None."""
     x, y = rows_contiguous(x), rows_contiguous(y)
     m, n = x.shape[0], y.shape[0]
@@ -379,14 +372,12 @@ def info_nce_bwd(
                     flags = poor[a // block_m :, c // block_n :]
                     _info_nce_bwd_kept_kernel[(tiles_m * tiles_n,)](
                         kept[part_m, part_n],
-                        units[a // block_m :, c // block_n :],
                         flags,
                         *weights,
                         *near,
                         exact[part_m],
                         ds,
                         kept.stride(0),
-                        units.stride(0),
                         poor.stride(0),
                         pitch,
                         *sizes,
@@ -457,8 +448,7 @@ def aot_cases(arch: str) -> list[AotCase]:
             continue
         tile = {"BLOCK_M": forward.tile["BLOCK_M"], "BLOCK_N": forward.tile["BLOCK_N"]}
         tiles, held = diagonal(forward, rows, b)
-        kept = {"kept_ptr": "*bf16:16", "stride_kept": "i32:16", "m": "i32:16", "n": "i32:16", "diag": "i32"}
-        kept |= {"units_ptr": "*fp32:16", "stride_units": "i32:16"}
+        kept = {"kept_ptr": "*i16:16", "stride_kept": "i32:16", "m": "i32:16", "n": "i32:16", "diag": "i32"}
         cases.append(
             AotCase(
                 f"info_nce bwd kept rows {rows} {what}",

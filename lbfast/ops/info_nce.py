@@ -492,8 +492,9 @@ class _Triton:
         from lbfast.kernels import info_nce_bwd as kernel
 
         labels = (block.row_labels, block.col_labels)
-        tiles = kept or (None, None, None)
-        kernel.info_nce_bwd(x, y, scale, rows, cols, positives, *tiles, block.diag, *labels, block.workspace, dx, dy)
+        kernel.info_nce_bwd(
+            x, y, scale, rows, cols, positives, *(kept or (None, None)), block.diag, *labels, block.workspace, dx, dy
+        )
 
 
 def _why_not_triton(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> list[str]:
