@@ -12,7 +12,9 @@ no unit rows), or NaN, is computed again with its rows' and columns' own maxima;
 stay out of the tiles' sums and join at the end, with their own logit for a shift where it is the largest: then the loss
 of a row, log(1 + the rest), keeps its digits.
 
-Kept for the backward, where it fits: exp2 of the tiles in bfloat16 for bfloat16 inputs, which saves its first GEMM.
+Kept for the backward of bfloat16 inputs, where it fits: exp2 of the tiles, which saves its first GEMM. In 16 bits, of a
+sign none and of the exponent 7 (`narrow`): 9 are left for the mantissa, 2 more than bfloat16's, so that dS, which is
+rounded to bfloat16, is hardly rounded twice. A tile with a sum beyond MOST_KEPT is computed again.
 Contract: Implementation in lbfast/ops/info_nce.py. Source: CLIP, arXiv 2103.00020; Inf-CLIP, arXiv 2410.17243.
 """
 
@@ -32,6 +34,8 @@ NONE = tl.constexpr(-3.4028234663852886e38)  # logit of a pair that is left out
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST, MOST = tl.constexpr(2.0**-90), tl.constexpr(2.0**126)
 _LEAST_BITS, _RANGE = tl.constexpr((127 - 90) << 23), tl.constexpr((126 + 90) << 23)
+MOST_KEPT = tl.constexpr(2.0**50)
+_RANGE_KEPT = tl.constexpr((50 + 90) << 23)
 _SCALING = tl.constexpr(32.0)  # parts are summed up 2^32 times smaller, which 2^31 of them don't overflow
 FLAGS = 1024  # of tiles, looked at together
 _MOST_PARTS = 512  # that one program joins
@@ -125,9 +129,22 @@ def _own_sums(z, sums_ptr, shifts_ptr, o, mask, AXIS: tl.constexpr):
 
 @triton.jit
 def _worst(total, mask):
-    """Of sums [BLOCK], how far from LEAST the worst is, in a float's steps: out of bounds, NaN too, is > _RANGE."""
+    """Of sums [BLOCK], how far from LEAST the worst is, in a float's steps: out of bounds, NaN too, is > any range."""
     bits = tl.where(mask, total, 1.0).to(tl.uint32, bitcast=True) - _LEAST_BITS
     return tl.max(bits, axis=0)
+
+
+@triton.jit
+def narrow(e):
+    """Numbers from 0 to MOST_KEPT as int16, to 2^-10 of themselves down to 2^-75, and to 2^-85 below that."""
+    bits = (e * (0.5 / MOST_KEPT)).to(tl.uint32, bitcast=True)
+    return ((bits + (1 << 13)) >> 14).to(tl.uint16).to(tl.int16, bitcast=True)
+
+
+@triton.jit
+def widen(kept):
+    """What `narrow` was given, over 2 MOST_KEPT: float32."""
+    return (kept.to(tl.uint16, bitcast=True).to(tl.uint32) << 14).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -160,6 +177,7 @@ def _info_nce_fwd_kernel(
     """row_sums (tiles_n, m) and col_sums (tiles_m, n) of exp(z - shift); poor (tiles_m, tiles_n): 1 if not so.
 
     Of float32 all tiles are poor: they have shifts of their own, in row_shifts and col_shifts, at once.
+    kept (m, n), or None: exp(z - shift) as `narrow` has it.
     """
     tile_m, tile_n = tile_of(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP)
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
@@ -186,13 +204,14 @@ def _info_nce_fwd_kernel(
         t = acc * (scale * LOG2_E) - shift_of(scale) * LOG2_E
         e = tl.exp2(_negatives(t, row_labels_ptr, col_labels_ptr, m, n, diag, first_m, first_n))
         row_sum, col_sum = tl.sum(e, axis=1), tl.sum(e, axis=0)
-        tl.store(p_poor, (tl.maximum(_worst(row_sum, m_m), _worst(col_sum, m_n)) > _RANGE).to(tl.int8))
+        most = _RANGE if kept_ptr is None else _RANGE_KEPT
+        tl.store(p_poor, (tl.maximum(_worst(row_sum, m_m), _worst(col_sum, m_n)) > most).to(tl.int8))
         tl.store(row_sums_ptr + p_row, row_sum, mask=m_m)
         tl.store(col_sums_ptr + p_col, col_sum, mask=m_n)
         if kept_ptr is not None:
             p_kept = kept_ptr + first_m.to(tl.int64) * stride_kept + first_n
             o_kept = tl.arange(0, BLOCK_M)[:, None] * stride_kept + tl.arange(0, BLOCK_N)[None, :]
-            tl.store(p_kept + o_kept, e.to(tl.bfloat16), mask=m_m[:, None] & m_n[None, :])
+            tl.store(p_kept + o_kept, narrow(e), mask=m_m[:, None] & m_n[None, :])
 
 
 @triton.jit
@@ -391,7 +410,7 @@ def _join(sums, shifts, poor, strides, tile, scale, before, positives, first_pos
 def info_nce_fwd(x, y, scale, diag, row_labels, col_labels, workspace, room):
     """x (m, D), y (n, D), scale () float32 -> rows (2, m), cols (2, n), positives (m,), kept: tensors or None.
 
-    kept, where it takes at most `room` bytes: (m, n) bfloat16, and which tiles are in it.
+    kept, where it takes at most `room` bytes: (m, n) int16, and which tiles are in it.
     """
     x, y = rows_contiguous(x), rows_contiguous(y)
     m, n = x.shape[0], y.shape[0]
@@ -406,7 +425,7 @@ def info_nce_fwd(x, y, scale, diag, row_labels, col_labels, workspace, room):
             stats[0], stats[1] = NONE.value, 0
         return rows, cols, positives, None, None
     tiles_m, tiles_n = triton.cdiv(m, block_m), triton.cdiv(n, block_n)
-    kept = x.new_empty(m, pitch) if keep else None
+    kept = x.new_empty(m, pitch, dtype=torch.int16) if keep else None
     poor = x.new_empty(tiles_m, tiles_n, dtype=torch.int8)
     bytes_a_tile_row = 8 * (tiles_n * block_m + n)
     step = max(1, workspace // bytes_a_tile_row) * block_m
@@ -473,7 +492,7 @@ def aot_cases(arch: str) -> list[AotCase]:
         sums = dict.fromkeys(("row_sums_ptr", "col_sums_ptr", "row_shifts_ptr", "col_shifts_ptr"), "*fp32:16")
         sums |= {"poor_ptr": "*i8:16"}
         own = {"positives_ptr": "*fp32:16"}
-        kept = {"kept_ptr": "*bf16:16", "stride_kept": "i32:16"}
+        kept = {"kept_ptr": "*i16:16", "stride_kept": "i32:16"}
         for keep, launch in ((False, plain), (True, keeping))[: 1 + (kind == "bf16")]:
             tile, (tiles, held) = dict(launch.tile), diagonal(launch, b, b)
             trips = (triton.cdiv(d, launch.tile["BLOCK_K"]),)

@@ -21,6 +21,7 @@ import triton.language as tl
 from lbfast.kernels.info_nce import (
     FLAGS,
     LOG2_E,
+    MOST_KEPT,
     NO_DIAGONAL,
     again,
     aot_shapes,
@@ -32,6 +33,7 @@ from lbfast.kernels.info_nce import (
     same_label,
     shift_of,
     tile_of,
+    widen,
 )
 from lbfast.kernels.primitives import AotCase, on_device, programs
 
@@ -199,7 +201,7 @@ def _info_nce_bwd_kept_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The same from what the forward kept, exp2(t) (m, n); poor (tiles_m, tiles_n). Other tiles are left unwritten."""
+    """The same from what the forward kept, kept (m, n); poor (tiles_m, tiles_n). Other tiles are left unwritten."""
     tiles_n = tl.cdiv(n, BLOCK_N)
     tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
     poor = tl.load(poor_ptr + tile_m.to(tl.int64) * stride_poor + tile_n)
@@ -209,10 +211,10 @@ def _info_nce_bwd_kept_kernel(
         m_m, m_n = o_m < m, o_n < n
         p_kept = kept_ptr + first_m.to(tl.int64) * stride_kept + first_n
         o_kept = tl.arange(0, BLOCK_M)[:, None] * stride_kept + tl.arange(0, BLOCK_N)[None, :]
-        e = tl.load(p_kept + o_kept, mask=m_m[:, None] & m_n[None, :], other=0.0).to(tl.float32)
+        e = widen(tl.load(p_kept + o_kept, mask=m_m[:, None] & m_n[None, :], other=0))
         row_weight = tl.load(row_weights_ptr + o_m, mask=m_m, other=0.0)
         col_weight = tl.load(col_weights_ptr + o_n, mask=m_n, other=0.0)
-        p = e * (row_weight[:, None] + col_weight[None, :])
+        p = e * ((row_weight * (2 * MOST_KEPT))[:, None] + (col_weight * (2 * MOST_KEPT))[None, :])
         _store(p, exact_ptr, ds_ptr, stride_ds, m, n, diag, first_m, first_n)
 
 
@@ -446,7 +448,7 @@ def aot_cases(arch: str) -> list[AotCase]:
             continue
         tile = {"BLOCK_M": forward.tile["BLOCK_M"], "BLOCK_N": forward.tile["BLOCK_N"]}
         tiles, held = diagonal(forward, rows, b)
-        kept = {"kept_ptr": "*bf16:16", "stride_kept": "i32:16", "m": "i32:16", "n": "i32:16", "diag": "i32"}
+        kept = {"kept_ptr": "*i16:16", "stride_kept": "i32:16", "m": "i32:16", "n": "i32:16", "diag": "i32"}
         cases.append(
             AotCase(
                 f"info_nce bwd kept rows {rows} {what}",

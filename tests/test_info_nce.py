@@ -49,7 +49,7 @@ def check(draws, s, names, **options):
     """Compares implementations with float64, within what plain torch makes of the same inputs.
 
     The errors are those of several draws together: of one draw, plain torch may hit a scalar by luck. Interpreted
-    Triton, which takes a hundred times as long, is run on the first of them only.
+    Triton, which takes a hundred times as long, is run on the first of float32's only.
     """
     reference_options = {k: v for k, v in options.items() if k in ("ids", "label_smoothing")}
     s = torch.tensor(s, device=DEVICE)
@@ -58,7 +58,7 @@ def check(draws, s, names, **options):
         every_exact.append(run(reference, x.double(), y.double(), s.double(), **reference_options))
         every_plain.append(run(reference, x, y, s, **reference_options))
         for name in names:
-            if name != "triton" or DEVICE == "cuda" or draw < (6 if len(x) <= 2 else 1):
+            if name != "triton" or DEVICE == "cuda" or x.dtype != torch.float32 or draw < (6 if len(x) <= 2 else 1):
                 results[name].append(run(info_nce, x, y, s, impl=name, **options))
     for i, part in enumerate(("loss", "d image", "d text", "d scale")):
         exact, plain = (torch.stack([draw[i].double() for draw in every]) for every in (every_exact, every_plain))
@@ -150,12 +150,10 @@ def test_each_gradient_alone(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-def test_extreme_rows(impl, dtype, monkeypatch):
+def test_extreme_rows(impl, dtype):
     """Finite and right: identical rows, opposite rows, one-hot rows, whole tiles of them or parts, at scale 100."""
     if impl not in impls(dtype):
         pytest.skip(f"{impl} does not take {dtype} here")
-    if dtype == torch.bfloat16:  # exponentials kept for the backward have a rounding more, the same for all rows here
-        monkeypatch.setattr(module, "_memory", lambda *about: (1 << 28, 0))
     eye = torch.eye(96, device=DEVICE, dtype=dtype)
     same = unit(1, 96, dtype=dtype).expand(70, 96)
     s = torch.tensor(100.0, device=DEVICE)
