@@ -16,7 +16,6 @@ Source: Dao, arXiv 2307.08691; Milakov and Gimelshein, arXiv 1805.02867.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
 
 import torch
 import triton
@@ -488,19 +487,6 @@ def _attention_fwd_kernel(
         )  # fmt: skip
         state = _step(queries, keys, state, scale, D_2, MASKED, PRECISION, ACC)
     _finish(o_ptr, lse_ptr, H * D, state, o_m, o_m < N, 1, D, D_1, D_2)
-
-
-def tail(size: int, block: int) -> int:
-    """The tile that covers what whole tiles of `block` leave of tokens 1, 2, ...: 0, or a power of two from 16."""
-    rest = (size - 1) % block
-    return max(16, triton.next_power_of_2(rest)) if rest else 0
-
-
-def launch_of(table: Mapping[str, configs.Launch], name: str, itemsize: int, tokens: int) -> configs.Launch:
-    """The row for float32 ("wide"), for captions and other short sequences ("short"), or for the architecture."""
-    if itemsize > 2:
-        return configs.lookup(table, "wide")
-    return configs.lookup(table, "short" if tokens <= table["short"].tile["TOKENS"] else name)
 
 
 def two_parts(keys: int) -> tuple[int, int]:

@@ -84,19 +84,26 @@ ATTENTION_BWD: Mapping[str, Launch] = {
 
 # Of the backward, which sizes one program a head takes: up to KEYS keys and one, heads up to DIM, with MASKS causal and
 # padded ones too; COLS queries a step, RAGGED_COLS where there are fewer keys. What no row takes, ATTENTION_BWD splits,
-# DQ_ROWS queries a program where that is not ROWS; "large": heads above 64. "default" is the interpreter alone here.
+# DQ_ROWS queries a program where that is not ROWS; "large": heads above 64.
 ATTENTION_BWD_WHOLE: Mapping[str, tuple[Launch, ...]] = {
     "sm_90": (
         Launch({"KEYS": 64, "DIM": 64, "MASKS": 1, "COLS": 64, "RAGGED_COLS": 64}, num_warps=4),
         Launch({"KEYS": 128, "DIM": 64, "MASKS": 1, "COLS": 64, "RAGGED_COLS": 64}, num_warps=8),
         Launch({"KEYS": 256, "DIM": 64, "MASKS": 0, "COLS": 64, "RAGGED_COLS": 32}, num_warps=8),
     ),
-    "default": (
+    "interpreter": (
         Launch({"KEYS": 16, "DIM": 128, "MASKS": 1, "COLS": 32, "RAGGED_COLS": 32}, num_warps=4),
         Launch({"KEYS": 64, "DIM": 64, "MASKS": 1, "COLS": 64, "RAGGED_COLS": 64}, num_warps=4),
         Launch({"KEYS": 128, "DIM": 64, "MASKS": 1, "COLS": 64, "RAGGED_COLS": 32}, num_warps=8),
         Launch({"KEYS": 256, "DIM": 64, "MASKS": 0, "COLS": 64, "RAGGED_COLS": 32}, num_warps=8),
     ),
+}
+
+# Of the backward, which sizes without masks take one program a head with a pass for each tile of KEYS keys: LEAST to
+# MOST keys (32 MB of dQ's sums on an H100, whose L2 has 50), up to MOST queries, heads up to DIM. COLS as above.
+ATTENTION_BWD_PASSES: Mapping[str, Launch] = {
+    "sm_90": Launch({"KEYS": 128, "DIM": 64, "LEAST": 320, "MOST": 1024, "COLS": 64}, num_warps=8),
+    "interpreter": Launch({"KEYS": 128, "DIM": 128, "LEAST": 320, "MOST": 1024, "COLS": 64}, num_warps=8),
 }
 
 # info_nce: tiles of logits, GROUP rows of tiles swept together. "wide": float32. "labels": where pairs are left out;

@@ -82,7 +82,7 @@ def pretend(arch: str) -> None:
 
 
 def ones(dtype: torch.dtype):
-    """Every count at 1: name -> an op and its inputs."""
+    """Every count at 1, but for the heads and tokens that one kernel asks for: name -> an op and its inputs."""
 
     def new(*shape):
         return torch.randn(shape).to(dtype).requires_grad_()
@@ -93,6 +93,10 @@ def ones(dtype: torch.dtype):
     scale = torch.tensor(14.3, requires_grad=True)
     return {
         "attention": (lambda *x: ops.attention(*x, impl="triton"), [new(1, 1, 1, 64) for _ in range(3)]),
+        "attention, as many heads as multiprocessors": (
+            lambda *x: ops.attention(*x, impl="triton"),
+            [new(1, 330, primitives.MULTIPROCESSORS["sm_90"], 64) for _ in range(3)],
+        ),
         "temporal": (lambda *x: ops.temporal_attention(*x, impl="triton"), [new(1, 1, 1, 1, 64) for _ in range(3)]),
         "layer_norm": (lambda *x: ops.layer_norm(*x, impl="triton"), [new(1, 64), new(64), new(64)]),
         "mlp": (
