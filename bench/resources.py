@@ -115,6 +115,12 @@ def kernel_names() -> list[str]:
     return sorted(path.stem for path in KERNELS.glob("*.py") if "def aot_cases(" in path.read_text(encoding="utf-8"))
 
 
+def op_of(kernel: str) -> str:
+    """The op that a kernel file serves: attention, of attention.py, attention_bwd.py and attention_whole_bwd.py."""
+    ops = (path.stem for path in (KERNELS.parent / "lbfast" / "ops").glob("[a-z]*.py"))
+    return next((op for op in ops if re.fullmatch(rf"{op}(_\w+)?_bwd", kernel)), kernel)
+
+
 def cases(kernel: str, arch: str) -> list[Any]:
     return importlib.import_module(f"lbfast.kernels.{kernel}").aot_cases(arch)
 

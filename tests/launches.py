@@ -112,6 +112,13 @@ def ones(dtype: torch.dtype):
     }
 
 
+def unkept(dtype: torch.dtype):
+    """InfoNCE with more logits than it may keep."""
+    rows = [torch.randn(1024, 64).to(dtype).requires_grad_() for _ in range(2)]
+    scale = torch.tensor(14.3, requires_grad=True)
+    return {"info_nce, unkept": (lambda *x: ops.info_nce(*x, workspace_mib=1, impl="triton"), [*rows, scale])}
+
+
 def inference(dtype: torch.dtype, float8: bool) -> None:
     """What no gradient is taken of: the activation in place, norms that keep no sum, float8 where there is."""
     x, weight = torch.randn(2, 3, 5, 64).to(dtype), torch.randn(64).to(dtype)
@@ -129,7 +136,7 @@ def inference(dtype: torch.dtype, float8: bool) -> None:
 def main(arch: str = "sm_90") -> None:
     pretend(arch)
     for dtype in (torch.bfloat16, torch.float32) if arch == "sm_90" else (torch.bfloat16,):
-        more = ones(dtype) if arch == "sm_90" else {}
+        more = {**(ones(dtype) if arch == "sm_90" else {}), **unkept(dtype)}
         inference(dtype, arch in primitives.FLOAT8_ARCHS)
         for op, inputs in (*memcheck.cases("cpu", dtype).values(), *more.values()):
             out = op(*inputs)

@@ -162,11 +162,11 @@ def test_slow_candidates_get_two_rounds():
 @pytest.mark.any_device
 def test_small_cases_of_every_kernel(monkeypatch, capsys):
     pytest.importorskip("triton")
-    from bench import memcheck
+    from bench import memcheck, resources
 
     assert memcheck.main([]) == 0
     files = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"primitives", "configs"}
-    kernels = {name.removesuffix("_bwd").removesuffix("_whole") for name in files}
+    kernels = {resources.op_of(name) for name in files}
     named = {re.split(r"[ ,]", line)[0] for line in capsys.readouterr().out.splitlines()}
     assert kernels <= named
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bench import resources
+
 ROOT = Path(__file__).resolve().parent.parent
 MEMBERS = ("lbfast/ops/{}.py", "lbfast/reference/{}.py", "kernels/{}.py", "tests/test_{}.py", "bench/bench_{}.py")
 SHARED_KERNELS = ("lbfast.kernels.primitives", "lbfast.kernels.configs")
@@ -104,8 +106,9 @@ def breach(module, name, in_function):
     if not is_module(name) and "._" in name:
         name = name[: name.rindex("._")]  # a name of its own room's module
     if within(module, "lbfast.kernels"):
-        files = [each.removesuffix("_bwd").removesuffix("_whole") for each in (name, module)]
-        mine = files[0] == files[1]  # a long file's other parts
+        mine = resources.op_of(name.split(".")[-1]) == resources.op_of(
+            module.split(".")[-1]
+        )  # a long file's other parts
         return "" if mine or name in SHARED_KERNELS or name == "lbfast.kernels" else "a kernel stands alone"
     if within(module, "lbfast.reference"):
         return "" if within(name, "lbfast.reference") else "the reference stands apart"
@@ -179,7 +182,7 @@ def test_what_the_picture_allows(module, name):
 
 def test_every_op_has_its_five_files():
     ops = {path.stem for path in (ROOT / "lbfast" / "ops").glob("[a-z]*.py")}
-    kernels = {path.stem.removesuffix("_bwd").removesuffix("_whole") for path in (ROOT / "kernels").glob("*.py")}
+    kernels = {resources.op_of(path.stem) for path in (ROOT / "kernels").glob("*.py")}
     ops |= kernels - {name.split(".")[-1] for name in SHARED_KERNELS}
     missing = [member.format(op) for op in sorted(ops) for member in MEMBERS if not (ROOT / member.format(op)).exists()]
     assert not missing, missing

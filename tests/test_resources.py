@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from bench.resources import op_of
 from lbfast.kernels import configs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,8 +41,8 @@ def test_every_kernel_fits():
     assert not bad, "\n".join(bad)
     assert code == 0
     files = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"primitives", "configs"}
-    kernels = {name.removesuffix("_bwd").removesuffix("_whole") for name in files}
-    compiled = {(r["kernel"].removesuffix("_bwd"), r["arch"]) for r in rows}
+    kernels = {op_of(name) for name in files}
+    compiled = {(op_of(r["kernel"]), r["arch"]) for r in rows}
     assert compiled == {(kernel, arch) for kernel in kernels for arch in ARCHS}
     cores = {r["arch"]: r["tensor_cores"] for r in rows if r["kernel"] == "info_nce" and r["tensor_cores"]}
     assert cores == {
@@ -50,7 +51,7 @@ def test_every_kernel_fits():
         "sm_100": "tcgen05",
         "gfx942": "mfma",
     }
-    assert all(r["floor_us"] > 0 and r["registers"] > 0 for r in rows)
+    assert all(r["registers"] > 0 and (r["floor_us"] > 0 or "no tile" in r["case"]) for r in rows)
     check_counts([r for r in rows if r["arch"] == "sm_90"])
 
 
