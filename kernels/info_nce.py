@@ -354,8 +354,8 @@ def row_of(name: str, wide: bool, kind: str = "") -> configs.Launch:
 
 def launch_of(x: torch.Tensor, kind: str = "") -> configs.Launch:
     name = arch(x.device)
-    if name == "default" and not x.is_cuda:
-        return configs.INFO_NCE["interpreter"]
+    if name == "interpreter":
+        return configs.INFO_NCE[name]
     return row_of(name, x.dtype == torch.float32, kind)
 
 

@@ -106,9 +106,8 @@ def breach(module, name, in_function):
     if not is_module(name) and "._" in name:
         name = name[: name.rindex("._")]  # a name of its own room's module
     if within(module, "lbfast.kernels"):
-        mine = resources.op_of(name.split(".")[-1]) == resources.op_of(
-            module.split(".")[-1]
-        )  # a long file's other parts
+        op, other = (resources.op_of(each.removeprefix("lbfast.kernels.")) for each in (module, name))
+        mine = op == other  # a long file's other parts
         return "" if mine or name in SHARED_KERNELS or name == "lbfast.kernels" else "a kernel stands alone"
     if within(module, "lbfast.reference"):
         return "" if within(name, "lbfast.reference") else "the reference stands apart"
