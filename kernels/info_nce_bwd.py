@@ -1,6 +1,6 @@
 """InfoNCE, backward, from the statistics of rows and columns.
 
-    p_row = exp(z - shift_row) / sum_row, p_col alike;  dS = p_row + p_col - 2 delta;  dx += dS @ y, dy += dS.T @ x
+    p_row = exp(z - shift_row) / sum_row, p_col alike;  dS = p_row + p_col - target delta;  dx += dS @ y, dy += dS.T @ x
 
 For some rows and columns at a time the tile is computed again, delta is subtracted before dS is rounded to the inputs'
 type, and the two products are the library's, accumulated in float32 in place. No atomics: the same bits every time.
@@ -58,11 +58,12 @@ def _weights_kernel(
     columns,
     diag,
     headroom,
+    target,
     BLOCK: tl.constexpr,
 ):
     """Of statistics (2, n): weights (n,) headroom * 2^shift / exp(lse); near (blocks,): 1 where they can be used.
 
-    exact (n,), of rows alone: headroom * dS of the positives, p - 1 from the logit and each side's own shift.
+    exact (n,), of rows alone: headroom * dS of the positives, from the logit and each side's own shift.
     """
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = o < n
@@ -79,8 +80,8 @@ def _weights_kernel(
         positive = tl.load(positives_ptr + o, mask=here, other=0.0)
         col_shift = tl.load(cols_ptr + column, mask=here, other=0.0)
         col_total = tl.load(cols_ptr + columns + column, mask=here, other=1.0)
-        rows = tl.exp2((positive - shift) * LOG2_E) / total - 1
-        cols = tl.exp2((positive - col_shift) * LOG2_E) / col_total - 1
+        rows = tl.exp2((positive - shift) * LOG2_E) / total - target / 2
+        cols = tl.exp2((positive - col_shift) * LOG2_E) / col_total - target / 2
         tl.store(exact_ptr + o, (rows + cols) * headroom, mask=here)
 
 
@@ -283,7 +284,7 @@ def _info_nce_bwd_left_kernel(
                     _store(p, exact_ptr, ds_ptr, stride_ds, m, n, diag, first_m, first_n)
 
 
-def _weights(stats, scale, positives, cols, diag, block, headroom, exact):
+def _weights(stats, scale, positives, cols, diag, block, headroom, target, exact):
     """weights (n,) and near (blocks,) of stats (2, n); fills exact (n,), where given."""
     n = stats.shape[1]
     blocks = triton.cdiv(n, block)
@@ -301,6 +302,7 @@ def _weights(stats, scale, positives, cols, diag, block, headroom, exact):
         cols.shape[1],
         diag,
         headroom,
+        target,
         BLOCK=block,
         num_warps=4,
     )
@@ -322,7 +324,9 @@ def _chunk(m: int, n: int, d: int, size: int, workspace: int, launch: configs.La
     return rows, max(1, numbers // rows // block_n) * block_n
 
 
-def info_nce_bwd(x, y, scale, rows, cols, positives, kept, poor, diag, row_labels, col_labels, workspace, dx, dy):
+def info_nce_bwd(
+    x, y, scale, rows, cols, positives, kept, poor, diag, row_labels, col_labels, workspace, target, dx, dy
+):
     """Adds dS @ y to dx (m, D) and dS.T @ x to dy (n, D), float32 or None."""
     x, y = rows_contiguous(x), rows_contiguous(y)
     m, n = x.shape[0], y.shape[0]
@@ -340,8 +344,8 @@ def info_nce_bwd(x, y, scale, rows, cols, positives, kept, poor, diag, row_label
     left = {k: v for k, v in options(again(launch), x).items() if k != "GROUP"}
     with on_device(x):
         first = NO_DIAGONAL if diag is None else diag
-        row_weights, row_near = _weights(rows, scale, positives, cols, first, block_m, headroom, exact)
-        col_weights, col_near = _weights(cols, scale, None, cols, 0, block_n, headroom, None)
+        row_weights, row_near = _weights(rows, scale, positives, cols, first, block_m, headroom, target, exact)
+        col_weights, col_near = _weights(cols, scale, None, cols, 0, block_n, headroom, target, None)
         for a in range(0, m, step_m):
             for c in range(0, n, step_n):
                 part_m, part_n = slice(a, min(a + step_m, m)), slice(c, min(c + step_n, n))
@@ -480,7 +484,7 @@ def aot_cases(arch: str) -> list[AotCase]:
             )
         )
     pointers = dict.fromkeys(("stats_ptr", "positives_ptr", "cols_ptr", "weights_ptr", "exact_ptr"), "*fp32:16")
-    numbers = {"scale_ptr": "*fp32", "near_ptr": "*i8:16", "diag": "i32", "headroom": "fp32"}
+    numbers = {"scale_ptr": "*fp32", "near_ptr": "*i8:16", "diag": "i32", "headroom": "fp32", "target": "fp32"}
     numbers |= dict.fromkeys(("stride_stats", "n", "columns"), "i32:16")
     block = launch.tile["BLOCK_M"]
     cases.append(

@@ -89,6 +89,7 @@ struct Block {
   int64_t diag;  // column of row 0's positive; negative: no positives here
   const int32_t* row_labels;
   const int32_t* col_labels;
+  double target = 2;  // what dS has less of positives, both sides together
 };
 
 // Reduces a vector over its lanes.
@@ -254,7 +255,7 @@ void stats_kernel(const T* x, const T* y, int64_t m, int64_t n, int64_t d, const
   }
 }
 
-// A tile of logits -> dS = p_row + p_col - 2 delta, in place.
+// A tile of logits -> dS = p_row + p_col - target delta, in place.
 void tile_grads(float* z, int64_t rows, int64_t cols, int64_t row0, int64_t col0, const Block& block,
                   const float* row_shift, const float* row_sum, const float* col_shift, const float* col_sum) {
   constexpr int64_t kVecs = kCols / kLanes;
@@ -295,9 +296,9 @@ void tile_grads(float* z, int64_t rows, int64_t cols, int64_t row0, int64_t col0
       const Vec p = near ? e * (factor + factors[v]) : e * factor + (value - shifts[v]).exp() * factors[v];
       p.store(row + v * kLanes);
     }
-    if (here) {  // p - 1 cancels: in double, from each side's own shift
+    if (here) {  // p - target cancels: in double, from each side's own shift
       const double exact = std::exp(static_cast<double>(logit) - row_shift[i]) / row_sum[i] +
-          std::exp(static_cast<double>(logit) - col_shift[positive]) / col_sum[positive] - 2;
+          std::exp(static_cast<double>(logit) - col_shift[positive]) / col_sum[positive] - block.target;
       row[positive] = static_cast<float>(exact);
     }
   }
@@ -452,10 +453,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_stats(const at::Tensor& 
 void info_nce_grads(const at::Tensor& x, const at::Tensor& y, double scale, const at::Tensor& rows,
                       const at::Tensor& cols, int64_t diag, const std::optional<at::Tensor>& row_labels,
                       const std::optional<at::Tensor>& col_labels, const std::optional<at::Tensor>& logits,
-                      int64_t workspace, const std::optional<at::Tensor>& dx, const std::optional<at::Tensor>& dy) {
+                      int64_t workspace, double target, const std::optional<at::Tensor>& dx,
+                      const std::optional<at::Tensor>& dy) {
   check_operands(x, y);
   const int64_t m = x.size(0), n = y.size(0), d = x.size(1);
-  const Block block{static_cast<float>(scale), diag, labels_of(row_labels, m), labels_of(col_labels, n)};
+  const Block block{static_cast<float>(scale), diag, labels_of(row_labels, m), labels_of(col_labels, n), target};
   TORCH_CHECK(rows.is_contiguous() && cols.is_contiguous() && rows.numel() == 2 * m && cols.numel() == 2 * n);
   if (m > 0 && n > 0) {
     with_operand_type(x, [&](auto* type) {
@@ -477,7 +479,7 @@ TORCH_LIBRARY_FRAGMENT(lbfast, m) {
       " Tensor(a!)? logits) -> (Tensor, Tensor, Tensor)");
   m.def(
       "info_nce_grads(Tensor x, Tensor y, float scale, Tensor rows, Tensor cols, int diag, Tensor? row_labels,"
-      " Tensor? col_labels, Tensor? logits, int workspace, Tensor(a!)? dx, Tensor(b!)? dy) -> ()");
+      " Tensor? col_labels, Tensor? logits, int workspace, float target, Tensor(a!)? dx, Tensor(b!)? dy) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(lbfast, CPU, m) {

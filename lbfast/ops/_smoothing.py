@@ -5,7 +5,8 @@ A row's smoothed target differs by eps (1/n_i - delta) on its positive and negat
     added = eps s/2B sum_i x_i . t_i,   t_i = 2 y_i - sum_{j in A_i} (1/n_i + 1/n_j) y_j
 
 and sums over A_i are sums over all rows less those over the row's group (which shares n) plus the row itself.
-The gradients of info_nce begin with eps t, before anything is rounded: at a large eps the two all but cancel.
+Of eps t, the gradients of info_nce have 2 eps y_i in what a positive's logit has less (`target`), before dS is rounded:
+at a large eps it all but cancels; they begin with the rest, -eps (2 y - t).
 """
 
 from __future__ import annotations
@@ -20,9 +21,14 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def smoothing_start(y: torch.Tensor, mean: torch.Tensor, smoothing: float) -> torch.Tensor:
+def smoothing_partners(y: torch.Tensor, mean: torch.Tensor, smoothing: float) -> torch.Tensor:
     """eps t (b, D) for the local rows y (b, D)."""
     return torch.sub(y.to(mean.dtype), mean, alpha=0.5).mul_(2 * smoothing)
+
+
+def smoothing_start(y: torch.Tensor, mean: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """-eps (2 y - t) (b, D) for the local rows y (b, D)."""
+    return torch.mul(mean.expand(y.shape), -smoothing).contiguous()
 
 
 def smoothing_means(y: torch.Tensor, shards: distributed.Shards, labels: torch.Tensor | None) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from lbfast import dispatch, distributed
-from lbfast.ops._smoothing import accumulation as _accumulation, smoothing_means, smoothing_start
+from lbfast.ops._smoothing import accumulation as _accumulation, smoothing_means, smoothing_partners, smoothing_start
 
 _ROUNDING_HEADROOM = 4096.0  # fp16 rounds dS scaled up by this, so that probabilities of 1/B stay normal numbers
 _ROWS_AT_ONCE = 4096
@@ -86,9 +86,9 @@ def info_nce(
             raise ValueError("info_nce: image_embeds: expected at least one row, got none")
         labels = None if ids is None else _labels(ids, shards)
     memory = _memory(image_embeds, shards.total, workspace_mib)
-    return _InfoNCE.apply(
-        image_embeds, text_embeds, scale, _Plan(_implementation(name), shards, gather, labels, *memory, label_smoothing)
-    )
+    smoothing = label_smoothing if shards.total > 1 else 0.0  # a row by itself has nothing to spread it over
+    plan = _Plan(_implementation(name), shards, gather, labels, *memory, smoothing)
+    return _InfoNCE.apply(image_embeds, text_embeds, scale, plan)
 
 
 def _check(
@@ -156,6 +156,8 @@ class Block:
     """Scratch memory, bytes."""
     room: int
     """Bytes that may be kept for the backward."""
+    target: float
+    """What dS has less of positives: 2, of both sides; of smoothed targets their share of it."""
 
     def rows(self, part: slice) -> Block:
         """The same for some of the rows."""
@@ -190,7 +192,7 @@ class Implementation(Protocol):
         dx: torch.Tensor | None,
         dy: torch.Tensor | None,
     ) -> None:
-        """With dS = p_row + p_col - 2 delta: adds dS @ y to dx (m, D) and dS.T @ x to dy (n, D), both acc."""
+        """With dS = p_row + p_col - target delta: adds dS @ y to dx (m, D) and dS.T @ x to dy (n, D), both acc."""
         ...
 
 
@@ -208,7 +210,7 @@ class _Plan:
 
     def block(self, owner: int | None) -> Block:
         """The local rows against the texts of rank `owner`; of every rank when None."""
-        shards, labels = self.shards, self.labels
+        shards, labels, target = self.shards, self.labels, 2 * (1 - self.smoothing)
         if owner is None:
             diag: int | None = shards.start(shards.rank)
             columns = slice(0, shards.total)
@@ -216,8 +218,8 @@ class _Plan:
             diag = 0 if owner == shards.rank else None
             columns = shards.span(owner)
         if labels is None:
-            return Block(diag, None, None, self.workspace, self.room)
-        return Block(diag, labels[shards.span(shards.rank)], labels[columns], self.workspace, self.room)
+            return Block(diag, None, None, self.workspace, self.room, target)
+        return Block(diag, labels[shards.span(shards.rank)], labels[columns], self.workspace, self.room, target)
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -242,7 +244,7 @@ class _InfoNCE(torch.autograd.Function):
             means: list[torch.Tensor] = []
             if plan.smoothing:
                 means = [smoothing_means(e, shards, plan.labels) for e in (text_embeds, image_embeds)]
-                total += _wide(s) * _dot(image_embeds, smoothing_start(text_embeds, means[0], plan.smoothing))
+                total += _wide(s) * _dot(image_embeds, smoothing_partners(text_embeds, means[0], plan.smoothing))
             loss = shards.sum(total) / (2 * shards.total)
         ctx.plan, ctx.means = plan, len(means)
         ctx.save_for_backward(image_embeds, y, scale, rows, cols, positives, *means, *(kept or ()))
@@ -406,7 +408,7 @@ class _Torch:
             p = torch.sub(z, rows[0, a:b, None]).exp_().div_(rows[1, a:b, None])
             p += z.sub_(cols[0]).exp_().div_(cols[1])
             if block.diag is not None:
-                p.diagonal(block.diag + a)[: b - a].sub_(2)
+                p.diagonal(block.diag + a)[: b - a].sub_(block.target)
             if dx is not None:
                 dx[a:b] += _product(p, y)
             if dy is not None:
@@ -469,7 +471,8 @@ class _Native:
         diag = -1 if block.diag is None else block.diag
         labels = (block.row_labels, block.col_labels)
         logits = kept[0] if kept else None
-        torch.ops.lbfast.info_nce_grads(x, y, float(scale), rows, cols, diag, *labels, logits, block.workspace, dx, dy)
+        numbers = (block.workspace, block.target)
+        torch.ops.lbfast.info_nce_grads(x, y, float(scale), rows, cols, diag, *labels, logits, *numbers, dx, dy)
 
     @staticmethod
     def _operand(x: torch.Tensor) -> torch.Tensor:
@@ -492,8 +495,9 @@ class _Triton:
         from lbfast.kernels import info_nce_bwd as kernel
 
         labels = (block.row_labels, block.col_labels)
+        numbers = (block.workspace, block.target)
         kernel.info_nce_bwd(
-            x, y, scale, rows, cols, positives, *(kept or (None, None)), block.diag, *labels, block.workspace, dx, dy
+            x, y, scale, rows, cols, positives, *(kept or (None, None)), block.diag, *labels, *numbers, dx, dy
         )
 
 
