@@ -16,7 +16,8 @@ from lbfast.testing import ROUNDING, randn, relative_error
 
 WORLDS = (1, 2, 3, 4)
 SIZES = ((6, 6, 6, 6), (5, 70, 1, 0), (0, 3, 2, 9))
-PATIENCE = datetime.timedelta(seconds=20)
+PATIENCE = datetime.timedelta(seconds=20)  # where a rank dies
+LONG = datetime.timedelta(seconds=300)  # where ranks wait for what others still check
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -79,9 +80,9 @@ def disagreement_raises(group, rank, world):
 
 
 def every_check(rank, folder):
-    start(rank, 4, folder)
+    start(rank, 4, folder, LONG)
     for world in WORLDS:
-        group = dist.new_group(list(range(world)), timeout=PATIENCE)
+        group = dist.new_group(list(range(world)), timeout=LONG)
         if rank >= world:
             continue
         for sizes in SIZES:
@@ -109,7 +110,7 @@ def every_check(rank, folder):
 
 def one_dies(rank, folder, gather, when):
     """Rank 1 ends without a word before its forward or its backward; the others must raise."""
-    start(rank, 3, folder)
+    start(rank, 3, folder, PATIENCE)
     x, y = randn(4, 8, seed=rank).requires_grad_(), randn(4, 8, seed=rank + 9).requires_grad_()
     if rank == 1 and when == "forward":
         os._exit(0)
@@ -125,9 +126,9 @@ def one_dies(rank, folder, gather, when):
     os._exit(0)
 
 
-def start(rank, world, folder):
+def start(rank, world, folder, patience):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world, timeout=PATIENCE)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world, timeout=patience)
 
 
 def test_equals_one_process(tmp_path):
