@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from triton._C.libtriton import ir
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
 
@@ -108,6 +109,28 @@ def _sum(original: Any) -> Any:
     return sum
 
 
+def _patched_once(original: Any) -> Any:
+    """Triton's interpreter looks through its language at every call of a device function, which a launch has done."""
+    inside = False
+
+    def patch_lang(function: Any) -> Any:
+        nonlocal inside
+        if inside:
+            return None  # of a call, whose scope nobody restores
+        scope = original(function)
+        restore, inside = scope.restore, True
+
+        def leave() -> None:
+            nonlocal inside
+            inside = False
+            restore()
+
+        scope.restore = leave
+        return scope
+
+    return patch_lang
+
+
 def _refuse(self: InterpreterBuilder, *_: Any) -> None:
     raise NotImplementedError("an atomic sum of bfloat16 in the interpreter")
 
@@ -122,6 +145,8 @@ def install() -> None:
         setattr(InterpreterBuilder, name, _cast(getattr(InterpreterBuilder, name)))
     InterpreterBuilder.create_dot = _dot(InterpreterBuilder.create_dot)
     ReduceOps.sum = _sum(ReduceOps.sum)
+    if hasattr(interpreter, "_LangPatchScope"):  # older ones restore nothing
+        interpreter._patch_lang = _patched_once(interpreter._patch_lang)
     atomic = InterpreterBuilder.create_atomic_rmw
 
     def create_atomic_rmw(self: InterpreterBuilder, kind: Any, pointer: Any, value: TensorHandle, *rest: Any) -> Any:
