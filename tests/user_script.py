@@ -1,4 +1,7 @@
-"""What a user writes, for `mypy --strict` (test_typing.py): names that are imported at first use have types."""
+"""What a user writes, checked by `make lint` as under `mypy --strict`: names that are imported at first use have types.
+
+A call that is wrong must be seen: an "ignore" that nothing needs is an error.
+"""
 
 from __future__ import annotations
 
@@ -25,3 +28,9 @@ plan = recipe("depth")
 step = LargeBatchStep(Towers(initial_model("lbfast-mini/image", plan)), micro_batch=4)
 summary = embed_files(["clips"], ["lbfast-mini/video"], "clips.parquet")
 done: int = summary.embedded["video"]
+
+
+def wrong() -> None:
+    embed_files(1, bogus=2)  # type: ignore[arg-type, call-arg]
+    retrieve("a", "b")  # type: ignore[arg-type]
+    lbfast.optimize_for_inference(1)  # type: ignore[type-var]
