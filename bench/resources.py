@@ -116,9 +116,9 @@ def kernel_names() -> list[str]:
 
 
 def op_of(kernel: str) -> str:
-    """The op that a kernel file serves: attention, of attention.py, attention_bwd.py and attention_whole_bwd.py."""
+    """The op that a kernel file serves: attention, of attention.py, attention_tiles.py and attention_bwd.py."""
     ops = (path.stem for path in (KERNELS.parent / "lbfast" / "ops").glob("[a-z]*.py"))
-    return next((op for op in ops if re.fullmatch(rf"{op}(_\w+)?_bwd", kernel)), kernel)
+    return next((op for op in ops if re.fullmatch(rf"{op}(_\w+)?", kernel)), kernel)
 
 
 def cases(kernel: str, arch: str) -> list[Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from lbfast.kernels.attention import first_kept, load_padded, mask_scores
+from lbfast.kernels.attention_tiles import first_kept, load_padded, mask_scores
 from lbfast.kernels.attention_whole_bwd import row_deltas, zeros
 from lbfast.kernels.primitives import dot_nn, dot_nt, load_rows, store_rows
 

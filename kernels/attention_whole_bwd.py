@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from lbfast.kernels.attention import first_kept, load_padded, mask_scores
+from lbfast.kernels.attention_tiles import first_kept, load_padded, mask_scores
 from lbfast.kernels.primitives import dot_nn, dot_nt, dot_tn, load_rows, store_rows
 
 WIDTH = tl.constexpr(8)  # columns of the class token's products; one is in use

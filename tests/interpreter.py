@@ -26,7 +26,7 @@ import torch
 import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceOps, TensorHandle
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
@@ -109,26 +109,27 @@ def _sum(original: Any) -> Any:
     return sum
 
 
-def _patched_once(original: Any) -> Any:
-    """Triton's interpreter looks through its language at every call of a device function, which a launch has done."""
-    inside = False
+def _patched_once(launch: Any) -> Any:
+    """Triton's interpreter patches its language at every call of a device function: here once a file and launch."""
+    patch = interpreter._patch_lang
 
-    def patch_lang(function: Any) -> Any:
-        nonlocal inside
-        if inside:
-            return None  # of a call, whose scope nobody restores
-        scope = original(function)
-        restore, inside = scope.restore, True
+    def launch_patched(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        scope = interpreter._LangPatchScope()  # the launch restores it
+        files = set()
 
-        def leave() -> None:
-            nonlocal inside
-            inside = False
-            restore()
+        def patch_lang(function: Any) -> Any:
+            if id(function.__globals__) not in files:
+                files.add(id(function.__globals__))
+                scope._changes += patch(function)._changes
+            return scope
 
-        scope.restore = leave
-        return scope
+        interpreter._patch_lang = patch_lang
+        try:
+            launch(self, *args, **kwargs)
+        finally:
+            interpreter._patch_lang = patch
 
-    return patch_lang
+    return launch_patched
 
 
 def _refuse(self: InterpreterBuilder, *_: Any) -> None:
@@ -146,7 +147,7 @@ def install() -> None:
     InterpreterBuilder.create_dot = _dot(InterpreterBuilder.create_dot)
     ReduceOps.sum = _sum(ReduceOps.sum)
     if hasattr(interpreter, "_LangPatchScope"):  # older ones restore nothing
-        interpreter._patch_lang = _patched_once(interpreter._patch_lang)
+        GridExecutor.__call__ = _patched_once(GridExecutor.__call__)
     atomic = InterpreterBuilder.create_atomic_rmw
 
     def create_atomic_rmw(self: InterpreterBuilder, kind: Any, pointer: Any, value: TensorHandle, *rest: Any) -> Any:
