@@ -1,0 +1,355 @@
+// Products of a few rows with frozen weights: C [32, 32] += A @ B^T on what the machine has, in one thread.
+//
+// Everything is laid out in steps of 64 bytes of K: 64 numbers of 8 bits, 32 of 16 or 16 of 32.
+//   A  tiles of 16 rows, [steps][16 rows][64 bytes]
+//   B  panels of 32 columns, [steps][2 halves][16 words][16 columns][4 bytes]: a word is the 4 bytes that one column
+//      has of K, so that a line of 64 bytes serves 16 columns, and 16 lines are a tile of AMX as they lie
+// 8-bit A is unsigned, B signed, and their sums are exact.
+#pragma once
+
+#include <ATen/cpu/Utils.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if (defined(__clang__) && __clang_major__ >= 15) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 12)
+#define LBFAST_KNOWS_AMX_AND_AVX_VNNI
+#endif
+
+namespace lbfast::panels {
+
+constexpr int64_t kRows = 16;                      // of a tile of A
+constexpr int64_t kColumns = 32;                   // of a panel of B
+constexpr int64_t kStep = 64;                      // bytes of K
+constexpr int64_t kTileStep = kRows * kStep;       // bytes of a tile's step
+constexpr int64_t kPanelStep = kColumns * kStep;   // bytes of a panel's step
+constexpr int64_t kBlock = 2 * kRows * kColumns;   // sums of a call
+
+constexpr int64_t padded(int64_t columns) { return (columns + kColumns - 1) / kColumns * kColumns; }
+
+template <typename T>
+constexpr int64_t kDepth = kStep / static_cast<int64_t>(sizeof(T));  // numbers of a step
+
+template <typename T>
+using Sum = std::conditional_t<std::is_same_v<T, uint8_t>, int32_t, float>;
+
+// One call's operands. `tiles` of A, 1 or 2, lie a_tile bytes apart; c is [tiles * 16][32]. At each step `lines` lines
+// from `next` on are asked for, and work(state) is called: AMX multiplies beside the vector units.
+struct Call {
+  const char* a;
+  int64_t a_tile;
+  int64_t tiles;
+  const char* b;
+  int64_t steps;
+  void* c;
+  bool add;
+  const char* next;
+  int64_t lines;
+  void (*work)(void*);
+  void* state;
+};
+
+using Multiply = void (*)(const Call&);
+
+struct Kernel {
+  const char* name;
+  Multiply multiply;
+  bool tiles;  // of AMX, to be readied and released by each thread
+};
+
+// Wherever a compiler is: the words of a line one after another.
+template <typename T>
+void multiply_plain(const Call& call) {
+  auto* c = static_cast<float*>(call.c);
+  for (int64_t i = 0; i < call.tiles * kRows; ++i) {
+    const char* row = call.a + i / kRows * call.a_tile + i % kRows * kStep;
+    float sums[kColumns] = {};
+    for (int64_t s = 0; s < call.steps; ++s) {
+      const auto* a = reinterpret_cast<const float*>(row + s * kTileStep);
+      const auto* b = reinterpret_cast<const float*>(call.b + s * kPanelStep);
+      for (int64_t half = 0; half < 2; ++half) {
+        for (int64_t w = 0; w < 16; ++w) {
+          for (int64_t j = 0; j < 16; ++j) {
+            sums[half * 16 + j] += a[w] * b[(half * 16 + w) * 16 + j];
+          }
+        }
+      }
+    }
+    for (int64_t j = 0; j < kColumns; ++j) {
+      c[i * kColumns + j] = sums[j] + (call.add ? c[i * kColumns + j] : 0.0f);
+    }
+  }
+}
+
+#if defined(__x86_64__) && defined(CPU_CAPABILITY_AVX512) && defined(LBFAST_KNOWS_AMX_AND_AVX_VNNI)
+
+#define LBFAST_AMX __attribute__((target("amx-tile,amx-int8,amx-bf16")))
+
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+  TileShapes() {
+    std::fill(bytes, bytes + 8, uint16_t{64});
+    std::fill(rows, rows + 8, uint8_t{16});
+  }
+};
+
+LBFAST_AMX inline void ready_tiles() {
+  static const TileShapes shapes;
+  _tile_loadconfig(&shapes);
+}
+
+LBFAST_AMX inline void release_tiles() { _tile_release(); }
+
+#define LBFAST_DOT(c, a, b)              \
+  if constexpr (std::is_same_v<T, uint8_t>) { \
+    _tile_dpbusd(c, a, b);               \
+  } else {                               \
+    _tile_dpbf16ps(c, a, b);             \
+  }
+
+// Loads stand between the products: in front of them they would wait for each other.
+template <typename T>
+LBFAST_AMX void multiply_amx(const Call& call) {
+  constexpr int64_t kLd = kColumns * 4;
+  auto* c = static_cast<char*>(call.c);
+  const char *a = call.a, *below = call.a + call.a_tile, *b = call.b, *next = call.next;
+  const bool two = call.tiles == 2;
+  if (call.add) {
+    _tile_loadd(0, c, kLd);
+    _tile_loadd(1, c + 64, kLd);
+    if (two) {
+      _tile_loadd(2, c + 16 * kLd, kLd);
+      _tile_loadd(3, c + 16 * kLd + 64, kLd);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t s = 0; s < call.steps; ++s) {
+    _tile_loadd(6, b, 64);
+    _tile_loadd(4, a, 64);
+    LBFAST_DOT(0, 4, 6)
+    _tile_loadd(7, b + 1024, 64);
+    LBFAST_DOT(1, 4, 7)
+    if (two) {
+      _tile_loadd(5, below, 64);
+      LBFAST_DOT(2, 5, 6)
+      LBFAST_DOT(3, 5, 7)
+    }
+    for (int64_t i = 0; i < call.lines; ++i, next += 64) {
+      _mm_prefetch(next, _MM_HINT_T1);
+    }
+    call.work(call.state);
+    a += kTileStep;
+    below += kTileStep;
+    b += kPanelStep;
+  }
+  _tile_stored(0, c, kLd);
+  _tile_stored(1, c + 64, kLd);
+  if (two) {
+    _tile_stored(2, c + 16 * kLd, kLd);
+    _tile_stored(3, c + 16 * kLd + 64, kLd);
+  }
+}
+
+#undef LBFAST_DOT
+
+#endif
+
+#if defined(__x86_64__) && defined(CPU_CAPABILITY_AVX512)
+
+// One line of B with one word of A, which all columns share.
+#define LBFAST_AVX512 __attribute__((target("avx512vnni,avx512bf16"), always_inline)) inline
+LBFAST_AVX512 __m512i dot(__m512i sum, int32_t a, __m512i b, uint8_t) {
+  return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(a), b);
+}
+LBFAST_AVX512 __m512i dot(__m512i sum, int32_t a, __m512i b, at::BFloat16) {
+  return reinterpret_cast<__m512i>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+                                                    reinterpret_cast<__m512bh>(_mm512_set1_epi32(a)),
+                                                    reinterpret_cast<__m512bh>(b)));
+}
+LBFAST_AVX512 __m512i dot(__m512i sum, int32_t a, __m512i b, float) {
+  return reinterpret_cast<__m512i>(_mm512_fmadd_ps(reinterpret_cast<__m512>(_mm512_set1_epi32(a)),
+                                                   reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(sum)));
+}
+LBFAST_AVX512 __m512i plus(__m512i a, __m512i b, int32_t) { return _mm512_add_epi32(a, b); }
+LBFAST_AVX512 __m512i plus(__m512i a, __m512i b, float) {
+  return reinterpret_cast<__m512i>(_mm512_add_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+}
+
+template <typename T>
+__attribute__((target("avx512vnni,avx512bf16"))) void multiply_avx512(const Call& call) {
+  constexpr int64_t kHigh = 8;  // rows at a time: 16 sums, 2 lines of B and a word of A
+  const char* next = call.next;
+  for (int64_t i = 0; i < call.tiles * kRows; i += kHigh) {
+    const char* a = call.a + i / kRows * call.a_tile + i % kRows * kStep;
+    const char* b = call.b;
+    __m512i low[kHigh], high[kHigh];
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kHigh; ++r) {
+      low[r] = high[r] = _mm512_setzero_si512();
+    }
+    for (int64_t s = 0; s < call.steps; ++s) {
+#pragma GCC unroll 2
+      for (int64_t w = 0; w < 16; ++w) {
+        const __m512i first = _mm512_loadu_si512(b + w * 64), second = _mm512_loadu_si512(b + (16 + w) * 64);
+#pragma GCC unroll 8
+        for (int64_t r = 0; r < kHigh; ++r) {
+          const int32_t word = *reinterpret_cast<const int32_t*>(a + r * kStep + w * 4);
+          low[r] = dot(low[r], word, first, T{});
+          high[r] = dot(high[r], word, second, T{});
+        }
+      }
+      a += kTileStep;
+      b += kPanelStep;
+      if (i == 0) {
+        for (int64_t k = 0; k < call.lines; ++k, next += 64) {
+          _mm_prefetch(next, _MM_HINT_T1);
+        }
+      }
+    }
+    auto* c = static_cast<Sum<T>*>(call.c) + i * kColumns;
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kHigh; ++r, c += kColumns) {
+      if (call.add) {
+        low[r] = plus(low[r], _mm512_loadu_si512(c), Sum<T>{});
+        high[r] = plus(high[r], _mm512_loadu_si512(c + 16), Sum<T>{});
+      }
+      _mm512_storeu_si512(c, low[r]);
+      _mm512_storeu_si512(c + 16, high[r]);
+    }
+  }
+}
+
+#endif
+
+#if defined(__x86_64__) && (defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512))
+
+#if defined(LBFAST_KNOWS_AMX_AND_AVX_VNNI)
+#define LBFAST_AVX2_TARGET target("avxvnni")
+#else
+#define LBFAST_AVX2_TARGET target("fma")
+#endif
+#define LBFAST_AVX2 __attribute__((LBFAST_AVX2_TARGET, always_inline)) inline
+#if defined(LBFAST_KNOWS_AMX_AND_AVX_VNNI)
+LBFAST_AVX2 __m256i dot(__m256i sum, int32_t a, __m256i b, uint8_t) {
+  return _mm256_dpbusd_avx_epi32(sum, _mm256_set1_epi32(a), b);
+}
+#endif
+LBFAST_AVX2 __m256i dot(__m256i sum, int32_t a, __m256i b, float) {
+  return reinterpret_cast<__m256i>(_mm256_fmadd_ps(reinterpret_cast<__m256>(_mm256_set1_epi32(a)),
+                                                   reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(sum)));
+}
+LBFAST_AVX2 __m256i plus(__m256i a, __m256i b, int32_t) { return _mm256_add_epi32(a, b); }
+LBFAST_AVX2 __m256i plus(__m256i a, __m256i b, float) {
+  return reinterpret_cast<__m256i>(_mm256_add_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+}
+
+template <typename T>
+__attribute__((LBFAST_AVX2_TARGET)) void multiply_avx2(const Call& call) {
+  constexpr int64_t kHigh = 4;  // rows at a time, against 16 columns: 8 sums
+  for (int64_t half = 0; half < 2; ++half) {
+    for (int64_t i = 0; i < call.tiles * kRows; i += kHigh) {
+      const char* a = call.a + i / kRows * call.a_tile + i % kRows * kStep;
+      const char* b = call.b + half * 1024;
+      __m256i low[kHigh], high[kHigh];
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < kHigh; ++r) {
+        low[r] = high[r] = _mm256_setzero_si256();
+      }
+      for (int64_t s = 0; s < call.steps; ++s) {
+#pragma GCC unroll 2
+        for (int64_t w = 0; w < 16; ++w) {
+          const auto* line = reinterpret_cast<const __m256i*>(b + w * 64);
+          const __m256i first = _mm256_loadu_si256(line), second = _mm256_loadu_si256(line + 1);
+#pragma GCC unroll 4
+          for (int64_t r = 0; r < kHigh; ++r) {
+            const int32_t word = *reinterpret_cast<const int32_t*>(a + r * kStep + w * 4);
+            low[r] = dot(low[r], word, first, T{});
+            high[r] = dot(high[r], word, second, T{});
+          }
+        }
+        a += kTileStep;
+        b += kPanelStep;
+      }
+      auto* c = static_cast<Sum<T>*>(call.c) + i * kColumns + half * 16;
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < kHigh; ++r, c += kColumns) {
+        auto *to = reinterpret_cast<__m256i*>(c), *beside = to + 1;
+        if (call.add) {
+          low[r] = plus(low[r], _mm256_loadu_si256(to), Sum<T>{});
+          high[r] = plus(high[r], _mm256_loadu_si256(beside), Sum<T>{});
+        }
+        _mm256_storeu_si256(to, low[r]);
+        _mm256_storeu_si256(beside, high[r]);
+      }
+    }
+  }
+}
+
+#endif
+
+// The kernels for A of T that run here, best first. ONEDNN_MAX_CPU_ISA, which limits PyTorch's products, limits these.
+template <typename T>
+std::vector<Kernel> kernels() {
+  std::vector<Kernel> found;
+#if defined(__x86_64__)
+  const char* variable = std::getenv("ONEDNN_MAX_CPU_ISA");
+  const std::string limit = variable == nullptr ? "DEFAULT" : variable;
+  const auto within = [&](std::initializer_list<const char*> names) {
+    return limit.empty() || limit == "DEFAULT" || std::find(names.begin(), names.end(), limit) != names.end();
+  };
+  __builtin_cpu_init();
+#if defined(CPU_CAPABILITY_AVX512)
+#if defined(LBFAST_KNOWS_AMX_AND_AVX_VNNI)
+  if constexpr (!std::is_same_v<T, float>) {
+    if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+        __builtin_cpu_supports("amx-bf16") && at::cpu::init_amx() &&
+        within({"AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16", "AVX10_1_512_AMX", "AVX10_1_512_AMX_FP16"})) {
+      found.push_back({"amx", multiply_amx<T>, true});
+    }
+  }
+#endif
+  const bool avx512 = within({"AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16", "AVX10_1_512_AMX", "AVX10_1_512_AMX_FP16",
+                              "AVX512_CORE_FP16", "AVX10_1_512", "AVX512_CORE_BF16"});
+  const bool vnni = avx512 || within({"AVX512_CORE_VNNI"});
+  const bool able = std::is_same_v<T, float>     ? vnni || within({"AVX512_CORE"})
+                    : std::is_same_v<T, uint8_t> ? vnni && __builtin_cpu_supports("avx512vnni")
+                                                 : avx512 && __builtin_cpu_supports("avx512bf16");
+  if (able) {
+    found.push_back({"avx512", multiply_avx512<T>, false});
+  }
+#endif
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) {
+    found.push_back({"avx2", multiply_avx2<T>, false});
+  }
+#if defined(LBFAST_KNOWS_AMX_AND_AVX_VNNI)
+  if constexpr (std::is_same_v<T, uint8_t>) {
+    if (__builtin_cpu_supports("avxvnni") && limit != "SSE41" && limit != "AVX" && limit != "AVX2" &&
+        limit != "AVX512_CORE") {
+      found.push_back({"avx2", multiply_avx2<T>, false});
+    }
+  }
+#endif
+#endif
+#endif
+  if constexpr (std::is_same_v<T, float>) {
+    found.push_back({"plain", multiply_plain<T>, false});
+  }
+  return found;
+}
+
+}  // namespace lbfast::panels

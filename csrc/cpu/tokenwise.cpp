@@ -1,0 +1,678 @@
+// What an encoder does to each token by itself, from one attention to the next, in one pass over the tokens:
+//
+//   total += attended @ out.T + b
+//   total += act(norm(total) @ fc1.T + b1) @ fc2.T + b2
+//   total += constant of the token's frame
+//   result = norm(total) @ reader.T + b
+//
+// each part where it is given. A thread takes a piece of tokens through all of it, so that what lies between stays in
+// its second-level cache, and takes the next piece when it is done: a core that others use takes fewer. The MLP runs in
+// chunks of its width. Sums over K are in float32, or exact in int32; total is float32; the order of additions depends
+// on the shapes alone, and a token's values on no other token.
+//
+// 8-bit products: an output's weights have a scale, w = scale_w q, and a token (in the MLP each chunk of it) a scale and
+// an offset, found from its values: x = scale_x u - offset_x, u in 0..255. So
+//   x @ w.T = scale_x scale_w (u @ q.T) - offset_x shift,   shift = scale_w sum(q).
+// The schemas and the layout of the weights are in lbfast/tokenwise.py.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "panels.h"
+
+namespace lbfast {
+namespace {
+
+using panels::kBlock;
+using panels::kColumns;
+using panels::kDepth;
+using panels::kPanelStep;
+using panels::kRows;
+using panels::kStep;
+using panels::kTileStep;
+using panels::Sum;
+using Vec = at::vec::Vectorized<float>;
+
+constexpr int64_t kLanes = Vec::size();
+constexpr int64_t kMost = 256;       // tokens of a piece
+constexpr int64_t kChunk = 1024;     // of the MLP's width
+constexpr int64_t kPart = 8;         // steps of K at a time: both operands' parts stay in the first-level cache
+static_assert(kColumns % kLanes == 0);
+
+enum class Activation { kNone, kGelu, kQuickGelu };
+
+inline Vec load(const float* from) { return Vec::loadu(from); }
+inline Vec load(const int32_t* from) {
+  return at::vec::convert<float>(at::vec::Vectorized<int32_t>::loadu(from));
+}
+inline Vec load(const at::BFloat16* from) {
+  Vec out;
+  at::vec::load_fp32_from_bf16(from, out);
+  return out;
+}
+
+inline void store(const Vec& x, float* to) { x.store(to); }
+inline void store(const Vec& x, at::BFloat16* to) {
+  at::vec::convert_from_float<at::BFloat16>(x, x).store(to, static_cast<int>(kLanes));
+}
+// 0..255, to nearest
+inline void store(const Vec& x, uint8_t* to) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512i whole = _mm512_max_epi32(_mm512_cvtps_epi32(x), _mm512_setzero_si512());
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtusepi32_epi8(whole));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256i whole = _mm256_cvtps_epi32(x);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+#else
+  alignas(64) float values[kLanes];
+  at::vec::clamp(x.round(), Vec(0.0f), Vec(255.0f)).store(values);
+  for (int64_t i = 0; i < kLanes; ++i) {
+    to[i] = static_cast<uint8_t>(values[i]);
+  }
+#endif
+}
+
+// What the next panel's endings need, a row further down than the machine would guess.
+inline void soon(const void* address) {
+#if defined(__x86_64__)
+  _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1);
+#endif
+}
+
+inline float sum_of(const Vec& x) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
+}
+inline float least(const Vec& x) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::minimum(a, b); }, x);
+}
+inline float most(const Vec& x) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, x);
+}
+
+// x Phi(x), Phi by its definition for products in float. For others by an odd polynomial that is 0 and 1 at its ends,
+// and stays there: within 8e-5 for 16 bits (up to 4.2), 3e-4 for 8 (up to 3.8), below what these keep.
+template <typename T>
+inline Vec gelu(const Vec& x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x * Vec(0.5f) * (Vec(1.0f) + (x * Vec(static_cast<float>(M_SQRT1_2))).erf());
+  } else {
+    constexpr bool kShort = std::is_same_v<T, uint8_t>;
+    const Vec end(kShort ? 3.8f : 4.2f), near = at::vec::clamp(x, end.neg(), end), t = near * near;
+    Vec p(kShort ? 4.21502885e-8f : 8.49115407e-11f);
+    if constexpr (kShort) {
+      for (const float c : {-2.56548064e-6f, 6.68672509e-5f, -0.000996694963f, 0.00967109222f, -0.0666346746f,
+                            0.399505072f}) {
+        p = at::vec::fmadd(p, t, Vec(c));
+      }
+    } else {
+      for (const float c : {-7.6412901e-9f, 3.01842642e-7f, -6.9849877e-6f, 0.000107528728f, -0.00119460479f,
+                            0.010109314f, -0.0668355435f, 0.399189926f}) {
+        p = at::vec::fmadd(p, t, Vec(c));
+      }
+    }
+    return x * at::vec::fmadd(near, p, Vec(0.5f));
+  }
+}
+
+template <typename T>
+inline Vec quick_gelu(const Vec& x) {
+  const Vec e = x * Vec(-1.702f);
+  return x / (Vec(1.0f) + (std::is_same_v<T, float> ? e.exp() : e.exp_u20()));
+}
+
+template <typename T>
+inline Vec activate(const Vec& x, Activation activation) {
+  return activation == Activation::kGelu ? gelu<T>(x) : activation == Activation::kQuickGelu ? quick_gelu<T>(x) : x;
+}
+
+// A frozen linear layer: see lbfast/tokenwise.py.
+struct Linear {
+  const char* panels = nullptr;
+  const float* bias = nullptr;
+  const float* scales = nullptr;
+  const float* shifts = nullptr;
+  int64_t steps = 0, columns = 0;
+};
+
+struct Norm {
+  const float *weight = nullptr, *bias = nullptr;
+};
+
+// Rows of A in tiles, and for 8 bits their scales and offsets.
+template <typename T>
+struct Tiles {
+  T* data = nullptr;
+  float* scales = nullptr;
+  float* offsets = nullptr;
+  int64_t steps = 0;
+  T* at(int64_t row, int64_t k) const {
+    return data + ((row / kRows * steps + k / kDepth<T>) * kTileStep + row % kRows * kStep) / sizeof(T) + k % kDepth<T>;
+  }
+};
+
+// A row of `width` values that read(k) gives, kLanes at a time -> row `r` of the tiles from column `first` on.
+template <typename T, typename Read>
+void write_row(const Tiles<T>& to, int64_t r, int64_t width, const Read& read) {
+  if constexpr (std::is_same_v<T, uint8_t>) {
+    Vec low(0.0f), high(0.0f), any(0.0f);
+    for (int64_t k = 0; k < width; k += kLanes) {
+      const Vec x = read(k);
+      low = at::vec::minimum(low, x);
+      high = at::vec::maximum(high, x);
+    }
+    // at::vec's minimum and maximum pass NaN on; infinities make the scale infinite, and what it scales NaN
+    const float bottom = least(low), range = most(high) - bottom;
+    const float scale = range == 0.0f ? 1.0f : range / 255.0f;
+    const float zero = std::nearbyint(-bottom / scale);
+    to.scales[r] = scale;
+    to.offsets[r] = zero * scale;
+    const Vec inverse(1.0f / scale), offset(zero);
+    for (int64_t k = 0; k < width; k += kLanes) {
+      store(at::vec::fmadd(read(k), inverse, offset), to.at(r, k));
+    }
+  } else {
+    for (int64_t k = 0; k < width; k += kLanes) {
+      store(read(k), to.at(r, k));
+    }
+  }
+  if (width % kDepth<T> != 0) {  // against weights of 0; what lay here before may be no number
+    std::memset(to.at(r, width), 0, (kDepth<T> - width % kDepth<T>) * sizeof(T));
+  }
+}
+
+// The norm of rows of total, (rows, width), as A.
+template <typename T>
+void write_norm(const Tiles<T>& to, const float* total, int64_t rows, int64_t width, const Norm& norm, float eps,
+                float* buffer) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* row = total + r * width;
+    Vec sum(0.0f), squares(0.0f);
+    for (int64_t k = 0; k < width; k += kLanes) {
+      sum = sum + load(row + k);
+    }
+    const Vec mean(sum_of(sum) / static_cast<float>(width));
+    for (int64_t k = 0; k < width; k += kLanes) {
+      const Vec x = load(row + k) - mean;
+      squares = at::vec::fmadd(x, x, squares);
+    }
+    const Vec rstd(1.0f / std::sqrt(sum_of(squares) / static_cast<float>(width) + eps));
+    const auto normed = [&](int64_t k) {
+      return at::vec::fmadd((load(row + k) - mean) * rstd, load(norm.weight + k), load(norm.bias + k));
+    };
+    if constexpr (std::is_same_v<T, uint8_t>) {
+      for (int64_t k = 0; k < width; k += kLanes) {
+        store(normed(k), buffer + k);
+      }
+      write_row(to, r, width, [&](int64_t k) { return load(buffer + k); });
+    } else {
+      write_row(to, r, width, normed);
+    }
+  }
+}
+
+// What becomes of a panel's sums: ends(r, j, x) takes kLanes values of row r from column j on. A row at a time, so that
+// it can be done while the next panel is multiplied.
+template <typename T, typename Ends>
+class Endings {
+ public:
+  Endings(const Tiles<T>& a, const Linear& w, int64_t chunk, int64_t rows, const Ends& ends)
+      : a_(a), w_(w), shifts_(w.shifts + chunk * panels::padded(w.columns)), biased_(chunk == 0), rows_(rows),
+        row_(rows), ends_(ends) {}
+
+  // Of sums [rows][32], columns j .. j + width; `each` rows a step.
+  void begin(const Sum<T>* sums, int64_t j, int64_t width, int64_t each) {
+    sums_ = sums;
+    column_ = j;
+    width_ = width;
+    each_ = each;
+    row_ = 0;
+  }
+  static void step(void* self) {
+    auto* mine = static_cast<Endings*>(self);
+    mine->advance(std::min(mine->rows_, mine->row_ + mine->each_));
+  }
+  void finish() { advance(rows_); }
+
+ private:
+  void advance(int64_t end) {
+    for (; row_ < end; ++row_) {
+      for (int64_t i = 0; i < width_; i += kLanes) {
+        const int64_t j = column_ + i;
+        Vec x = load(sums_ + row_ * kColumns + i);
+        const Vec bias = biased_ ? load(w_.bias + j) : Vec(0.0f);
+        if constexpr (std::is_same_v<T, uint8_t>) {
+          const Vec rest = at::vec::fmadd(Vec(-a_.offsets[row_]), load(shifts_ + j), bias);
+          x = at::vec::fmadd(x * Vec(a_.scales[row_]), load(w_.scales + j), rest);
+        } else {
+          x = x + bias;
+        }
+        ends_(row_, j, x);
+      }
+    }
+  }
+
+  const Tiles<T>& a_;
+  const Linear& w_;
+  const float* shifts_;
+  const bool biased_;
+  const int64_t rows_;
+  int64_t row_, column_ = 0, width_ = 0, each_ = 0;
+  const Sum<T>* sums_ = nullptr;
+  const Ends& ends_;
+};
+
+// ends of A @ W.T + bias; or of A @ (a chunk of W's inputs).T, with the bias in the first chunk.
+template <typename T, typename Ends>
+void product(const panels::Kernel& kernel, const Tiles<T>& a, int64_t rows, const Linear& w, int64_t chunk,
+             int64_t first_column, int64_t columns, Sum<T>* const (&sums)[2], const Ends& ends) {
+  const int64_t tiles = (rows + kRows - 1) / kRows, pairs = (tiles + 1) / 2;
+  const int64_t first_step = chunk * (kChunk / kDepth<T>);
+  const int64_t lines = (kPanelStep / kStep + pairs - 1) / pairs;  // of the next panel at each step
+  const int64_t each = (rows + pairs * a.steps - 1) / (pairs * a.steps);
+  Endings<T, Ends> endings(a, w, chunk, rows, ends);
+  int64_t turn = 0;
+  for (int64_t j = first_column; j < first_column + columns; j += kColumns, turn ^= 1) {
+    const char* b = w.panels + (j / kColumns * w.steps + first_step) * kPanelStep;
+    for (int64_t s = 0; s < a.steps; s += kPart) {
+      const int64_t steps = std::min(kPart, a.steps - s);
+      for (int64_t p = 0; p < pairs; ++p) {
+        const char* data = reinterpret_cast<const char*>(a.data) + (2 * p * a.steps + s) * kTileStep;
+        kernel.multiply({data, a.steps * kTileStep, std::min<int64_t>(2, tiles - 2 * p), b + s * kPanelStep, steps,
+                         sums[turn] + p * kBlock, s > 0, b + (w.steps + s) * kPanelStep + p * lines * steps * kStep,
+                         lines, Endings<T, Ends>::step, &endings});
+      }
+    }
+    endings.finish();
+    endings.begin(sums[turn], j, std::min(kColumns, first_column + columns - j), each);
+  }
+  endings.finish();
+}
+
+struct Span {
+  float* total;
+  int64_t tokens, width;
+  const void* attended = nullptr;  // of the result's type, in rows
+  int64_t attended_ld = 0;
+  Linear out, fc1, fc2, reader;
+  Norm before_mlp, before_reader;
+  const float* constant = nullptr;  // (frames, width)
+  int64_t frames = 1, per_frame = 1;
+  void* result = nullptr;
+  Activation activation = Activation::kGelu;
+  float eps = 1e-5f;
+  bool plain = false;  // result = act(attended @ reader.T + b), and nothing else
+};
+
+// A thread's memory for its pieces, kept from call to call: on large pages, and never given back to be zeroed again.
+class Arena {
+ public:
+  static Arena& mine(int64_t bytes) {
+    thread_local Arena arena;
+    if (arena.size_ < bytes) {
+      constexpr int64_t kPage = 2 << 20;
+      arena.size_ = (bytes + kPage - 1) / kPage * kPage;
+      arena.data_.reset(static_cast<char*>(std::aligned_alloc(kPage, arena.size_)));
+      TORCH_CHECK(arena.data_ != nullptr, "tokenwise: out of memory");
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+      madvise(arena.data_.get(), arena.size_, MADV_HUGEPAGE);
+#endif
+      std::memset(arena.data_.get(), 0, arena.size_);
+    }
+    arena.used_ = 0;
+    return arena;
+  }
+  template <typename T>
+  T* take(int64_t count) {
+    T* out = reinterpret_cast<T*>(data_.get() + used_);
+    used_ += (count * sizeof(T) + 63) / 64 * 64;
+    TORCH_INTERNAL_ASSERT(used_ <= size_);
+    return out;
+  }
+
+ private:
+  struct Free {
+    void operator()(char* data) const { std::free(data); }
+  };
+  std::unique_ptr<char, Free> data_;
+  int64_t size_ = 0, used_ = 0;
+};
+
+template <typename T>
+struct Scratch {
+  Scratch(int64_t rows, int64_t width) {
+    const int64_t tall = (rows + 2 * kRows - 1) / (2 * kRows) * 2 * kRows;
+    const int64_t steps = (width + kDepth<T> - 1) / kDepth<T>, inner_steps = kChunk / kDepth<T>;
+    const int64_t chunks = std::is_same_v<T, uint8_t> ? tall * kChunk : 0;  // floats until their scale is known
+    Arena& arena = Arena::mine(tall * (steps + inner_steps) * kStep +
+                               (4 * tall + 2 * tall * kColumns + chunks + width) * sizeof(float) + 9 * 64);
+    for (Tiles<T>* tiles : {&a, &inner}) {
+      tiles->steps = tiles == &a ? steps : inner_steps;
+      tiles->data = arena.take<T>(tall * tiles->steps * kDepth<T>);
+      tiles->scales = arena.take<float>(tall);
+      tiles->offsets = arena.take<float>(tall);
+    }
+    sums[0] = arena.take<Sum<T>>(tall * kColumns);
+    sums[1] = arena.take<Sum<T>>(tall * kColumns);
+    chunk = arena.take<float>(chunks);
+    row = arena.take<float>(width);
+  }
+  Tiles<T> a, inner;
+  Sum<T>* sums[2];
+  float* chunk;
+  float* row;
+};
+
+// Tokens first .. first + rows of a span, in one thread.
+template <typename T, typename Out>
+void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t rows, Scratch<T>& scratch) {
+  const int64_t width = span.width;
+  const auto read_attended = [&] {
+    for (int64_t r = 0; r < rows; ++r) {
+      const Out* row = static_cast<const Out*>(span.attended) + (first + r) * span.attended_ld;
+      write_row(scratch.a, r, width, [&](int64_t k) { return load(row + k); });
+    }
+  };
+  Out* result = static_cast<Out*>(span.result) + first * span.reader.columns;
+  if (span.plain) {
+    read_attended();
+    product<T>(kernel, scratch.a, rows, span.reader, 0, 0, span.reader.columns, scratch.sums,
+               [&](int64_t r, int64_t j, const Vec& x) {
+                 store(activate<T>(x, span.activation), result + r * span.reader.columns + j);
+               });
+    return;
+  }
+  float* total = span.total + first * width;
+  const auto add_to_total = [&](int64_t r, int64_t j, const Vec& x) {
+    float* to = total + r * width + j;
+    soon(to + kColumns);
+    store(load(to) + x, to);
+  };
+  if (span.attended != nullptr) {
+    read_attended();
+    product<T>(kernel, scratch.a, rows, span.out, 0, 0, width, scratch.sums, add_to_total);
+  }
+  if (span.fc1.panels != nullptr) {
+    write_norm(scratch.a, total, rows, width, span.before_mlp, span.eps, scratch.row);
+    for (int64_t chunk = 0; chunk < span.fc1.columns; chunk += kChunk) {
+      const int64_t wide = std::min(kChunk, span.fc1.columns - chunk);
+      Tiles<T> inner = scratch.inner;
+      inner.steps = (wide + kDepth<T> - 1) / kDepth<T>;
+      product<T>(kernel, scratch.a, rows, span.fc1, 0, chunk, wide, scratch.sums,
+                 [&](int64_t r, int64_t j, const Vec& x) {
+                   const Vec y = activate<T>(x, span.activation);
+                   if constexpr (std::is_same_v<T, uint8_t>) {
+                     float* to = scratch.chunk + r * kChunk + j - chunk;
+                     soon(to + kColumns);
+                     store(y, to);
+                   } else {
+                     store(y, inner.at(r, j - chunk));
+                   }
+                 });
+      if constexpr (std::is_same_v<T, uint8_t>) {
+        for (int64_t r = 0; r < rows; ++r) {
+          write_row(inner, r, wide, [&](int64_t k) { return load(scratch.chunk + r * kChunk + k); });
+        }
+      }
+      product<T>(kernel, inner, rows, span.fc2, chunk / kChunk, 0, width, scratch.sums, add_to_total);
+    }
+  }
+  if (span.constant != nullptr) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* constant = span.constant + (first + r) / span.per_frame % span.frames * width;
+      for (int64_t k = 0; k < width; k += kLanes) {
+        store(load(total + r * width + k) + load(constant + k), total + r * width + k);
+      }
+    }
+  }
+  if (span.reader.panels != nullptr) {
+    write_norm(scratch.a, total, rows, width, span.before_reader, span.eps, scratch.row);
+    product<T>(kernel, scratch.a, rows, span.reader, 0, 0, span.reader.columns, scratch.sums,
+               [&](int64_t r, int64_t j, const Vec& x) {
+                 Out* to = result + r * span.reader.columns + j;
+                 soon(to + kColumns);
+                 store(x, to);
+               });
+  }
+}
+
+template <typename T, typename Out>
+void run_all(const panels::Kernel& kernel, const Span& span) {
+  const int64_t threads = std::max<int64_t>(1, at::get_num_threads());
+  // pieces of whole tiles, of one size, a multiple of the threads of them where that makes them no smaller than needed
+  const int64_t rounds = (span.tokens + threads * kMost - 1) / (threads * kMost);
+  const int64_t each = (span.tokens + threads * rounds - 1) / (threads * rounds);
+  const int64_t rows = std::min(kMost, (each + kRows - 1) / kRows * kRows);
+  const int64_t pieces = (span.tokens + rows - 1) / rows;
+  std::atomic<int64_t> taken{0};
+  at::parallel_for(0, std::min(threads, pieces), 1, [&](int64_t, int64_t) {
+    Scratch<T> scratch(rows, span.width);
+#if defined(__x86_64__) && defined(CPU_CAPABILITY_AVX512) && defined(LBFAST_KNOWS_AMX_AND_AVX_VNNI)
+    if (kernel.tiles) {
+      panels::ready_tiles();
+    }
+#endif
+    for (int64_t i = taken++; i < pieces; i = taken++) {
+      run<T, Out>(kernel, span, i * rows, std::min(rows, span.tokens - i * rows), scratch);
+    }
+#if defined(__x86_64__) && defined(CPU_CAPABILITY_AVX512) && defined(LBFAST_KNOWS_AMX_AND_AVX_VNNI)
+    if (kernel.tiles) {
+      panels::release_tiles();
+    }
+#endif
+  });
+}
+
+template <typename T>
+const panels::Kernel& chosen(const std::string& name) {
+  static const std::vector<panels::Kernel> here = panels::kernels<T>();
+  for (const panels::Kernel& kernel : here) {
+    if (name.empty() || name == kernel.name) {
+      return kernel;
+    }
+  }
+  TORCH_CHECK(false, "tokenwise: kernel: this CPU has none of this dtype", name.empty() ? "" : " named ", name);
+}
+
+void run_on(at::ScalarType dtype, at::ScalarType outside, const std::string& kernel, const Span& span) {
+  const auto with = [&](auto in) {
+    using T = decltype(in);
+    if (outside == at::kFloat) {
+      run_all<T, float>(chosen<T>(kernel), span);
+    } else {
+      run_all<T, at::BFloat16>(chosen<T>(kernel), span);
+    }
+  };
+  if (dtype == at::kChar) {
+    with(uint8_t{});
+  } else if (dtype == at::kBFloat16) {
+    with(at::BFloat16{});
+  } else {
+    TORCH_CHECK(dtype == at::kFloat, "tokenwise: expected weights of int8, bfloat16 or float32, got ", dtype);
+    with(float{});
+  }
+}
+
+Activation activation_of(const std::string& name) {
+  TORCH_CHECK(name == "gelu" || name == "quick_gelu", "tokenwise: activation: expected gelu or quick_gelu, got ", name);
+  return name == "gelu" ? Activation::kGelu : Activation::kQuickGelu;
+}
+
+const float* floats(const at::Tensor& x, int64_t count, const char* name) {
+  TORCH_CHECK(x.device().is_cpu() && x.scalar_type() == at::kFloat && x.is_contiguous() && x.numel() == count,
+              "tokenwise: ", name, ": expected ", count, " contiguous float32 on the CPU, got ", x.scalar_type(), " ",
+              x.sizes());
+  return x.const_data_ptr<float>();
+}
+
+// [panels, bias], and of 8 bits [.., scales, shifts], the latter of each chunk of inputs.
+Linear linear_of(const at::TensorList parts, int64_t in, int64_t columns, at::ScalarType dtype, const char* name,
+              int64_t chunks = 1) {
+  TORCH_CHECK(parts.size() == (dtype == at::kChar ? 4u : 2u), "tokenwise: ", name, ": expected 2 tensors, of int8 4, got ",
+              parts.size());
+  const at::Tensor& weight = parts[0];
+  const int64_t size = dtype == at::kChar ? 1 : dtype == at::kBFloat16 ? 2 : 4;
+  const int64_t padded = panels::padded(columns);
+  Linear made;
+  made.steps = (in * size + kStep - 1) / kStep;
+  made.columns = columns;
+  TORCH_CHECK(weight.device().is_cpu() && weight.scalar_type() == dtype && weight.is_contiguous() &&
+                  weight.numel() * size == padded / kColumns * made.steps * kPanelStep,
+              "tokenwise: ", name, ": expected panels of ", columns, " x ", in, " ", dtype, ", got ",
+              weight.scalar_type(), " ", weight.sizes());
+  made.panels = static_cast<const char*>(weight.const_data_ptr());
+  made.bias = floats(parts[1], padded, name);
+  if (dtype == at::kChar) {
+    made.scales = floats(parts[2], padded, name);
+    made.shifts = floats(parts[3], chunks * padded, name);
+  }
+  return made;
+}
+
+void tokenwise(at::Tensor total, const std::optional<at::Tensor>& attended, const at::TensorList out,
+               const at::TensorList mlp, const std::optional<at::Tensor>& constant, int64_t per_frame,
+               const at::TensorList reader, const std::optional<at::Tensor>& result, std::string activation, double eps,
+               std::string kernel) {
+  TORCH_CHECK(total.device().is_cpu() && total.dim() == 2 && total.scalar_type() == at::kFloat && total.is_contiguous() &&
+                  total.size(1) > 0 && total.size(1) % 16 == 0,
+              "tokenwise: total: expected contiguous float32 (tokens, D), D a multiple of 16, on the CPU, got ",
+              total.scalar_type(), " ", total.sizes());
+  Span span;
+  span.total = total.data_ptr<float>();
+  span.tokens = total.size(0);
+  span.width = total.size(1);
+  span.eps = static_cast<float>(eps);
+  span.activation = activation_of(activation);
+  TORCH_CHECK(!out.empty() || !mlp.empty() || !reader.empty(), "tokenwise: expected out, mlp or reader, got none");
+  const at::ScalarType dtype = (!out.empty() ? out[0] : !mlp.empty() ? mlp[2] : reader[2]).scalar_type();
+  TORCH_CHECK(dtype == at::kChar || dtype == at::kBFloat16 || dtype == at::kFloat,
+              "tokenwise: expected weights of int8, bfloat16 or float32, got ", dtype);
+  const at::ScalarType outside = attended.has_value() ? attended->scalar_type()
+                                 : result.has_value() ? result->scalar_type()
+                                                      : at::kFloat;
+  TORCH_CHECK(outside == at::kFloat || outside == at::kBFloat16,
+              "tokenwise: expected attended and result of float32 or bfloat16, got ", outside);
+  TORCH_CHECK(attended.has_value() != out.empty(), "tokenwise: expected attended and out together");
+  if (attended.has_value()) {
+    TORCH_CHECK(attended->device().is_cpu() && attended->dim() == 2 && attended->size(0) == span.tokens &&
+                    attended->size(1) == span.width && attended->stride(1) == 1,
+                "tokenwise: attended: expected rows of total's shape ", total.sizes(), ", got ", attended->sizes());
+    span.attended = attended->const_data_ptr();
+    span.attended_ld = attended->stride(0);
+    span.out = linear_of(out, span.width, span.width, dtype, "out");
+  }
+  const size_t parts = dtype == at::kChar ? 4 : 2;
+  if (!mlp.empty()) {
+    TORCH_CHECK(mlp.size() == 2 + 2 * parts, "tokenwise: mlp: expected a norm's 2 tensors, fc1's and fc2's, got ",
+                mlp.size());
+    span.before_mlp = {floats(mlp[0], span.width, "mlp's norm"), floats(mlp[1], span.width, "mlp's norm")};
+    const int64_t inner = mlp[3].numel();  // of whole panels, so that fc2's K is theirs
+    span.fc1 = linear_of(mlp.slice(2, parts), span.width, inner, dtype, "fc1");
+    span.fc2 = linear_of(mlp.slice(2 + parts, parts), inner, span.width, dtype, "fc2",
+                      (inner + kChunk - 1) / kChunk);
+  }
+  if (constant.has_value()) {
+    TORCH_CHECK(constant->dim() == 2 && constant->size(0) > 0 && per_frame > 0,
+                "tokenwise: constant: expected (frames, D) and per_frame >= 1, got ", constant->sizes(), " and ",
+                per_frame);
+    span.frames = constant->size(0);
+    span.per_frame = per_frame;
+    span.constant = floats(*constant, span.frames * span.width, "constant");
+  }
+  TORCH_CHECK(result.has_value() != reader.empty(), "tokenwise: expected reader and result together");
+  if (result.has_value()) {
+    TORCH_CHECK(reader.size() == 2 + parts, "tokenwise: reader: expected a norm's 2 tensors and a product's, got ",
+                reader.size());
+    TORCH_CHECK(result->device().is_cpu() && result->dim() == 2 && result->size(0) == span.tokens &&
+                    result->is_contiguous() && result->scalar_type() == outside && result->size(1) % 16 == 0,
+                "tokenwise: result: expected contiguous (tokens, N), N a multiple of 16, of attended's dtype, got ",
+                result->scalar_type(), " ", result->sizes());
+    span.before_reader = {floats(reader[0], span.width, "reader's norm"), floats(reader[1], span.width, "reader's norm")};
+    span.reader = linear_of(reader.slice(2, parts), span.width, result->size(1), dtype, "reader");
+    span.result = result->data_ptr();
+  }
+  if (span.tokens == 0) {
+    return;
+  }
+  run_on(dtype, outside, kernel, span);
+}
+
+void linear(const at::Tensor& x, const at::TensorList product, std::string activation, at::Tensor result,
+            std::string kernel) {
+  TORCH_CHECK(!product.empty(), "tokenwise_linear: product: expected tensors, got none");
+  const at::ScalarType dtype = product[0].scalar_type(), outside = x.scalar_type();
+  TORCH_CHECK(x.device().is_cpu() && x.dim() == 2 && x.stride(1) == 1 && x.size(1) % 16 == 0 && x.size(1) > 0,
+              "tokenwise_linear: x: expected rows (M, K), K a multiple of 16, on the CPU, got ", x.sizes());
+  TORCH_CHECK(outside == at::kFloat || outside == at::kBFloat16,
+              "tokenwise_linear: x: expected float32 or bfloat16, got ", outside);
+  TORCH_CHECK(result.device().is_cpu() && result.dim() == 2 && result.size(0) == x.size(0) && result.is_contiguous() &&
+                  result.scalar_type() == outside && result.size(1) % 16 == 0 && result.size(1) > 0,
+              "tokenwise_linear: result: expected contiguous (M, N), N a multiple of 16, of x's dtype, got ",
+              result.scalar_type(), " ", result.sizes());
+  Span span;
+  span.plain = true;
+  span.tokens = x.size(0);
+  span.width = x.size(1);
+  span.attended = x.const_data_ptr();
+  span.attended_ld = x.stride(0);
+  span.reader = linear_of(product, span.width, result.size(1), dtype, "product");
+  span.result = result.data_ptr();
+  span.activation = activation == "none" ? Activation::kNone : activation_of(activation);
+  if (span.tokens > 0) {
+    run_on(dtype, outside, kernel, span);
+  }
+}
+
+std::vector<std::string> names(at::ScalarType dtype) {
+  const auto found = dtype == at::kChar       ? panels::kernels<uint8_t>()
+                     : dtype == at::kBFloat16 ? panels::kernels<at::BFloat16>()
+                     : dtype == at::kFloat    ? panels::kernels<float>()
+                                              : std::vector<panels::Kernel>();
+  std::vector<std::string> out;
+  for (const panels::Kernel& kernel : found) {
+    out.emplace_back(kernel.name);
+  }
+  return out;
+}
+
+// Asks for large pages, before a buffer's first use: weights are read once a piece, and each of their 4 KiB would need
+// the machine to look its page up.
+void large_pages(const at::Tensor& buffer) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 2u << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(buffer.data_ptr());
+  const uintptr_t first = (start + kPage - 1) / kPage * kPage, last = (start + buffer.nbytes()) / kPage * kPage;
+  if (first < last) {
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: without it, slower
+  }
+#endif
+}
+
+}  // namespace
+}  // namespace lbfast
+
+TORCH_LIBRARY_IMPL(lbfast, CPU, m) {
+  m.impl("tokenwise", lbfast::tokenwise);
+  m.impl("tokenwise_linear", lbfast::linear);
+  m.impl("large_pages", lbfast::large_pages);
+}
+
+TORCH_LIBRARY_IMPL(lbfast, CompositeExplicitAutograd, m) {
+  m.impl("tokenwise_kernels", lbfast::names);
+}
