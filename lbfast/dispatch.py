@@ -78,6 +78,8 @@ def choose(op: str, impl: str | None, implementations: Mapping[str, Reasons], *a
         if reasons:
             raise RuntimeError(f"{op}: impl={wanted!r} cannot take these inputs: {'; '.join(reasons)}")
         return wanted
+    if "torch" in implementations and aten_only():
+        return "torch"
     for name, why_not in implementations.items():
         if name == "triton" and triton_interpreted():
             continue  # the interpreter is for tests that ask for it
@@ -119,6 +121,18 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
+
+
+def aten_only() -> bool:
+    """True where only PyTorch's own operators mean something: to TorchScript, to ONNX, to transforms of torch.func."""
+    if torch.compiler.is_compiling():  # of ONNX's two exporters one compiles, the other traces
+        return torch.onnx.is_in_onnx_export()
+    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+
+
+def traced() -> bool:
+    """True where what is done now is done again for other data: nothing may depend on what tensors hold."""
+    return torch.compiler.is_compiling() or aten_only()
 
 
 def triton_interpreted() -> bool:

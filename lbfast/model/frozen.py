@@ -10,9 +10,11 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 from lbfast.float8 import Float8, to_float8
+from lbfast.model.plain import ours
 from lbfast.ops.mlp import activate_, activate_float8
 
 
+@ours
 class FrozenLinear(nn.Module):
     """Linear layers of one input as one product, without gradients; the rows of their weights follow each other."""
 
@@ -75,6 +77,7 @@ class FrozenLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.dtype}"
 
 
+@ours
 class PackedLinear(FrozenLinear):
     """On the CPU, with the weight in the layout of oneDNN's products; the GELU is their end, in float32."""
 
@@ -107,6 +110,7 @@ class PackedLinear(FrozenLinear):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, end, [], "none" if end == "gelu" else "")
 
 
+@ours
 class Float8Linear(FrozenLinear):
     """Inputs and weight in float8 e4m3, each row with its scale; sums in float32, results in bfloat16.
 

@@ -13,7 +13,7 @@ from lbfast.model.checkpoint import parse_dtype
 from lbfast.model.frozen import Float8Linear, FrozenLinear, PackedLinear, check_float8
 from lbfast.model.graphs import Graphs
 from lbfast.model.languagebind import LanguageBind, LanguageBindModel
-from lbfast.model.layers import MLP, Attention, Encoder, EncoderLayer, Linear, TemporalAttention
+from lbfast.model.layers import MLP, Attention, Encoder, EncoderLayer, TemporalAttention
 from lbfast.model.lora import merge_lora
 from lbfast.model.running import Running
 from lbfast.model.towers import TextTransformer, VisionTransformer
@@ -132,5 +132,5 @@ def _replace_products(encoder: Encoder, precision: str | None, pack: bool) -> No
                 del module.q_proj, module.k_proj, module.v_proj
             if isinstance(module, (Attention, MLP)):
                 for name, child in list(module.named_children()):
-                    if isinstance(child, Linear):
+                    if type(child) is nn.Linear:
                         setattr(module, name, kind(child))

@@ -25,6 +25,7 @@ from lbfast.model.towers import (
     VisionEmbeddings,
     VisionTransformer,
     output_flags,
+    pooled,
     resize_position_embedding,
 )
 
@@ -227,7 +228,7 @@ class LanguageBindModel(PreTrainedModel):
         return_dict: bool | None = None,
     ) -> torch.Tensor:
         """pixel_values, as of the vision tower -> (B, E), not normalised. The flags, upstream's, change nothing."""
-        return self.visual_projection(self.vision_model.pooled(pixel_values))
+        return self.visual_projection(pooled(self.vision_model, pixel_values=pixel_values))
 
     def get_text_features(
         self,
@@ -239,7 +240,8 @@ class LanguageBindModel(PreTrainedModel):
         return_dict: bool | None = None,
     ) -> torch.Tensor:
         """input_ids and masks, as of the text tower -> (B, E), not normalised. The flags change nothing."""
-        return self.text_projection(self.text_model.pooled(input_ids, attention_mask, position_ids))
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        return self.text_projection(pooled(self.text_model, **inputs))
 
     def forward(
         self,
@@ -435,8 +437,8 @@ class LanguageBind(nn.Module):
         outputs = {}
         for name, value in inputs.items():
             encoder = cast(Any, self.modality_encoder[name])
-            pooled = torch.cat([encoder.pooled(**part) for part in self._micro_batches(encoder, value)])
-            embeds = normalised(self.modality_proj[name](pooled))
+            parts = [pooled(encoder, **part) for part in self._micro_batches(encoder, value)]
+            embeds = normalised(self.modality_proj[name](torch.cat(parts)))
             if self.use_temp and name != "language":
                 embeds = embeds * self.modality_scale[name].exp()
             outputs[name] = embeds

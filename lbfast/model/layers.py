@@ -14,13 +14,14 @@ from torch.utils.checkpoint import checkpoint
 from lbfast import dispatch, ops
 from lbfast.float8 import Float8
 from lbfast.model.frozen import FrozenLinear
+from lbfast.model.plain import are_linear, ours, plain, product
 from lbfast.model.prenorm import norm_linears, norm_mlp
-from lbfast.products import trained_linear
 
 if TYPE_CHECKING:
     from lbfast.model.running import Running
 
 
+@ours
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation over the last dimension, through `ops.layer_norm`."""
 
@@ -65,13 +66,19 @@ class PreNorm:
         """The norm itself."""
         if self.residual is None:
             return self.norm(self.x)
-        y, self.total = self.norm.add(self.x, self.residual)
-        return y
+        if plain(self.norm):
+            y, self.total = self.norm.add(self.x, self.residual)
+            return y
+        self.total = self.x + self.residual
+        return self.norm(self.total)
 
-    def read_by(self, *layers: nn.Module | None) -> torch.Tensor | PreNorm:
-        """What to give a module that reads it through these layers: in training, where all are plain, itself."""
-        trained = torch.is_grad_enabled() and all(type(layer) is Linear for layer in layers)
-        return self if trained else self.output()
+    def read_by(self, reader: nn.Module) -> torch.Tensor | PreNorm:
+        """What to call a module with that reads it: in training, where it and its products are plain, itself."""
+        if torch.is_grad_enabled() and isinstance(reader, (Attention, MLP)) and plain(self.norm, reader):
+            products = reader.products
+            if products and are_linear(*products):
+                return self
+        return self.output()
 
     def linears(self, *layers: nn.Linear) -> list[torch.Tensor]:
         """What each of the layers makes of it."""
@@ -86,15 +93,7 @@ class PreNorm:
         return out
 
 
-class Linear(nn.Linear):
-    """nn.Linear, by the library's fastest product."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling() or dispatch.autocast_dtype(x.device) or self.bias is None:
-            return super().forward(x)
-        return trained_linear(x, self.weight, self.bias)
-
-
+@ours
 class Attention(nn.Module):
     """Multi-head self-attention with CLIP's four projections."""
 
@@ -107,23 +106,24 @@ class Attention(nn.Module):
             raise ValueError(f"attention_dropout: expected 0.0, as published, got {config.attention_dropout}")
         self.config = config
         self.heads = heads
-        self.k_proj = Linear(width, width)
-        self.v_proj = Linear(width, width)
-        self.q_proj = Linear(width, width)
-        self.out_proj = Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
         self.scale = (width // heads) ** -0.5
         self.qkv: FrozenLinear | None = None  # in place of q_proj, k_proj and v_proj, by optimize_for_inference
 
-    def reading(self, h: PreNorm) -> torch.Tensor | PreNorm:
-        """What to call this with."""
-        return h.output() if self.qkv is not None else h.read_by(self.q_proj, self.k_proj, self.v_proj)
+    @property
+    def products(self) -> tuple[nn.Linear, ...]:
+        """What reads the input in training; none, once optimized for inference."""
+        return () if self.qkv is not None else (self.q_proj, self.k_proj, self.v_proj)
 
     def project(self, x: torch.Tensor | PreNorm | Float8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (..., D) -> q, k, v, each a view (..., H, D / H)."""
         if self.qkv is not None:
             return self._split(self.qkv(x))
-        layers = (self.q_proj, self.k_proj, self.v_proj)
-        outs = x.linears(*layers) if isinstance(x, PreNorm) else [layer(x) for layer in layers]
+        layers = self.products
+        outs = x.linears(*layers) if isinstance(x, PreNorm) else [product(layer, x) for layer in layers]
         q, k, v = (out.unflatten(-1, (self.heads, -1)) for out in outs)
         return q, k, v
 
@@ -143,15 +143,15 @@ class Attention(nn.Module):
         q, k, v = self.project(x)
         y = ops.attention(q, k, v, causal=causal, key_padding_mask=key_padding_mask, scale=self.scale)
         weights = attention_weights(q * self.scale, k, causal, key_padding_mask) if output_attentions else None
-        return self.out_proj(y.flatten(-2)), weights
+        return product(self.out_proj, y.flatten(-2)), weights
 
     def packed(self, x: torch.Tensor | PreNorm, packing: Packing | Padded) -> torch.Tensor:
         """Causal attention within each caption: x (tokens, D) -> (tokens, D)."""
-        return self.out_proj(self.mix(x, packing))
+        return product(self.out_proj, self.mix(x, packing))
 
     def pooled(self, x: torch.Tensor, packing: Packing | Padded | None = None) -> torch.Tensor:
         """What `forward` or `packed` gives for the pooled tokens alone: x (B, N, D) or (tokens, D) -> (B, 1, D)."""
-        return self.out_proj(self.mix_pooled(x, packing))
+        return product(self.out_proj, self.mix_pooled(x, packing))
 
     def mix(self, x: torch.Tensor | PreNorm | Float8, packing: Packing | Padded | None = None) -> torch.Tensor:
         """What `packed` projects, or without packing `forward`: of the same shape."""
@@ -166,20 +166,21 @@ class Attention(nn.Module):
     def mix_pooled(self, x: torch.Tensor, packing: Packing | Padded | None = None) -> torch.Tensor:
         """What `pooled` projects, (B, 1, D)."""
         heads = (self.heads, -1)
-        q = self.q_proj(pooled_tokens(x, packing)).unflatten(-1, heads)
-        k, v = self.k_proj(x).unflatten(-1, heads), self.v_proj(x).unflatten(-1, heads)
+        q = product(self.q_proj, pooled_tokens(x, packing)).unflatten(-1, heads)
+        k, v = (product(layer, x).unflatten(-1, heads) for layer in (self.k_proj, self.v_proj))
         padding = None
         if packing is not None:
             k, v, padding = packing.pad(k), packing.pad(v), packing.padding
         return ops.attention(q, k, v, key_padding_mask=padding, scale=self.scale).flatten(-2)
 
 
+@ours
 class TemporalAttention(Attention):
     """The same over the T frames of each token position."""
 
     def forward(self, x: torch.Tensor | PreNorm) -> torch.Tensor:  # type: ignore[override]
         """x (B, T, N, D), or a norm to be read -> (B, T, N, D)."""
-        return self.out_proj(self.mix(x))
+        return product(self.out_proj, self.mix(x))
 
     def mix(self, x: torch.Tensor | PreNorm | Float8, packing: Any = None) -> torch.Tensor:
         """What `forward` projects."""
@@ -271,26 +272,32 @@ def attention_weights(
     return scores.softmax(-1)
 
 
+@ours
 class MLP(nn.Module):
     """fc2(activation(fc1(x))) with exact-erf GELU or quick-GELU."""
 
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         if config.hidden_act not in _ACTIVATIONS:
             raise ValueError(f"hidden_act: expected one of {', '.join(_ACTIVATIONS)}, got {config.hidden_act!r}")
 
+    @property
+    def products(self) -> tuple[nn.Linear, ...]:
+        return self.fc1, self.fc2
+
     def forward(self, x: torch.Tensor | PreNorm) -> torch.Tensor:
+        """x (..., D), or a norm to be read -> (..., D)."""
         fc1, fc2, activation = self.fc1, self.fc2, self.config.hidden_act
         if isinstance(x, PreNorm):
             return x.mlp(fc1, fc2, activation)
-        if type(fc1) is Linear and type(fc2) is Linear:
+        if are_linear(fc1, fc2):
             return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=activation)
-        if isinstance(fc1, FrozenLinear):
+        if isinstance(fc1, FrozenLinear) and plain(fc1, fc2):
             return fc2(fc1.activated(x, activation))
-        return fc2(_ACTIVATIONS[activation](fc1(x)))  # adapters on it
+        return fc2(_ACTIVATIONS[activation](fc1(x)))
 
 
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -303,6 +310,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+@ours
 class EncoderLayer(nn.Module):
     """CLIP's pre-norm layer; with `add_time_attn` attention over the frames of each position comes before it.
 
@@ -342,14 +350,14 @@ class EncoderLayer(nn.Module):
         former.
         """
         h = self._before_attention(x, frames)
-        read = self.self_attn.reading(h)
-        a, weights = self.self_attn(read, causal, key_padding_mask, output_attentions)
+        read = h.read_by(self.self_attn)
+        a, weights = _and_weights(self.self_attn(read, causal, key_padding_mask, output_attentions))
         return self._after_attention(a, h.total, x), weights
 
     def packed(self, x: torch.Tensor | Sum, packing: Packing | Padded) -> Any:
         """The same, causal, for captions laid end to end: x (tokens, D) -> (tokens, D)."""
         h = self._before_attention(x, frames=1)
-        a = self.self_attn.packed(self.self_attn.reading(h), packing)
+        a = self.self_attn.packed(h.read_by(self.self_attn), packing)
         return self._after_attention(a, h.total, x)
 
     def pooled(self, x: torch.Tensor | Sum, frames: int = 1, packing: Packing | Padded | None = None) -> Any:
@@ -368,7 +376,7 @@ class EncoderLayer(nn.Module):
 
     def _after_attention(self, a: torch.Tensor, x: torch.Tensor, like: torch.Tensor | Sum) -> torch.Tensor | Sum:
         h = PreNorm(self.layer_norm2, a, x)
-        y = self.mlp(h.read_by(self.mlp.fc1, self.mlp.fc2))
+        y = self.mlp(h.read_by(self.mlp))
         after = Sum(h.total, y)
         return after if isinstance(like, Sum) else after.joined()
 
@@ -376,14 +384,20 @@ class EncoderLayer(nn.Module):
         """x (B, T, N, D) -> what attention over frames adds, and what it is to be added to."""
         frames = x.shape[1]
         h = PreNorm(self.temporal_layer_norm1, x, self.temporal_embedding[:, :frames, None] if frames > 1 else None)
-        a = self.temporal_attn(self.temporal_attn.reading(h))
+        a, _ = _and_weights(self.temporal_attn(h.read_by(self.temporal_attn)))
         if self.temporal_mlp is None or self.temporal_layer_norm2 is None:
             return a, h.total
         h = PreNorm(self.temporal_layer_norm2, a, h.total)
-        y = self.temporal_mlp(h.read_by(self.temporal_mlp.fc1, self.temporal_mlp.fc2))
+        y = self.temporal_mlp(h.read_by(self.temporal_mlp))
         return y, h.total
 
 
+def _and_weights(out: Any) -> tuple[Any, torch.Tensor | None]:
+    """(tensor, attention weights or None) of what an attention or a layer returned, wherever that comes from."""
+    return (*out, None)[:2] if isinstance(out, tuple) else (out, None)
+
+
+@ours
 class Encoder(nn.Module):
     """The layers of a tower, with gradient checkpointing of whole layers in training."""
 
@@ -405,19 +419,23 @@ class Encoder(nn.Module):
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
         """x (B * T, N, D) -> last hidden state, the states before each layer and after the last, the attentions."""
         states: list[torch.Tensor] = []
-        attentions: list[torch.Tensor] = []
-        between = self._between(x, output_hidden_states)
+        attentions: list[Any] = []
+        whole = output_hidden_states or self._checkpoints()
+        between = Sum(x)
         for layer in self.layers:
+            given = between.joined() if whole or not plain(layer) else between
             if output_hidden_states:
-                states.append(between)
-            between, weights = self._run(layer, between, frames, causal, key_padding_mask, output_attentions)
+                states.append(cast(torch.Tensor, given))
+            out = self._run(layer, given, frames, causal, key_padding_mask, output_attentions)
+            after, weights = _and_weights(out)
+            between = after if isinstance(after, Sum) else Sum(after)
             attentions.append(weights)
-        x = between.joined() if isinstance(between, Sum) else between
+        x = between.joined()
         states.append(x)
         return x, tuple(states) if output_hidden_states else None, tuple(attentions) if output_attentions else None
 
     def pooled(self, x: torch.Tensor, frames: int = 1, packing: Packing | Padded | None = None) -> torch.Tensor:
-        """The last state of the pooled tokens alone: the last layer computes no other.
+        """The last state of the pooled tokens alone: the last layer computes no other. For plain layers only.
 
         x (B * T, N, D) -> (B * T, D), of the first tokens; or captions, packed (tokens, D) or padded (B, N, D) ->
         (B, D), of their ends. Where the encoder is optimized, x is overwritten.
@@ -426,7 +444,7 @@ class Encoder(nn.Module):
         if self.running is not None and not traced:
             return self.running.pooled(x, packing)
         *layers, last = cast(list[EncoderLayer], list(self.layers))
-        between = self._between(x)
+        between: Any = x if self._checkpoints() else Sum(x)
         for layer in layers:
             if packing is None:
                 between, _ = self._run(layer, between, frames)
@@ -434,10 +452,6 @@ class Encoder(nn.Module):
                 between = self._run(layer.packed, between, packing)
         out = self._run(last.pooled, between, frames, packing)
         return (out.joined() if isinstance(out, Sum) else out)[:, 0]
-
-    def _between(self, x: torch.Tensor, output_hidden_states: bool = False) -> Any:
-        """What to give the first layer: a Sum, where what comes between layers is not to be kept."""
-        return x if output_hidden_states or self._checkpoints() else Sum(x)
 
     def activation_bytes(self, tokens: int) -> int:
         """About what inference holds at once for so many tokens: the widest point of a layer, the MLP."""
@@ -451,5 +465,7 @@ class Encoder(nn.Module):
         """Calls a layer, checkpointed in training where that is on."""
         if not self._checkpoints():
             return function(*arguments)
-        run = getattr(self, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
+        run = partial(checkpoint, use_reentrant=False)
+        if arguments[0].requires_grad:  # re-entrant checkpoints, which may be asked for, lose gradients without it
+            run = getattr(self, "_gradient_checkpointing_func", run)
         return run(function, *arguments)

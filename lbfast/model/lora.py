@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from lbfast import dispatch
-from lbfast.model.layers import Linear
+from lbfast.model.plain import ours, plain
 from lbfast.products import linear, product
 
 
+@ours
 class LoraLinear(nn.Linear):
     """y = x W^T + b + (alpha / r) B A dropout(x), with W and b frozen until asked otherwise.
 
@@ -44,7 +45,8 @@ class LoraLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dropout = self.dropout if self.training else 0.0
         parameters = [self.weight, self.bias, self.lora_A.weight, self.lora_B.weight]
-        if torch.compiler.is_compiling():  # which fuses the parts, and cannot trace a seed
+        # a compiler fuses the parts, and cannot trace a seed
+        if torch.compiler.is_compiling() or not plain(self.lora_A, self.lora_B):
             h = self.lora_A(F.dropout(x, dropout, self.training))
             return F.linear(x, self.weight, self.bias) + self.lora_B(h) * self.scaling
         dtype = dispatch.autocast_dtype(x.device)
@@ -135,7 +137,7 @@ def add_lora(encoder: nn.Module, r: int, alpha: float, dropout: float, add_time_
     encoder.requires_grad_(False)
     targets = _TEMPORAL if add_time_attn else _SPATIAL
     for name, module in list(encoder.named_modules()):
-        if type(module) is Linear and name.endswith(targets):
+        if type(module) is nn.Linear and name.endswith(targets):
             with torch.device(module.weight.device):
                 adapted = LoraLinear(
                     module.in_features, module.out_features, r, alpha, dropout, bias=module.bias is not None
@@ -156,9 +158,9 @@ def merge_lora(root: nn.Module) -> int:
     adapted = list(lora_modules(root))
     for name, module in adapted:
         with torch.no_grad(), torch.device("meta"):
-            plain = Linear(module.in_features, module.out_features, bias=module.bias is not None)
-        plain.weight = nn.Parameter(module.merged_weight().detach())
+            merged = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+        merged.weight = nn.Parameter(module.merged_weight().detach())
         if module.bias is not None:
-            plain.bias = nn.Parameter(module.bias.detach())
-        _replace(root, name, plain.train(module.training))
+            merged.bias = nn.Parameter(module.bias.detach())
+        _replace(root, name, merged.train(module.training))
     return len(adapted)

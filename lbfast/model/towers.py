@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from lbfast import ops
+from lbfast import dispatch, ops
 from lbfast.model.config import Modality
 from lbfast.model.graphs import Graphs
 from lbfast.model.layers import Encoder, LayerNorm, Packing, Padded
+from lbfast.model.plain import ours, plain, wholly_plain
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -40,6 +41,7 @@ def _pixel_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]
     return mean, std
 
 
+@ours
 class VisionEmbeddings(nn.Module):
     """Patches (or tubes of frames), class token and positions, through `ops.patch_embed`."""
 
@@ -57,7 +59,7 @@ class VisionEmbeddings(nn.Module):
         tubes = getattr(config, "clip_type", "vl") == "vl_new" and config.add_time_attn
         self.tube_size = int(getattr(config, "tube_size", 1)) if tubes else 1
         patch = (self.patch_size, self.patch_size)
-        # the convolutions only hold the weight under its checkpoint key; they are never called
+        # where the convolutions are plain, they only hold the weight under its checkpoint key
         self.patch_embedding: nn.Conv2d | nn.Conv3d
         if tubes:
             if config.num_frames % self.tube_size:
@@ -77,6 +79,9 @@ class VisionEmbeddings(nn.Module):
         self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None, pre_norm: LayerNorm | None = None
     ) -> torch.Tensor:
         """pixel_values (B, C, H, W) or (B, C, T, H, W), float or uint8; kept (B, K) -> (B * T', 1 + K, D), normed."""
+        if not plain(self.patch_embedding, self.position_embedding):
+            tokens = self._called(pixel_values, kept)
+            return tokens if pre_norm is None else pre_norm(tokens)
         mean: Any = None
         std: Any = None
         if pixel_values.dtype == torch.uint8:
@@ -93,7 +98,29 @@ class VisionEmbeddings(nn.Module):
             pre_norm=None if pre_norm is None else pre_norm.parts,
         )
 
+    def _called(self, pixels: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        """The tokens before the norm, by the modules' own calls."""
+        dtype = self.class_embedding.dtype
+        if pixels.dtype == torch.uint8:
+            mean, std = (torch.tensor(values, device=pixels.device) for values in (PIXEL_MEAN, PIXEL_STD))
+            shape = (-1, *[1] * (pixels.ndim - 2))
+            pixels = (pixels / 255 - mean.view(shape)) / std.view(shape)
+        clips = pixels.to(dtype) if pixels.ndim == 5 else pixels.to(dtype).unsqueeze(2)
+        if self.tube_size > 1 or isinstance(self.patch_embedding, nn.Conv3d):
+            patches = self.patch_embedding(clips).permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, T', N, D)
+        else:
+            patches = self.patch_embedding(clips.transpose(1, 2).flatten(0, 1)).flatten(2).mT
+            patches = patches.unflatten(0, (len(clips), -1))
+        first = self.class_embedding.to(patches.dtype).view(-1, 1, self.embed_dim)  # (1 or T', 1, D)
+        tokens = torch.cat([first.expand(*patches.shape[:2], 1, -1), patches], dim=2)
+        tokens = tokens + self.position_embedding(torch.arange(self.num_positions, device=pixels.device)[None])
+        if kept is not None:
+            rows = F.pad(1 + kept, (1, 0))[:, None, :, None]  # the class token, and the patches kept
+            tokens = tokens.gather(2, rows.expand(-1, tokens.shape[1], -1, tokens.shape[-1]))
+        return tokens.flatten(0, 1)
 
+
+@ours
 class PatchDropout(nn.Module):
     """Chooses the patches that training keeps (arXiv 2212.00794); the dropped ones are never embedded."""
 
@@ -117,6 +144,7 @@ class PatchDropout(nn.Module):
         return f"prob={self.prob}"
 
 
+@ours
 class VisionTransformer(nn.Module):
     """Pixels of one modality -> hidden states and the pooled class token, averaged over frames."""
 
@@ -124,7 +152,12 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.modality = modality
-        self.embeddings = VisionEmbeddings(config, modality)
+        self.embeddings = embeddings = VisionEmbeddings(config, modality)
+        self.pixel_shape, self.num_patches, self.tube_size = (
+            embeddings.pixel_shape,
+            embeddings.num_patches,
+            embeddings.tube_size,
+        )
         self.patch_dropout = PatchDropout(config.force_patch_dropout)
         self.pre_layrnorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic: the checkpoints' name
         self.encoder = Encoder(config, temporal_mlp=config.add_time_attn and modality.temporal_mlp)
@@ -185,17 +218,20 @@ class VisionTransformer(nn.Module):
     def activation_bytes(self, pixel_values: torch.Tensor) -> int:
         """About what inference on these pixels, (B, C, H, W) or (B, C, T, H, W), holds at once."""
         frames = pixel_values.shape[0] * (pixel_values.shape[2] if pixel_values.ndim > 4 else 1)
-        return self.encoder.activation_bytes(frames * self.embeddings.num_positions)
+        return self.encoder.activation_bytes(frames * (1 + self.num_patches))
 
     @property
     def frames(self) -> int:
         """T' where the layers attend over frames, else 1."""
-        return self.config.num_frames // self.embeddings.tube_size if self.config.add_time_attn else 1
+        return self.config.num_frames // self.tube_size if self.config.add_time_attn else 1
 
     def _tokens(self, pixels: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Clips -> (B * T', 1 + kept, D), and `frames`."""
-        kept = self.patch_dropout(pixels.shape[0], self.embeddings.num_patches, pixels.device)
-        return self.embeddings(pixels, kept, self.pre_layrnorm), self.frames
+        kept = self.patch_dropout(pixels.shape[0], self.num_patches, pixels.device)
+        given = (pixels,) if kept is None else (pixels, kept)
+        if plain(self.embeddings, self.pre_layrnorm):
+            return self.embeddings(*given, pre_norm=self.pre_layrnorm), self.frames
+        return self.pre_layrnorm(self.embeddings(*given)), self.frames
 
     def _pool(self, first: torch.Tensor, clips: int) -> torch.Tensor:
         """Class tokens (B * T', D) -> their mean over the frames of each of so many clips; of none, each alone."""
@@ -204,7 +240,7 @@ class VisionTransformer(nn.Module):
 
     def _as_clips(self, pixel_values: torch.Tensor | None) -> tuple[torch.Tensor, int]:
         """Checks pixel_values; returns a view (B, C, H, W) or (B, C, T, H, W), and B where it came as clips, else 0."""
-        channels, height, width = self.embeddings.pixel_shape
+        channels, height, width = self.pixel_shape
         expected = f"a tensor (B, {channels}, {height}, {width}) or (B, {channels}, T, {height}, {width})"
         if not isinstance(pixel_values, torch.Tensor):
             raise TypeError(f"pixel_values: expected {expected}, got {type(pixel_values).__name__}")
@@ -245,6 +281,7 @@ LAUNCHING = 7e10
 """FLOP that a GPU has time for while the launches of a packed layer are issued: a dozen, 10 us each, at 580 TFLOP/s."""
 
 
+@ours
 class TextEmbeddings(nn.Module):
     """Token and position embeddings."""
 
@@ -256,11 +293,14 @@ class TextEmbeddings(nn.Module):
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
         """input_ids (B, N), position_ids (B, N) or (1, N) -> (B, N, D)."""
         tokens = self.token_embedding(input_ids)
-        if position_ids is None:
+        if position_ids is None and plain(self.position_embedding):
             return tokens + self.position_embedding.weight[: input_ids.shape[1]]
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         return tokens + self.position_embedding(position_ids)
 
 
+@ours
 class TextTransformer(nn.Module):
     """Token ids -> hidden states and the state at the first end-of-text token."""
 
@@ -356,7 +396,7 @@ class TextTransformer(nn.Module):
 
     def _lengths(self, ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         """Tokens up to the pooled one of each caption, (B,), where ids are; None where every token must be computed."""
-        if torch.compiler.is_compiling() or (ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if dispatch.traced() or (ids.is_cuda and torch.cuda.is_current_stream_capturing()):
             return None
         lengths = ids.argmax(dim=-1) + 1
         padding = None if attention_mask is None else padding_from(attention_mask.to(ids.device), ids.shape)
@@ -394,11 +434,18 @@ class TextTransformer(nn.Module):
             )
         if position_ids is not None and tuple(position_ids.shape) not in (tuple(ids.shape), (1, ids.shape[1])):
             raise ValueError(f"position_ids: expected shape {tuple(ids.shape)}, got {tuple(position_ids.shape)}")
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if ids.device.type == "cpu" and not dispatch.traced():
             low, high = ids.aminmax()
             if low < 0 or high >= vocabulary:
                 raise ValueError(f"input_ids: expected ids from 0 to {vocabulary - 1}, got {int(low)} to {int(high)}")
         return ids
+
+
+def pooled(tower: nn.Module, **inputs: Any) -> torch.Tensor:
+    """A tower's pooler_output alone, (B, D): the same for less work where all of it is plain, else by its own call."""
+    if isinstance(tower, (VisionTransformer, TextTransformer)) and wholly_plain(tower):
+        return tower.pooled(**inputs)
+    return tower(**inputs)[1]
 
 
 def padding_from(attention_mask: torch.Tensor, shape: torch.Size | tuple[int, int]) -> torch.Tensor | None:
@@ -415,7 +462,7 @@ def padding_from(attention_mask: torch.Tensor, shape: torch.Size | tuple[int, in
     padding = mask == 0
     if mask.is_floating_point():
         padding = torch.where((mask > 0).any(), padding, mask < 0)
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not padding.any():
+    if mask.device.type == "cpu" and not dispatch.traced() and not padding.any():
         return None
     return padding
 
