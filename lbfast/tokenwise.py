@@ -5,15 +5,15 @@
     total += constant of the token's frame
     result = norm(total) @ reader.T + b
 
-Weights are laid out in panels of 32 outputs, in steps of 64 bytes of inputs: int8 with a scale for each output, bfloat16
-or float32. Inputs of int8 products become 8 bits as they are made, with a scale and a zero point for each token.
-Kernels: AMX, AVX-512 (VNNI, bfloat16), AVX2 (AVX-VNNI).
+Weights are laid out in panels of 32 outputs, in steps of 64 bytes of inputs: int8 with a scale for each output, or
+bfloat16, or float32. Inputs of int8 products become 8 bits as they are made, with a scale and an offset for each token
+(inside the MLP for each CHUNK of it). Kernels: AMX, AVX-512 (VNNI, bfloat16), AVX2 (AVX-VNNI).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -23,7 +23,7 @@ COLUMNS, STEP, CHUNK = 32, 64, 1024
 """Outputs of a panel, bytes of a step, the MLP's inner features at a time."""
 
 Product = list[torch.Tensor]
-"""Panels (panels, steps, 2, 16, 16, 4 bytes' worth) and bias; of int8 also scales and, a row a chunk of inputs, scale * sum."""
+"""Panels (panels, steps, 2, 16, 16, 4 bytes) and bias; of int8 also scales, and scale * sum of each chunk of inputs."""
 
 torch.library.define(
     "lbfast::tokenwise",
@@ -36,6 +36,17 @@ torch.library.define(
 )
 torch.library.define("lbfast::tokenwise_kernels", "(ScalarType dtype) -> str[]")
 torch.library.define("lbfast::large_pages", "(Tensor(a!) buffer) -> ()")
+
+
+def why_not(width: int, inner: int, dtype: torch.dtype) -> list[str]:
+    """Reasons why spans of this width and inner width of the MLP can't run here with weights of a dtype."""
+    reasons = dispatch.why_not_native()
+    if not reasons and not kernels(dtype):
+        needs = {torch.int8: "AMX, AVX512-VNNI or AVX-VNNI", torch.bfloat16: "AMX or AVX512-bf16"}
+        reasons = [f"this CPU has no {needs.get(dtype, 'vector')} instructions"]
+    if width % 16 or inner % 32:
+        reasons.append(f"expected hidden_size a multiple of 16 and intermediate_size of 32, got {width} and {inner}")
+    return reasons
 
 
 def kernels(dtype: torch.dtype) -> list[str]:
@@ -58,11 +69,6 @@ class Room:
         torch.ops.lbfast.large_pages(self.buffer)
         self.used = 0
 
-    @staticmethod
-    def of(weights: Iterable[torch.Tensor], dtype: torch.dtype) -> Room:
-        """For the panels of weights (N, K)."""
-        return Room(sum(_panel_bytes(len(w), padded(w.shape[1]), dtype) for w in weights))
-
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         size = math.prod(shape) * dtype.itemsize
         if self.used + size > len(self.buffer):
@@ -72,15 +78,16 @@ class Room:
         return taken
 
 
-def _panel_bytes(outputs: int, inputs: int, dtype: torch.dtype) -> int:
+def panel_bytes(outputs: int, inputs: int, dtype: torch.dtype) -> int:
+    """What the panels of a weight (outputs, inputs) take."""
     return padded(outputs) * -(-inputs * dtype.itemsize // STEP) * STEP
 
 
-def panels(weight: torch.Tensor, inputs: int | None = None, room: Room | None = None) -> torch.Tensor:
-    """weight (N, K), int8, bfloat16 or float32, in panels; of `inputs` >= K inputs, those beyond K times 0."""
+def panels(weight: torch.Tensor, room: Room | None = None) -> torch.Tensor:
+    """weight (N, K), int8, bfloat16 or float32, in panels; the last panel and step filled up with 0."""
     count, width = weight.shape
     word = 4 // weight.element_size()
-    steps = -(-(inputs or width) * weight.element_size() // STEP)
+    steps = -(-width * weight.element_size() // STEP)
     whole = weight.new_zeros(padded(count), steps * 16 * word)
     whole[:count, :width] = weight
     laid = whole.view(-1, 2, 16, steps, 16, word).permute(0, 3, 1, 4, 2, 5)  # panel, step, half, word, output, number
@@ -93,26 +100,25 @@ def product(
     weight: torch.Tensor,
     bias: torch.Tensor,
     dtype: torch.dtype,
-    after: Product | None = None,
+    chunk: int | None = None,
     room: Room | None = None,
 ) -> Product:
     """A linear layer's weight (N, K) and bias (N,), floating point, for products of int8, bfloat16 or float32.
 
-    `after`: the product whose outputs are its inputs, where it is the second of an MLP. `room`: where panels go.
+    `chunk`: inputs that share a scale; None: all; CHUNK for the second of an MLP. `room`: where the panels go.
     """
-    inputs = None if after is None else len(after[1])
     ends = weight.new_zeros(padded(len(weight)), dtype=torch.float32)
     ends[: len(bias)] = bias
     if dtype != torch.int8:
-        return [panels(weight.to(dtype), inputs, room), ends]
+        return [panels(weight.to(dtype), room), ends]
     values, scales = to_int8(weight)
     factors = torch.zeros_like(ends)
     factors[: len(scales)] = scales
-    chunks = values.split(values.shape[1] if after is None else CHUNK, dim=1)
+    chunks = values.split(chunk or values.shape[1], dim=1)
     shifts = torch.zeros(len(chunks), len(ends))
     for row, chunk in zip(shifts, chunks):
         row[: len(chunk)] = scales * chunk.sum(1, dtype=torch.int32)
-    return [panels(values, inputs, room), ends, factors, shifts]
+    return [panels(values, room), ends, factors, shifts]
 
 
 def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,7 +146,8 @@ def run(
     """Runs a span over tokens; parts that are not given are left out.
 
     Args:
-        total: (tokens, D) float32, contiguous, D a multiple of 16; the running sum, changed in place.
+        total: (tokens, D) float32, contiguous; the running sum, changed in place. D is a multiple of 16, the MLP's
+            inner width of 32.
         attended, out: (tokens, D) float32 or bfloat16, what the attention before hands over; its product.
         mlp: weight and bias (D,) float32 of its norm, then the products fc1 and fc2.
         constant: (T, D) float32, added to the tokens of frame t, `per_frame` of them adjacent, frames in turn.

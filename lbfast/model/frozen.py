@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.torch_version import TorchVersion
 
+from lbfast import tokenwise
 from lbfast.float8 import Float8, to_float8
 from lbfast.model.plain import ours
 from lbfast.ops.mlp import activate_, activate_float8
@@ -111,6 +112,45 @@ class PackedLinear(FrozenLinear):
 
 
 @ours
+class PanelLinear(FrozenLinear):
+    """On the CPU, in panels of our own, as `tokenwise` has them: of int8, or of the layers' dtype.
+
+    Args:
+        layers: nn.Linear, of one input.
+        weights: int8, bfloat16 or float32.
+        chunk: inputs that share a scale: see `tokenwise.product`.
+        room: where the panels go.
+    """
+
+    def __init__(
+        self,
+        *layers: nn.Linear,
+        weights: torch.dtype,
+        chunk: int | None = None,
+        room: tokenwise.Room | None = None,
+    ):
+        self._laid = (weights, chunk, room)
+        super().__init__(*layers)
+        del self._laid
+
+    def _hold(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        self.register_buffer("bias", bias)
+        self.parts = tokenwise.product(weight, bias, *self._laid)
+
+    def add_to(self, total: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows = self._rows(x).to(total.dtype)
+        return total + self._linear(rows, self.bias).view(total.shape), None
+
+    def activated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        rows = tokenwise.linear(self._rows(x), self.parts, self.out_features, activation)
+        return rows.view(*x.shape[:-1], self.out_features)
+
+    def _linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        parts = self.parts if bias is not None else [self.parts[0], torch.zeros_like(self.parts[1]), *self.parts[2:]]
+        return tokenwise.linear(x, parts, self.out_features)
+
+
+@ours
 class Float8Linear(FrozenLinear):
     """Inputs and weight in float8 e4m3, each row with its scale; sums in float32, results in bfloat16.
 
@@ -166,6 +206,14 @@ def check_float8(device: torch.device) -> None:
             f"precision: fp8 on a GPU of compute capability 8.9 needs PyTorch 2.12 or later, got {torch.__version__}, "
             "whose product ignores the current stream (pytorch issue 177651)"
         )
+
+
+def check_int8(device: torch.device, pack: bool) -> None:
+    """Raises where int8 products are not for a device; `tokenwise.why_not` says what a CPU lacks."""
+    if device.type != "cpu":
+        raise RuntimeError(f"precision: int8 is for CPUs, got a model on {device}; fp8 is for GPUs")
+    if not pack:
+        raise ValueError("pack_weights: expected True with precision int8, whose weights are laid out, got False")
 
 
 def _no_state(module: nn.Module, prefix: str, keep_vars: bool) -> None:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar, cast
 
 import torch
 from torch import nn
 
+from lbfast import tokenwise
 from lbfast.model.checkpoint import parse_dtype
-from lbfast.model.frozen import Float8Linear, FrozenLinear, PackedLinear, check_float8
+from lbfast.model.frozen import Float8Linear, FrozenLinear, PackedLinear, PanelLinear, check_float8, check_int8
 from lbfast.model.graphs import Graphs
 from lbfast.model.languagebind import LanguageBind, LanguageBindModel
 from lbfast.model.layers import MLP, Attention, Encoder, EncoderLayer, TemporalAttention
 from lbfast.model.lora import merge_lora
 from lbfast.model.running import Running
+from lbfast.model.spans import Spans
 from lbfast.model.towers import TextTransformer, VisionTransformer
 
-PRECISIONS = ("fp8",)
+PRECISIONS = ("fp8", "int8")
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -58,8 +61,10 @@ def optimize_for_inference(
         model: LanguageBind, LanguageBind{Image,Video,Audio,Depth,Thermal}, or a tower of one.
         dtype: of the weights: "auto" (`best_dtype` of the device), a floating dtype or its name, or None to keep what
             they have. Float pixels are cast to it.
-        precision: "fp8": products of the layers but the last in float8 e4m3, a scale for each row of both, summed
-            in float32 (Hopper and later; emulated, slowly, on a CPU). None: in `dtype`.
+        precision: of the products of all layers but the last. "fp8": float8 e4m3, a scale for each row of both, summed
+            in float32 (Hopper and later; emulated, slowly, on a CPU). "int8": on a CPU with AVX512-VNNI, AVX-VNNI or
+            AMX, weights with a scale for each output, inputs with a scale and an offset for each token, found as they
+            are made; sums are exact. None: in `dtype`.
         pack_weights: on a CPU, lay out the weights. False leaves them plain, as torch.compile wants them.
         cuda_graphs: on a GPU, record the towers. False for torch.compile, and where memory is short.
         batch_sizes: the sizes recorded; a batch is padded to the next, larger ones go in pieces.
@@ -69,7 +74,7 @@ def optimize_for_inference(
 
     Raises:
         TypeError: another kind of model. ValueError: an unknown dtype or precision, or batch_sizes that are none.
-        RuntimeError: the device has no float8 products.
+        RuntimeError: the device has no such products.
     """
     if not isinstance(model, (LanguageBind, LanguageBindModel, VisionTransformer, TextTransformer)):
         raise TypeError(
@@ -83,6 +88,8 @@ def optimize_for_inference(
     device = next(model.parameters()).device
     if precision == "fp8":
         check_float8(device)
+    if precision == "int8":
+        check_int8(device, pack_weights)
     wanted = best_dtype(device) if dtype == "auto" else None if dtype is None else parse_dtype(dtype)
     towers = [m for m in model.modules() if isinstance(m, (VisionTransformer, TextTransformer))]
     if any(tower.encoder.running is not None for tower in towers):
@@ -94,8 +101,8 @@ def optimize_for_inference(
     if wanted is not None:
         nn.Module.to(model, wanted)
     for tower in towers:
-        _replace_products(tower.encoder, precision, pack_weights and device.type == "cpu")
-        tower.encoder.running = Running(tower.encoder, tower.frames if isinstance(tower, VisionTransformer) else 1)
+        frames = tower.frames if isinstance(tower, VisionTransformer) else 1
+        tower.encoder.running = _freeze(tower.encoder, frames, precision, pack_weights and device.type == "cpu")
         if cuda_graphs and device.type == "cuda":
             tower.graphs = _graphs(tower, batch_sizes)
     return model
@@ -118,19 +125,59 @@ def _fold_scale(attention: Attention) -> None:
     attention.scale = 1.0
 
 
-def _replace_products(encoder: Encoder, precision: str | None, pack: bool) -> None:
+def _freeze(encoder: Encoder, frames: int, precision: str | None, pack: bool) -> Running | Spans:
     """Puts frozen products in the places of an encoder's Linears, one by one: no two copies of all weights at once."""
-    pack = pack and PackedLinear.takes(next(encoder.parameters()).dtype)
-    plain = PackedLinear if pack else FrozenLinear
+    dtype = next(encoder.parameters()).dtype
+    config = encoder.config
+    if precision == "int8" or (pack and precision is None):
+        weights = torch.int8 if precision == "int8" else dtype
+        needed = {weights, dtype} if len(encoder.layers) > 1 else {dtype}
+        reasons = [r for d in needed for r in tokenwise.why_not(config.hidden_size, config.intermediate_size, d)]
+        if not reasons:
+            _replace_by_panels(encoder, weights)
+            return Spans(encoder, frames) if len(encoder.layers) > 1 else Running(encoder, frames)
+        if precision == "int8":
+            raise RuntimeError(f"precision: int8 can't run here: {'; '.join(dict.fromkeys(reasons))}")
     last = cast(EncoderLayer, encoder.layers[-1])
+    plain = PackedLinear if pack and PackedLinear.takes(dtype) else FrozenLinear
     for layer in encoder.layers:
         kind = Float8Linear if precision == "fp8" and layer is not last else plain
-        for module in layer.modules():
-            if isinstance(module, Attention) and module is not last.self_attn:  # of the last, only one query is wanted
-                _fold_scale(module)
-                module.qkv = kind(module.q_proj, module.k_proj, module.v_proj)
-                del module.q_proj, module.k_proj, module.v_proj
-            if isinstance(module, (Attention, MLP)):
-                for name, child in list(module.named_children()):
-                    if type(child) is nn.Linear:
-                        setattr(module, name, kind(child))
+        _replace_products(layer, last, partial(_made, kind))
+    return Running(encoder, frames)
+
+
+def _replace_by_panels(encoder: Encoder, weights: torch.dtype) -> None:
+    """PanelLinear, of `weights` in all layers but the last, which keeps its dtype; all of them on large pages."""
+    last = cast(EncoderLayer, encoder.layers[-1])
+    layers = [(layer, next(layer.parameters()).dtype if layer is last else weights) for layer in encoder.layers]
+    room = tokenwise.Room(
+        sum(
+            tokenwise.panel_bytes(*module.weight.shape, dtype)
+            for layer, dtype in layers
+            for module in layer.modules()
+            if type(module) is nn.Linear
+        )
+    )
+    for layer, dtype in layers:
+        _replace_products(layer, last, partial(_in_panels, dtype, room))
+
+
+def _made(kind: type[FrozenLinear], name: str, *linears: nn.Linear) -> FrozenLinear:
+    return kind(*linears)
+
+
+def _in_panels(dtype: torch.dtype, room: tokenwise.Room, name: str, *linears: nn.Linear) -> FrozenLinear:
+    return PanelLinear(*linears, weights=dtype, chunk=tokenwise.CHUNK if name == "fc2" else None, room=room)
+
+
+def _replace_products(layer: nn.Module, last: EncoderLayer, kind: Callable[..., FrozenLinear]) -> None:
+    """A layer's Linears by kind(name, *linears)."""
+    for module in layer.modules():
+        if isinstance(module, Attention) and module is not last.self_attn:  # of the last, only one query is wanted
+            _fold_scale(module)
+            module.qkv = kind("qkv", module.q_proj, module.k_proj, module.v_proj)
+            del module.q_proj, module.k_proj, module.v_proj
+        if isinstance(module, (Attention, MLP)):
+            for name, child in list(module.named_children()):
+                if type(child) is nn.Linear:
+                    setattr(module, name, kind(name, child))

@@ -19,6 +19,7 @@ from lbfast.model.prenorm import norm_linears, norm_mlp
 
 if TYPE_CHECKING:
     from lbfast.model.running import Running
+    from lbfast.model.spans import Spans
 
 
 @ours
@@ -155,12 +156,19 @@ class Attention(nn.Module):
 
     def mix(self, x: torch.Tensor | PreNorm | Float8, packing: Packing | Padded | None = None) -> torch.Tensor:
         """What `packed` projects, or without packing `forward`: of the same shape."""
-        if packing is None:
-            return ops.attention(*self.project(x), scale=self.scale).flatten(-2)
         if self.qkv is not None and not isinstance(x, PreNorm):
-            q, k, v = self._split(packing.pad(self.qkv(x)))
-        else:
-            q, k, v = (packing.pad(item) for item in self.project(x))
+            return self.attend(self.qkv(x), packing)
+        q, k, v = self.project(x)
+        if packing is None:
+            return ops.attention(q, k, v, scale=self.scale).flatten(-2)
+        q, k, v = (packing.pad(item) for item in (q, k, v))
+        return packing.pack(ops.attention(q, k, v, causal=True, scale=self.scale).flatten(-2))
+
+    def attend(self, qkv: torch.Tensor, packing: Packing | Padded | None = None) -> torch.Tensor:
+        """The same of the projections (..., 3 * D), as `qkv` makes them: (..., D)."""
+        if packing is None:
+            return ops.attention(*self._split(qkv), scale=self.scale).flatten(-2)
+        q, k, v = self._split(packing.pad(qkv))
         return packing.pack(ops.attention(q, k, v, causal=True, scale=self.scale).flatten(-2))
 
     def mix_pooled(self, x: torch.Tensor, packing: Packing | Padded | None = None) -> torch.Tensor:
@@ -185,6 +193,10 @@ class TemporalAttention(Attention):
     def mix(self, x: torch.Tensor | PreNorm | Float8, packing: Any = None) -> torch.Tensor:
         """What `forward` projects."""
         return ops.temporal_attention(*self.project(x)).flatten(-2)
+
+    def attend(self, qkv: torch.Tensor, packing: Any = None) -> torch.Tensor:
+        """The same of the projections (B, T, N, 3 * D): (B, T, N, D)."""
+        return ops.temporal_attention(*self._split(qkv)).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -406,7 +418,7 @@ class Encoder(nn.Module):
         self.config = config
         self.layers = nn.ModuleList(EncoderLayer(config, temporal_mlp) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False  # set by PreTrainedModel.gradient_checkpointing_enable
-        self.running: Running | None = None  # by optimize_for_inference
+        self.running: Running | Spans | None = None  # by optimize_for_inference
 
     def forward(
         self,

@@ -10,7 +10,7 @@ from what it stands for, and is rounded about as often as by the layers one afte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -85,15 +85,16 @@ class Running:
     Args:
         encoder: of frozen products.
         frames: T, where its layers attend over frames.
+        layers: those to run, the last of them the encoder's; None: all.
     """
 
-    def __init__(self, encoder: Encoder, frames: int = 1):
+    def __init__(self, encoder: Encoder, frames: int = 1, layers: Sequence[EncoderLayer] | None = None):
         self.frames = frames if encoder.config.add_time_attn else 0
         self.steps: list[Step] = []
         constant: torch.Tensor | None = None
         whole = False  # whether the product before leaves a whole tensor to be added, and so written
-        for depth, layer in enumerate(cast(list[EncoderLayer], list(encoder.layers))):
-            for index, step in enumerate(_steps(layer)):
+        for depth, layer in enumerate(layers or cast(list[EncoderLayer], list(encoder.layers))):
+            for index, step in enumerate(steps_of(layer)):
                 wide = torch.promote_types(step.norm.weight.dtype, torch.float32)
                 if isinstance(step.reader, TemporalAttention) and frames > 1:
                     embedding = layer.temporal_embedding[:, :frames, None].to(wide)
@@ -136,7 +137,8 @@ def _frames_apart(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(0, 1) if x.dim() == 4 else x
 
 
-def _steps(layer: EncoderLayer) -> Iterator[Step]:
+def steps_of(layer: EncoderLayer) -> Iterator[Step]:
+    """A layer's norms and their readers, in order."""
     if layer.add_time_attn:
         yield Step(layer.temporal_layer_norm1, layer.temporal_attn)
         if layer.temporal_mlp is not None and layer.temporal_layer_norm2 is not None:
