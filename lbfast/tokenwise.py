@@ -35,7 +35,7 @@ torch.library.define(
     '(Tensor x, Tensor[] product, str activation, Tensor(a!) result, str kernel="") -> ()',
 )
 torch.library.define("lbfast::tokenwise_kernels", "(ScalarType dtype) -> str[]")
-torch.library.define("lbfast::large_pages", "(Tensor(a!) buffer) -> ()")
+torch.library.define("lbfast::large_pages", "(int bytes) -> Tensor")
 
 
 def why_not(width: int, inner: int, dtype: torch.dtype) -> list[str]:
@@ -65,8 +65,7 @@ class Room:
     """A buffer on large pages that panels are laid into one after another: a page of 4 KiB each would cost twice."""
 
     def __init__(self, size: int):
-        self.buffer = torch.empty(size, dtype=torch.uint8)
-        torch.ops.lbfast.large_pages(self.buffer)
+        self.buffer = torch.ops.lbfast.large_pages(size)
         self.used = 0
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -651,17 +651,21 @@ std::vector<std::string> names(at::ScalarType dtype) {
   return out;
 }
 
-// Asks for large pages, before a buffer's first use: weights are read once a piece, and each of their 4 KiB would need
-// the machine to look its page up.
-void large_pages(const at::Tensor& buffer) {
+// A buffer of zeros on large pages, where the system has them: weights are read once a piece, and each of their 4 KiB
+// would need the machine to look its page up.
+at::Tensor large_pages(int64_t bytes) {
+  TORCH_CHECK(bytes >= 0, "large_pages: bytes: expected 0 or more, got ", bytes);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 2u << 20;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(buffer.data_ptr());
-  const uintptr_t first = (start + kPage - 1) / kPage * kPage, last = (start + buffer.nbytes()) / kPage * kPage;
-  if (first < last) {
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: without it, slower
+  constexpr int64_t kPage = 2 << 20;
+  const int64_t size = (bytes + kPage - 1) / kPage * kPage + kPage;
+  void* mapped = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped != MAP_FAILED) {
+    char* first = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(mapped) + kPage - 1) / kPage * kPage);
+    madvise(first, size - kPage, MADV_HUGEPAGE);  // advice: without it, slower
+    return at::from_blob(first, {bytes}, [mapped, size](void*) { munmap(mapped, size); }, at::kByte);
   }
 #endif
+  return at::zeros({bytes}, at::kByte);
 }
 
 }  // namespace
@@ -670,9 +674,9 @@ void large_pages(const at::Tensor& buffer) {
 TORCH_LIBRARY_IMPL(lbfast, CPU, m) {
   m.impl("tokenwise", lbfast::tokenwise);
   m.impl("tokenwise_linear", lbfast::linear);
-  m.impl("large_pages", lbfast::large_pages);
 }
 
 TORCH_LIBRARY_IMPL(lbfast, CompositeExplicitAutograd, m) {
   m.impl("tokenwise_kernels", lbfast::names);
+  m.impl("large_pages", lbfast::large_pages);
 }
