@@ -114,6 +114,23 @@ void load_rows(const In* from, int64_t stride, int64_t rows, int64_t dim, T* to)
   }
 }
 
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t ld;
+};
+
+// Rows of dim values as T: in place, or converted into `to`.
+template <typename In, typename T>
+Rows<T> rows_of(const In* from, int64_t stride, int64_t rows, int64_t dim, T* to) {
+  if constexpr (std::is_same_v<In, T>) {
+    return {from, stride};
+  } else {
+    load_rows(from, stride, rows, dim, to);
+    return {to, dim};
+  }
+}
+
 // float rows of dim values, times a factor each (null: 1) -> In
 template <typename In>
 void store_rows(const float* from, const float* factors, int64_t rows, int64_t dim, In* to, int64_t stride) {
@@ -177,17 +194,38 @@ inline int64_t mask_scores(float* s, int64_t keys, int64_t query, const Masks& m
   return keys;
 }
 
+// Within 3e-7 of exp(x) for what becomes bfloat16, x not above 0 by much.
 template <typename T>
 Vec exponential(const Vec& x) {
-  return std::is_same_v<T, float> ? x.exp() : x.exp_u20();  // 20 ulp of float are nothing to bfloat16
+  if constexpr (std::is_same_v<T, float>) {
+    return x.exp();
+  } else {
+#if defined(CPU_CAPABILITY_AVX512)
+    const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
+    const __m512 whole = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_sub_ps(y, whole);
+    __m512 p = _mm512_set1_ps(1.34004e-3f);  // 2^f on [-1/2, 1/2]
+    for (const float c : {9.67604e-3f, 5.550327e-2f, 0.24022107f, 0.69314721f, 1.00000008f}) {
+      p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
+    }
+    return _mm512_scalef_ps(p, whole);
+#else
+    return x.exp_u20();
+#endif
+  }
 }
 
 // exp(scale s - shift) of one row -> p, zeros up to ld; s has ld values and p may be s.
 template <typename T>
 void softmax_row(const float* s, int64_t count, int64_t ld, float scale, T* p, float& shift, float& sum) {
   const Vec factor(scale);
-  Vec top(-std::numeric_limits<float>::infinity());
+  Vec top(-std::numeric_limits<float>::infinity()), beside = top;
   int64_t j = 0;
+  for (; j + 2 * kLanes <= count; j += 2 * kLanes) {
+    top = at::vec::maximum(top, Vec::loadu(s + j) * factor);
+    beside = at::vec::maximum(beside, Vec::loadu(s + j + kLanes) * factor);
+  }
+  top = at::vec::maximum(top, beside);
   for (; j + kLanes <= count; j += kLanes) {
     top = at::vec::maximum(top, Vec::loadu(s + j) * factor);
   }
@@ -196,20 +234,27 @@ void softmax_row(const float* s, int64_t count, int64_t ld, float scale, T* p, f
   }
   shift = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, top);
   const Vec negative(-shift), zero(0.0f);
-  Vec total(0.0f);
-  for (j = 0; j < ld; j += 2 * kLanes) {
-    Vec a = zero, b = zero;
-    if (j < count) {
-      a = exponential<T>(at::vec::fmadd(Vec::loadu(s + j), factor, negative));
-      a = j + kLanes <= count ? a : Vec::set(zero, a, count - j);
-    }
-    if (j + kLanes < count) {
-      b = exponential<T>(at::vec::fmadd(Vec::loadu(s + j + kLanes), factor, negative));
-      b = j + 2 * kLanes <= count ? b : Vec::set(zero, b, count - j - kLanes);
-    }
-    total = total + a + b;
+  Vec total(0.0f), other(0.0f);
+  const auto part = [&](int64_t k) { return exponential<T>(at::vec::fmadd(Vec::loadu(s + k), factor, negative)); };
+  for (j = 0; j + 2 * kLanes <= count; j += 2 * kLanes) {
+    const Vec a = part(j), b = part(j + kLanes);
+    total = total + a;
+    other = other + b;
     store(a, b, p + j);
   }
+  for (; j < ld; j += 2 * kLanes) {
+    Vec a = zero, b = zero;
+    if (j < count) {
+      a = Vec::set(zero, part(j), std::min(kLanes, count - j));
+    }
+    if (j + kLanes < count) {
+      b = Vec::set(zero, part(j + kLanes), std::min(kLanes, count - j - kLanes));
+    }
+    total = total + a;
+    other = other + b;
+    store(a, b, p + j);
+  }
+  total = total + other;
   sum = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, total);
 }
 
@@ -284,15 +329,20 @@ void forward(const Shape& shape, const View<In>& q, const View<In>& k, const Vie
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i / strips, b = head / shape.heads, h = head % shape.heads;
       if (head != packed) {
-        load_rows(k.at(b, 0, h), k.n, keys, dim, rows);
-        pack_transposed(rows, dim, keys, dim, packed_k, ld);
-        load_rows(v.at(b, 0, h), v.n, keys, dim, rows);
-        values = in_pairs(rows, keys, dim, packed_v);
+        const Rows<T> key_rows = rows_of(k.at(b, 0, h), k.n, keys, dim, rows);
+        pack_transposed(key_rows.data, key_rows.ld, keys, dim, packed_k, ld);
+        if constexpr (std::is_same_v<In, T> && !std::is_same_v<T, float>) {
+          pack_pairs(v.at(b, 0, h), v.n, keys, dim, packed_v);
+          values = packed_v;
+        } else {
+          load_rows(v.at(b, 0, h), v.n, keys, dim, rows);
+          values = in_pairs(rows, keys, dim, packed_v);
+        }
         packed = head;
       }
       const Strip at(shape, masks, i % strips);
-      load_rows(q.at(b, at.first, h), q.n, at.count, dim, queries);
-      gemm(at.count, at.products, dim, queries, dim, packed_k, ld, scores, ld, false);
+      const Rows<T> query_rows = rows_of(q.at(b, at.first, h), q.n, at.count, dim, queries);
+      gemm(at.count, at.products, dim, query_rows.data, query_rows.ld, packed_k, ld, scores, ld, false);
       float* row_stats = stats + (head * shape.queries + at.first) * 2;
       for (int64_t r = 0; r < at.count; ++r) {
         float* s = scores + r * ld;
