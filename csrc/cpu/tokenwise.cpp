@@ -370,12 +370,12 @@ struct Scratch {
     }
     sums[0] = arena.take<Sum<T>>(tall * kColumns);
     sums[1] = arena.take<Sum<T>>(tall * kColumns);
-    chunk = arena.take<float>(chunks);
+    chunk = arena.take<at::BFloat16>(chunks);
     row = arena.take<float>(width);
   }
   Tiles<T> a, inner;
   Sum<T>* sums[2];
-  float* chunk;
+  at::BFloat16* chunk;
   float* row;
 };
 
@@ -418,7 +418,7 @@ void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t 
                  [&](int64_t r, int64_t j, const Vec& x) {
                    const Vec y = activate<T>(x, span.activation);
                    if constexpr (std::is_same_v<T, uint8_t>) {
-                     float* to = scratch.chunk + r * kChunk + j - chunk;
+                     at::BFloat16* to = scratch.chunk + r * kChunk + j - chunk;
                      soon(to + kColumns);
                      store(y, to);
                    } else {
