@@ -38,7 +38,8 @@ SANITIZED := LBFAST_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize=vptr -f
 	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1
 
 sanitize: venv ## the ops' random inputs with csrc under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
-	$(SANITIZED) $(BIN)/python -c "from lbfast import native; native.build()"
+	$(SANITIZED) $(BIN)/python -c "from lbfast import native; path = native.cache_folder() / native.library_name(); \
+		path.exists() or native.compile_library(path)"
 	$(SANITIZED) LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libubsan.so) $(call CXX_FILE,libstdc++.so.6)" \
 		$(FUZZ) --only ops
 

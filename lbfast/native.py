@@ -171,21 +171,16 @@ def will_compile() -> bool:
     return bool(_sources()) and _compiler() is not None and not _library().exists()
 
 
-def build() -> Path:
-    """The library's path, compiled into the cache folder where it is not there. Raises BuildError."""
-    path = _library()
-    if not path.exists():
-        with _only_one(path.with_suffix(".lock")):
-            if not path.exists():
-                compile_library(path)
-    return path
-
-
 @functools.lru_cache(maxsize=1)
 def _load() -> str:
     """Loads the library, compiling it where needed. Returns the reason why it could not, or an empty string."""
+    path = _library()
     try:
-        torch.ops.load_library(str(build()))
+        if not path.exists():
+            with _only_one(path.with_suffix(".lock")):
+                if not path.exists():
+                    compile_library(path)
+        torch.ops.load_library(str(path))
     except (BuildError, OSError) as error:
         return f"the native kernels could not be built: {error}"
     return ""

@@ -1,7 +1,6 @@
 """The random calls themselves: some of them are right, a wrong one is found, a signal is told with its case."""
 
 import collections
-import json
 import os
 import random
 import subprocess
@@ -76,14 +75,3 @@ def test_prints_its_seed_and_counts(tmp_path):
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.startswith("seed 5\n") and ran.stdout.endswith("nothing failed\n")
     assert sum(int(line.split()[0]) for line in ran.stdout.splitlines() if line.startswith("  ")) == ops.BATCH
-
-
-def test_how_to_do_it_again_is_one_case():
-    ran = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz.ops", "--seed=0", "--first=4", "--count=1"],
-        cwd=ops.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert [json.loads(line)["case"] for line in ran.stdout.splitlines()] == [4, 4], ran.stderr

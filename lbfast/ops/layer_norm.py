@@ -216,7 +216,7 @@ def _sums_over_rows(
     d = total.shape[-1]
     dweight, dbias = (torch.zeros(d, dtype=torch.float64) for _ in range(2))
     step = max(1, _PIECE // max(1, d))
-    pieces = (t.reshape(-1, t.shape[-1]).split(step) for t in (dy, total, mean, rstd))
+    pieces = (t.reshape(t.shape[:-1].numel(), t.shape[-1]).split(step) for t in (dy, total, mean, rstd))
     for dy_p, total_p, mean_p, rstd_p in zip(*pieces):
         dy_p = dy_p.float()
         dbias += dy_p.sum(0)
