@@ -6,7 +6,7 @@ GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast lint docs bench gpu floors clean
+.PHONY: help venv demo test test-fast fuzz sanitize lint docs bench gpu floors clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,24 @@ test: venv ## every test; ARGS="-k embed" and the like go to pytest
 
 test-fast: venv ## a minute of tests: all but the slow ones, for a first look at a change
 	$(PYTEST) -m "not slow" $(ARGS)
+
+SECONDS ?= 60
+FUZZ := $(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+
+fuzz: venv ## random inputs for SECONDS=60: a right answer or one clear line; SEED=... does it again
+	$(FUZZ) $(ARGS)
+
+# The kernels of csrc compiled for it, once; the interpreter itself is not instrumented, so the runtimes come first.
+CXX_FILE = $(shell $(CXX) -print-file-name=$(1))
+SANITIZED := LBFAST_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined \
+	-fno-omit-frame-pointer -g1 -O1" \
+	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1
+
+sanitize: venv ## the ops' random inputs with csrc under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
+	$(SANITIZED) $(BIN)/python -c "from lbfast import native; path = native.cache_folder() / native.library_name(); \
+		path.exists() or native.compile_library(path)"
+	$(SANITIZED) LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libubsan.so) $(call CXX_FILE,libstdc++.so.6)" \
+		$(FUZZ) --only ops
 
 docs: $(VENV)/.docs ## the documentation as a site, strictly: build/docs/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

@@ -2,7 +2,8 @@
 
 Every csrc/cpu/X.cpp registers its own ops with TORCH_LIBRARY_FRAGMENT(lbfast, m); after `load()` they are
 torch.ops.lbfast.X. Where no compiler exists, `why_not()` says so and the torch implementations serve.
-LBFAST_CACHE names the cache folder (default: $XDG_CACHE_HOME/lbfast, ~/.cache/lbfast).
+LBFAST_CACHE names the cache folder (default: $XDG_CACHE_HOME/lbfast, ~/.cache/lbfast). LBFAST_CXXFLAGS are more of the
+compiler's options, for sanitizers; a library is compiled for each.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ def _capability() -> str:
     return name if name in _FLAGS else "DEFAULT"
 
 
+def _more_flags() -> list[str]:
+    return os.environ.get("LBFAST_CXXFLAGS", "").split()
+
+
 def _sources() -> list[Path]:
     here = Path(__file__).resolve().parent
     for folder in (here / "csrc", here.parent / "csrc"):
@@ -65,7 +70,7 @@ def library_name() -> str:
     key = hashlib.sha256()
     for path in sorted({*_sources(), *(h for s in _sources() for h in s.parent.glob("*.h"))}):
         key.update(path.read_bytes())
-    key.update(f"{torch.__version__} {platform.machine()} {_FLAGS[_capability()]}".encode())
+    key.update(f"{torch.__version__} {platform.machine()} {[*_FLAGS[_capability()], *_more_flags()]}".encode())
     return f"_native-{_capability().lower()}-{key.hexdigest()[:16]}.so"
 
 
@@ -88,6 +93,7 @@ def compile_library(target: Path) -> None:
         "-ffp-contract=fast",
         "-DNDEBUG",
         *_FLAGS[_capability()],
+        *_more_flags(),
         *include,
     ]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
@@ -102,6 +108,7 @@ def compile_library(target: Path) -> None:
                     compiler,
                     "-shared",
                     "-fopenmp",
+                    *_more_flags(),
                     *map(str, objects),
                     *libraries,
                     "-lc10",

@@ -20,8 +20,11 @@ def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, plus: torch.Tensor | None = None
 ) -> torch.Tensor:
     """x (M, K) @ weight (N, K).T + bias (N,) + plus (M, N), contiguous; plus may be overwritten. No autograd."""
-    if _onednn(x):
+    if _onednn(x, weight, bias, plus):
         x, weight = x.contiguous(), weight.contiguous()
+        bias = (
+            None if bias is None else bias.contiguous()
+        )  # oneDNN reads N numbers from its address, whatever its stride
         if plus is None:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise(x, plus, weight, bias, "add")
@@ -32,21 +35,22 @@ def linear(
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a (M, K) @ b (K, N). No autograd."""
-    if _onednn(a) and len(a) * b.numel() >= _WORTH_COPIES:
+    if _onednn(a, b) and len(a) * b.numel() >= _WORTH_COPIES:
         return linear(a, b.T)
     return a @ b
 
 
 def trained_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """F.linear of these products, with autograd."""
-    return _Linear.apply(x, weight, bias) if _onednn(x) and x.dtype == weight.dtype else F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias) if _onednn(x, weight, bias) else F.linear(x, weight, bias)
 
 
-def _onednn(x: torch.Tensor) -> bool:
+def _onednn(*operands: torch.Tensor | None) -> bool:
     """Whether to ask oneDNN for it. A compiled graph's products are the compiler's to choose."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _AVAILABLE:
         return False
-    return _AVAILABLE and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
+    given = [t for t in operands if t is not None]
+    return all(t.device.type == "cpu" and t.dtype == torch.float32 and t.numel() > 0 for t in given)
 
 
 class _Linear(torch.autograd.Function):

@@ -10,7 +10,15 @@ import lbfast
 from lbfast import ops
 from lbfast.ops.layer_norm import layer_norm_float8
 from lbfast.reference.layer_norm import layer_norm as reference
-from lbfast.testing import assert_matches, assert_rounded_to_float8, assert_within_budget, randn
+from lbfast.testing import (
+    ROUNDING,
+    assert_matches,
+    assert_rounded_to_float8,
+    assert_within_budget,
+    order_of_sums,
+    randn,
+    relative_error,
+)
 
 IMPLS = ["torch", "triton"]
 pytestmark = pytest.mark.any_device
@@ -48,6 +56,27 @@ def check(impl, tensors, wanted=()):
 def test_lengths(impl, n, dtype):
     check(impl, inputs((n, 40), dtype=dtype))
     check(impl, inputs((n, 40), (n, 40), dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", (False, True))
+def test_parameters_of_many_rows(dtype, residual):
+    """Their gradients are summed in float32, whatever the dtype: right to its rounding, as one row's are."""
+    n, d = 30_000, 8
+    tensors = inputs((n, d), (n, 1) if residual else None, dtype)
+    along = (randn(n, d, device=DEVICE, seed=5) + 1).to(dtype)  # whose sum would stop growing at 256 in bfloat16
+
+    def run(function, cast):
+        given = [cast(t).requires_grad_() for t in tensors]
+        y = with_residual(function)(*given)
+        y = y[0] if residual else y
+        return torch.autograd.grad(y, given[1:3], along.to(y.dtype))
+
+    exact = run(reference, lambda t: t.detach().double())
+    for got, true in zip(run(ops.layer_norm, lambda t: t.detach().clone()), exact):
+        assert got.dtype == dtype
+        rounding = ROUNDING[dtype] * (1 if not residual else 2)  # the sum is rounded as well
+        assert relative_error(got, true) <= rounding + order_of_sums(n)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -56,6 +56,21 @@ def test_float64(impl, activation):
     check(impl, inputs((2, 3, 5), dtype=torch.float64), activation)
 
 
+def anyhow(x):
+    """x in every second number, in the first column of a matrix, and one number of it seen as often as it is long."""
+    return torch.stack([x, x + 1], -1)[..., 0], torch.stack([x + 1, x])[1], x[..., :1].expand(x.shape)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_biases_and_weights_of_any_strides(impl, dtype):
+    x, w1, b1, w2, b2 = inputs((5,), dtype=dtype)
+    for first, second in zip(anyhow(b1), anyhow(b2)):
+        check(impl, [x, w1, first, w2, second])
+    for first, second in zip(anyhow(w1), anyhow(w2)):
+        check(impl, [x, first, b1, second, b2])
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("wanted", [tuple(i == j for i in range(5)) for j in range(5)] + [(False,) * 5])

@@ -1,4 +1,4 @@
-"""Error budgets: what another order of sums costs, and that a GPU's budget has room for that and no more."""
+"""Error budgets: what another order of sums costs, and that a budget has room for that and no more."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 // Attention over the tokens of one image, frame, spectrogram or caption, read in place from (B, N, H, D) views.
 //
 //   fwd: P = softmax(scale Q K^T + masks), O = P V; the shift and the sum of each row's softmax are kept
-//   bwd: P again; dV = P^T dO, dS = P (dO V^T - rowsum(dO O)) scale, dQ = dS K, dK = dS^T Q
+//   bwd: P again; dV = P^T dO, dP = dO V^T, dS = P (dP - rowsum(P dP)) scale, dQ = dS K, dK = dS^T Q
 //
 // A head's keys and values are packed once and stay in the second-level cache with a strip of up to 64 queries' scores
 // against all of them: one pass of the softmax, no running statistics. Scores and sums are float32; P and dS take the
@@ -22,6 +22,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "checks.h"
 #include "gemm.h"
 
 namespace lbfast {
@@ -84,14 +85,6 @@ struct Masks {
   bool causal;
   const bool* padded;  // [B, keys] or null
 };
-
-inline Vec load(const float* from) { return Vec::loadu(from); }
-
-inline Vec load(const at::BFloat16* from) {
-  Vec out;
-  at::vec::load_fp32_from_bf16(from, out);
-  return out;
-}
 
 inline void store(const Vec& a, const Vec& b, float* to) {
   a.store(to);
@@ -258,41 +251,34 @@ void softmax_row(const float* s, int64_t count, int64_t ld, float scale, T* p, f
   sum = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, total);
 }
 
-// Scores and dP of one row -> P and dS, zeros up to ld; p may be s, ds may be dp.
+// Scores and dP of one row -> P and dS, zeros up to ld, s overwritten by P as float; p may be s, ds may be dp.
+// Divided, and less the sum of what is there: where one key counts, P is 1 and dS is 0.
 template <typename T>
-void softmax_bwd_row(const float* s, const float* dp, int64_t count, int64_t ld, float scale_s, float scale,
-                     float shift, float sum, float delta, T* p, T* ds) {
-  const Vec factor(scale_s), negative(-shift), inverse(1.0f / sum), less(delta), scaled(scale), zero(0.0f);
-  const auto part = [&](int64_t j, Vec& pj, Vec& dsj) {
-    pj = dsj = zero;
+void softmax_bwd_row(float* s, const float* dp, int64_t count, int64_t ld, float scale_s, float scale, float shift,
+                     float sum, T* p, T* ds) {
+  const Vec factor(scale_s), negative(-shift), total(sum), zero(0.0f);
+  Vec deltas(0.0f);
+  for (int64_t j = 0; j < ld; j += kLanes) {
+    Vec e = zero;
     if (j < count) {
-      const Vec e = exponential<T>(at::vec::fmadd(Vec::loadu(s + j), factor, negative)) * inverse;
-      const Vec d = e * (Vec::loadu(dp + j) - less) * scaled;
-      pj = j + kLanes <= count ? e : Vec::set(zero, e, count - j);
-      dsj = j + kLanes <= count ? d : Vec::set(zero, d, count - j);
+      e = exponential<T>(at::vec::fmadd(Vec::loadu(s + j), factor, negative)) / total;
+      const Vec weighted = e * Vec::loadu(dp + j);
+      deltas = deltas + (j + kLanes <= count ? weighted : Vec::set(zero, weighted, count - j));
+      e = j + kLanes <= count ? e : Vec::set(zero, e, count - j);
     }
+    e.store(s + j);
+  }
+  const Vec delta(at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return x + y; }, deltas)), scaled(scale);
+  const auto gradient = [&](int64_t j, const Vec& pj) {
+    const Vec d = pj * (Vec::loadu(dp + j) - delta) * scaled;
+    return j + kLanes <= count ? d : Vec::set(zero, d, std::max<int64_t>(0, count - j));
   };
   for (int64_t j = 0; j < ld; j += 2 * kLanes) {
-    Vec p0, p1, d0, d1;
-    part(j, p0, d0);
-    part(j + kLanes, p1, d1);
+    const Vec p0 = Vec::loadu(s + j), p1 = Vec::loadu(s + j + kLanes);
+    const Vec d0 = gradient(j, p0), d1 = gradient(j + kLanes, p1);
     store(p0, p1, p + j);
     store(d0, d1, ds + j);
   }
-}
-
-template <typename In>
-float dot(const In* a, const In* b, int64_t dim) {
-  Vec sums(0.0f);
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) {
-    sums = at::vec::fmadd(load(a + d), load(b + d), sums);
-  }
-  float sum = at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return x + y; }, sums);
-  for (; d < dim; ++d) {
-    sum += static_cast<float>(a[d]) * static_cast<float>(b[d]);
-  }
-  return sum;
 }
 
 // Queries [first, first + count) and the keys that any of them sees.
@@ -360,8 +346,8 @@ void forward(const Shape& shape, const View<In>& q, const View<In>& k, const Vie
 
 template <typename In, typename T>
 void backward(const Shape& shape, const View<In>& dout, const View<In>& q, const View<In>& k, const View<In>& v,
-              const View<In>& out, const float* stats, const View<In>& dq, const View<In>& dk, const View<In>& dv,
-              const Masks& masks, float scale) {
+              const float* stats, const View<In>& dq, const View<In>& dk, const View<In>& dv, const Masks& masks,
+              float scale) {
   const int64_t strips = shape.strips(), dim = shape.dim, ld = shape.ld, keys = shape.keys, strip = shape.strip;
   const int64_t deep = round_to_pair<T>(keys);
   at::parallel_for(0, shape.batch * shape.heads, 1, [&](int64_t begin, int64_t end) {
@@ -399,10 +385,9 @@ void backward(const Shape& shape, const View<In>& dout, const View<In>& q, const
         const float* row_stats = stats + (head * shape.queries + at.first) * 2;
         for (int64_t r = 0; r < at.count; ++r) {
           float row_scale = scale;
-          const float delta = dot(dout.at(b, at.first + r, h), out.at(b, at.first + r, h), dim);
           const int64_t counted = mask_scores(scores + r * ld, keys, at.first + r, masks, b, row_scale);
           softmax_bwd_row(scores + r * ld, dp + r * ld, counted, at.width, row_scale, scale, row_stats[2 * r],
-                          row_stats[2 * r + 1], delta, p + r * ld, ds + r * ld);
+                          row_stats[2 * r + 1], p + r * ld, ds + r * ld);
         }
         const int64_t even = round_to_pair<T>(at.count);
         if (even > at.count) {
@@ -426,17 +411,18 @@ void backward(const Shape& shape, const View<In>& dout, const View<In>& q, const
   });
 }
 
-void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& padded) {
-  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes(), "attention: expected (B, N, H, D) and (B, M, H, D)");
-  TORCH_CHECK(q.size(0) == k.size(0) && q.size(2) == k.size(2) && q.size(3) == k.size(3),
-              "attention: expected k of q's B, H and D");
-  TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), "attention: expected one dtype");
-  TORCH_CHECK(q.scalar_type() == at::kFloat || q.scalar_type() == at::kBFloat16,
-              "attention: expected float32 or bfloat16, got ", q.scalar_type());
-  TORCH_CHECK(q.size(3) % 2 == 0, "attention: expected an even D, got ", q.size(3));
-  TORCH_CHECK(!padded.has_value() || (padded->scalar_type() == at::kBool && padded->dim() == 2 &&
-                                      padded->size(0) == k.size(0) && padded->size(1) == k.size(1)),
-              "attention: expected a bool mask (B, M)");
+void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& padded,
+           bool causal) {
+  expect_operand("attention: q", q, 4);
+  TORCH_CHECK_VALUE(q.size(3) % 2 == 0, "attention: q: expected an even D, got ", q.sizes());
+  TORCH_CHECK_VALUE(k.dim() == 4 && k.size(1) > 0, "attention: k: expected (B, M, H, D), M > 0, got ", k.sizes());
+  expect("attention: k", k, q.scalar_type(), {q.size(0), k.size(1), q.size(2), q.size(3)});
+  expect("attention: v", v, q.scalar_type(), k.sizes());
+  TORCH_CHECK_VALUE(!causal || q.size(1) == k.size(1), "attention: causal: expected as many queries as keys, got ",
+                    q.size(1), " and ", k.size(1));
+  if (padded.has_value()) {
+    expect("attention: padded", *padded, at::kBool, {k.size(0), k.size(1)});
+  }
 }
 
 at::Tensor readable(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
@@ -455,7 +441,7 @@ void with_types(at::ScalarType dtype, const Body& body) {
 
 std::tuple<at::Tensor, at::Tensor> fwd(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
                                        const std::optional<at::Tensor>& padded, bool causal, double scale) {
-  check(q_in, k_in, v_in, padded);
+  check(q_in, k_in, v_in, padded, causal);
   const at::Tensor q = readable(q_in), k = readable(k_in), v = readable(v_in);
   at::Tensor out = at::empty(q.sizes(), q.options());
   at::Tensor stats = at::empty({q.size(0), q.size(2), q.size(1), 2}, q.options().dtype(at::kFloat));
@@ -473,9 +459,11 @@ std::tuple<at::Tensor, at::Tensor> fwd(const at::Tensor& q_in, const at::Tensor&
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> bwd(const at::Tensor& do_in, const at::Tensor& q_in,
                                                    const at::Tensor& k_in, const at::Tensor& v_in,
-                                                   const std::optional<at::Tensor>& padded, const at::Tensor& out,
+                                                   const std::optional<at::Tensor>& padded, const at::Tensor& /* out */,
                                                    const at::Tensor& stats, bool causal, double scale) {
-  check(q_in, k_in, v_in, padded);
+  check(q_in, k_in, v_in, padded, causal);
+  expect("attention: do", do_in, q_in.scalar_type(), q_in.sizes());
+  expect_dense("attention: stats", stats, at::kFloat, {q_in.size(0), q_in.size(2), q_in.size(1), 2});
   const at::Tensor q = readable(q_in), k = readable(k_in), v = readable(v_in), dout = readable(do_in);
   at::Tensor dq = at::empty(q.sizes(), q.options());
   at::Tensor dk = at::empty(k.sizes(), k.options()), dv = at::empty(v.sizes(), v.options());
@@ -486,8 +474,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bwd(const at::Tensor& do_in, cons
   with_types(q.scalar_type(), [&](auto in, auto product) {
     using In = decltype(in);
     using T = decltype(product);
-    backward<In, T>(Shape(q, k), View<In>(dout), View<In>(q), View<In>(k), View<In>(v), View<In>(readable(out)),
-                    stats.data_ptr<float>(), View<In>(dq), View<In>(dk), View<In>(dv),
+    backward<In, T>(Shape(q, k), View<In>(dout), View<In>(q), View<In>(k), View<In>(v),
+                    stats.const_data_ptr<float>(), View<In>(dq), View<In>(dk), View<In>(dv),
                     {causal, mask.defined() ? mask.data_ptr<bool>() : nullptr}, static_cast<float>(scale));
   });
   return {dq, dk, dv};

@@ -29,6 +29,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "gemm.h"
 
 namespace lbfast {
@@ -394,27 +395,45 @@ void grads_kernel(const T* x, const T* y, int64_t m, int64_t n, int64_t d, const
   }
 }
 
-const int32_t* labels_of(const std::optional<at::Tensor>& labels, int64_t size) {
+using MaybeTensor = std::optional<at::Tensor>;
+
+const int32_t* labels_of(const char* name, const MaybeTensor& labels, int64_t size) {
   if (!labels.has_value()) {
     return nullptr;
   }
-  TORCH_CHECK(labels->scalar_type() == at::kInt && labels->is_contiguous() && labels->numel() == size);
+  expect_dense(name, *labels, at::kInt, {size});
   return labels->const_data_ptr<int32_t>();
-}
-
-void check_operands(const at::Tensor& x, const at::Tensor& y) {
-  TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1) && x.scalar_type() == y.scalar_type());
-  TORCH_CHECK(x.is_contiguous() && y.is_contiguous());
-  TORCH_CHECK(x.scalar_type() == at::kFloat || (x.scalar_type() == at::kBFloat16 && x.size(1) % 2 == 0));
 }
 
 int64_t ld_of(int64_t n) { return ceil_div(n, kCols) * kCols; }
 
-float* pointer(const std::optional<at::Tensor>& t, int64_t size) {
+// Raises where the operands, and what describes the block, don't fit each other.
+Block checked_block(const at::Tensor& x, const at::Tensor& y, double scale, int64_t diag, const MaybeTensor& row_labels,
+                    const MaybeTensor& col_labels, double target) {
+  expect_operand("info_nce: x", x, 2);
+  expect_dense("info_nce: x", x, x.scalar_type(), x.sizes());
+  const int64_t m = x.size(0), d = x.size(1);
+  TORCH_CHECK_VALUE(d > 0, "info_nce: x: expected (m, D), D > 0, got ", x.sizes());
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || (d % 2 == 0 && has_bf16_gemm()),
+                    "info_nce: x: expected float32, or an even D and a machine with products of bfloat16, got ",
+                    x.scalar_type(), " of D = ", d);
+  TORCH_CHECK_VALUE(y.dim() == 2, "info_nce: y: expected (n, D), got ", y.sizes());
+  const int64_t n = y.size(0);
+  expect_dense("info_nce: y", y, x.scalar_type(), {n, d});
+  TORCH_CHECK_VALUE(diag < 0 || diag <= n - m, "info_nce: diag: expected at most n - m = ", n - m, ", got ", diag);
+  TORCH_CHECK_VALUE(row_labels.has_value() == col_labels.has_value(),
+                    "info_nce: row_labels, col_labels: expected both or neither");
+  return {static_cast<float>(scale), diag, labels_of("info_nce: row_labels", row_labels, m),
+          labels_of("info_nce: col_labels", col_labels, n), target};
+}
+
+// Of a buffer that is written, or null.
+float* pointer(const char* name, const MaybeTensor& t, at::IntArrayRef sizes, std::initializer_list<at::Tensor> read) {
   if (!t.has_value()) {
     return nullptr;
   }
-  TORCH_CHECK(t->is_contiguous() && t->scalar_type() == at::kFloat && t->numel() == size);
+  expect_dense(name, *t, at::kFloat, sizes);
+  expect_apart(name, *t, read);
   return t->mutable_data_ptr<float>();
 }
 
@@ -428,13 +447,12 @@ void with_operand_type(const at::Tensor& x, Function function) {
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_stats(const at::Tensor& x, const at::Tensor& y, double scale,
-                                                              int64_t diag,
-                                                              const std::optional<at::Tensor>& row_labels,
-                                                              const std::optional<at::Tensor>& col_labels,
-                                                              const std::optional<at::Tensor>& logits) {
-  check_operands(x, y);
+                                                              int64_t diag, const MaybeTensor& row_labels,
+                                                              const MaybeTensor& col_labels,
+                                                              const MaybeTensor& logits) {
+  const Block block = checked_block(x, y, scale, diag, row_labels, col_labels, 2);
   const int64_t m = x.size(0), n = y.size(0), d = x.size(1);
-  const Block block{static_cast<float>(scale), diag, labels_of(row_labels, m), labels_of(col_labels, n)};
+  float* kept = pointer("info_nce: logits", logits, {m * ld_of(n)}, {x, y});
   const auto options = x.options().dtype(at::kFloat);
   at::Tensor rows = at::zeros({2, m}, options), cols = at::zeros({2, n}, options);
   at::Tensor positives = at::zeros({diag >= 0 ? m : 0}, options);
@@ -444,27 +462,35 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_stats(const at::Tensor& 
     with_operand_type(x, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       stats_kernel<T>(x.const_data_ptr<T>(), y.const_data_ptr<T>(), m, n, d, block, rows.mutable_data_ptr<float>(),
-                      cols.mutable_data_ptr<float>(), positives.mutable_data_ptr<float>(), pointer(logits, m * ld_of(n)));
+                      cols.mutable_data_ptr<float>(), positives.mutable_data_ptr<float>(), kept);
     });
   }
   return {rows, cols, positives};
 }
 
 void info_nce_grads(const at::Tensor& x, const at::Tensor& y, double scale, const at::Tensor& rows,
-                      const at::Tensor& cols, int64_t diag, const std::optional<at::Tensor>& row_labels,
-                      const std::optional<at::Tensor>& col_labels, const std::optional<at::Tensor>& logits,
-                      int64_t workspace, double target, const std::optional<at::Tensor>& dx,
-                      const std::optional<at::Tensor>& dy) {
-  check_operands(x, y);
+                    const at::Tensor& cols, int64_t diag, const MaybeTensor& row_labels,
+                    const MaybeTensor& col_labels, const MaybeTensor& logits, int64_t workspace, double target,
+                    const MaybeTensor& dx, const MaybeTensor& dy) {
+  const Block block = checked_block(x, y, scale, diag, row_labels, col_labels, target);
   const int64_t m = x.size(0), n = y.size(0), d = x.size(1);
-  const Block block{static_cast<float>(scale), diag, labels_of(row_labels, m), labels_of(col_labels, n), target};
-  TORCH_CHECK(rows.is_contiguous() && cols.is_contiguous() && rows.numel() == 2 * m && cols.numel() == 2 * n);
+  expect_dense("info_nce: rows", rows, at::kFloat, {2, m});
+  expect_dense("info_nce: cols", cols, at::kFloat, {2, n});
+  const float* kept = nullptr;
+  if (logits.has_value()) {
+    expect_dense("info_nce: logits", *logits, at::kFloat, {m * ld_of(n)});
+    kept = logits->const_data_ptr<float>();
+  }
+  float* sums_x = pointer("info_nce: dx", dx, {m, d}, {x, y, rows, cols});
+  float* sums_y = pointer("info_nce: dy", dy, {n, d}, {x, y, rows, cols});
+  if (dx.has_value() && dy.has_value()) {
+    expect_apart("info_nce: dx", *dx, {*dy});
+  }
   if (m > 0 && n > 0) {
     with_operand_type(x, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       grads_kernel<T>(x.const_data_ptr<T>(), y.const_data_ptr<T>(), m, n, d, block, rows.const_data_ptr<float>(),
-                            cols.const_data_ptr<float>(), workspace, pointer(logits, m * ld_of(n)), pointer(dx, m * d),
-                      pointer(dy, n * d));
+                      cols.const_data_ptr<float>(), workspace, kept, sums_x, sums_y);
     });
   }
 }

@@ -5,12 +5,12 @@
 // uint8 pixels become x - 128, which bfloat16 holds exactly; `patch_fold` gives the weight and bias for them.
 // The rest of the op is in lbfast/ops/patch_embed.py.
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
+#include <c10/util/safe_numerics.h>
 #include <torch/library.h>
 
 #include <array>
@@ -19,6 +19,8 @@
 #include <tuple>
 #include <type_traits>
 #include <vector>
+
+#include "checks.h"
 
 namespace {
 
@@ -99,7 +101,6 @@ void patch_rows_to(const In* pixels, const int64_t* kept, at::Tensor& rows, cons
   if (rows.scalar_type() == at::kFloat) {
     patch_rows(pixels, kept, rows.mutable_data_ptr<float>(), s);
   } else {
-    TORCH_CHECK_TYPE(rows.scalar_type() == at::kBFloat16, "patch_rows: expected float32 or bfloat16 weights");
     patch_rows(pixels, kept, rows.mutable_data_ptr<at::BFloat16>(), s);
   }
 }
@@ -111,6 +112,24 @@ at::Tensor patch_rows_cpu(
     int64_t tube,
     int64_t patch,
     at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(pixels.dim() == 5, "patch_embed: pixels: expected (B, C, T, H, W), got ", pixels.sizes());
+  lbfast::expect("patch_embed: pixels", pixels, pixels.scalar_type(), pixels.sizes());
+  TORCH_CHECK_TYPE(
+      dtype == at::kFloat || dtype == at::kBFloat16, "patch_embed: dtype: expected float32 or bfloat16, got ", dtype);
+  TORCH_CHECK_VALUE(
+      tube > 0 && pixels.size(2) % tube == 0, "patch_embed: tube: expected a divisor of T = ", pixels.size(2), ", got ",
+      tube);
+  TORCH_CHECK_VALUE(patch > 0, "patch_embed: patch: expected at least 1, got ", patch);
+  if (kept.has_value()) {
+    TORCH_CHECK_VALUE(kept->dim() == 2, "patch_embed: kept: expected (B, K), got ", kept->sizes());
+    lbfast::expect_dense("patch_embed: kept", *kept, at::kLong, {pixels.size(0), kept->size(1)});
+  }
+  uint64_t width = pixels.size(1);
+  for (const int64_t size : {tube, patch, patch}) {
+    TORCH_CHECK_VALUE(
+        !c10::mul_overflows(width, static_cast<uint64_t>(size), &width) && width <= INT64_MAX / 8,
+        "patch_embed: patch: expected C * tube * patch * patch numbers to fit in memory, got ", patch);
+  }
   Shape s{};
   s.batch = pixels.size(0);
   s.channels = pixels.size(1);
@@ -124,7 +143,10 @@ at::Tensor patch_rows_cpu(
     s.strides[i] = pixels.stride(i);
   }
   at::Tensor rows = at::empty(
-      {s.batch * s.frames, 1 + s.kept, s.channels * tube * patch * patch}, pixels.options().dtype(dtype));
+      {s.batch * s.frames, 1 + s.kept, static_cast<int64_t>(width)}, pixels.options().dtype(dtype));
+  if (rows.numel() == 0) {
+    return rows;
+  }
   const int64_t* indices = kept.has_value() ? kept->const_data_ptr<int64_t>() : nullptr;
   switch (pixels.scalar_type()) {
     case at::kByte:
@@ -137,7 +159,7 @@ at::Tensor patch_rows_cpu(
       patch_rows_to(pixels.const_data_ptr<at::BFloat16>(), indices, rows, s);
       break;
     default:
-      TORCH_CHECK_TYPE(false, "patch_rows: expected uint8, float32 or bfloat16 pixels, got ", pixels.scalar_type());
+      TORCH_CHECK_TYPE(false, "patch_embed: pixels: expected uint8, float32 or bfloat16, got ", pixels.scalar_type());
   }
   return rows;
 }
@@ -188,7 +210,11 @@ void patch_fold(
 
 std::tuple<at::Tensor, at::Tensor> patch_fold_cpu(
     const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& offset) {
+  lbfast::expect_operand("patch_embed: weight", weight, 3);
+  lbfast::expect_dense("patch_embed: weight", weight, weight.scalar_type(), weight.sizes());
   const int64_t d = weight.size(0), c = weight.size(1), n = weight.size(2);
+  lbfast::expect_dense("patch_embed: scale", scale, at::kFloat, {c});
+  lbfast::expect_dense("patch_embed: offset", offset, at::kFloat, {c});
   at::Tensor folded = at::empty({d, c * n}, weight.options());
   at::Tensor bias = at::empty({d}, weight.options().dtype(at::kFloat));
   const float* by = scale.const_data_ptr<float>();
@@ -197,7 +223,6 @@ std::tuple<at::Tensor, at::Tensor> patch_fold_cpu(
   if (weight.scalar_type() == at::kFloat) {
     patch_fold(weight.const_data_ptr<float>(), by, at, folded.mutable_data_ptr<float>(), sums, d, c, n);
   } else {
-    TORCH_CHECK_TYPE(weight.scalar_type() == at::kBFloat16, "patch_fold: expected float32 or bfloat16 weights");
     patch_fold(
         weight.const_data_ptr<at::BFloat16>(), by, at, folded.mutable_data_ptr<at::BFloat16>(), sums, d, c, n);
   }

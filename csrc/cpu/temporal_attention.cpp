@@ -7,7 +7,6 @@
 // rows of H * D values. Sums are in float32 and their order is fixed: results do not depend on the thread count.
 // The schemas, fakes and autograd are in lbfast/ops/temporal_attention.py.
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
@@ -18,6 +17,8 @@
 #include <algorithm>
 #include <tuple>
 #include <type_traits>
+
+#include "checks.h"
 
 namespace {
 
@@ -213,34 +214,46 @@ at::Tensor readable(const at::Tensor& x) {
   return x.stride(-1) == 1 ? x : x.contiguous();
 }
 
-void check(const at::Tensor& q, const at::Tensor& other) {
-  TORCH_CHECK(q.dim() == 5 && q.sizes() == other.sizes(), "temporal_attention: expected one shape (B, T, N, H, D)");
-  TORCH_CHECK(q.scalar_type() == other.scalar_type(), "temporal_attention: expected one dtype");
-  TORCH_CHECK(
+void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  lbfast::expect_operand("temporal_attention: q", q, 5);
+  TORCH_CHECK_VALUE(
       q.size(1) <= kMaxFrames && q.size(4) <= kMaxDim,
-      "temporal_attention: expected T <= ", kMaxFrames, " and D <= ", kMaxDim, ", got ", q.sizes());
+      "temporal_attention: q: expected T <= ", kMaxFrames, " and D <= ", kMaxDim, ", got ", q.sizes());
+  lbfast::expect("temporal_attention: k", k, q.scalar_type(), q.sizes());
+  lbfast::expect("temporal_attention: v", v, q.scalar_type(), q.sizes());
+}
+
+// Calls body(scalar_t{}) for the dtype of checked tensors.
+template <typename Body>
+void with_type(const at::Tensor& q, const Body& body) {
+  if (q.numel() == 0) {
+    return;
+  }
+  if (q.scalar_type() == at::kFloat) {
+    body(float{});
+  } else {
+    body(at::BFloat16{});
+  }
 }
 
 at::Tensor fwd(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in, double scale) {
-  check(q_in, k_in);
-  check(q_in, v_in);
+  check(q_in, k_in, v_in);
   const at::Tensor q = readable(q_in), k = readable(k_in), v = readable(v_in);
   at::Tensor out = at::empty(q.sizes(), q.options());
   const int64_t dim = q.size(4);
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, q.scalar_type(), "temporal_attention_fwd", [&] {
-    if constexpr (!std::is_same_v<scalar_t, double>) {
-      const View<scalar_t> vq(q), vk(k), vv(v), vo(out);
-      for_each_tile(q, [&](auto tile, int64_t b, int64_t n, int64_t h) {
-        Rows rq, rk, rv;
-        Scores p;
-        load_rows(tile, vq.at(b, n, h), vq.t, dim, rq);
-        load_rows(tile, vk.at(b, n, h), vk.t, dim, rk);
-        load_rows(tile, vv.at(b, n, h), vv.t, dim, rv);
-        products(tile, rq, rk, static_cast<float>(scale), p);
-        softmax(tile, p);
-        combine<false>(tile, p, rv, dim, vo.at(b, n, h), vo.t);
-      });
-    }
+  with_type(q, [&](auto type) {
+    using scalar_t = decltype(type);
+    const View<scalar_t> vq(q), vk(k), vv(v), vo(out);
+    for_each_tile(q, [&](auto tile, int64_t b, int64_t n, int64_t h) {
+      Rows rq, rk, rv;
+      Scores p;
+      load_rows(tile, vq.at(b, n, h), vq.t, dim, rq);
+      load_rows(tile, vk.at(b, n, h), vk.t, dim, rk);
+      load_rows(tile, vv.at(b, n, h), vv.t, dim, rv);
+      products(tile, rq, rk, static_cast<float>(scale), p);
+      softmax(tile, p);
+      combine<false>(tile, p, rv, dim, vo.at(b, n, h), vo.t);
+    });
   });
   return out;
 }
@@ -251,33 +264,31 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bwd(
     const at::Tensor& k_in,
     const at::Tensor& v_in,
     double scale) {
-  check(q_in, k_in);
-  check(q_in, v_in);
-  check(q_in, do_in);
+  check(q_in, k_in, v_in);
+  lbfast::expect("temporal_attention: do", do_in, q_in.scalar_type(), q_in.sizes());
   const at::Tensor q = readable(q_in), k = readable(k_in), v = readable(v_in), dout = readable(do_in);
   at::Tensor dq = at::empty(q.sizes(), q.options());
   at::Tensor dk = at::empty(q.sizes(), q.options());
   at::Tensor dv = at::empty(q.sizes(), q.options());
   const int64_t dim = q.size(4);
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, q.scalar_type(), "temporal_attention_bwd", [&] {
-    if constexpr (!std::is_same_v<scalar_t, double>) {
-      const View<scalar_t> vq(q), vk(k), vv(v), vdo(dout), vdq(dq), vdk(dk), vdv(dv);
-      for_each_tile(q, [&](auto tile, int64_t b, int64_t n, int64_t h) {
-        Rows rq, rk, rv, rdo;
-        Scores p, ds;
-        load_rows(tile, vq.at(b, n, h), vq.t, dim, rq);
-        load_rows(tile, vk.at(b, n, h), vk.t, dim, rk);
-        load_rows(tile, vv.at(b, n, h), vv.t, dim, rv);
-        load_rows(tile, vdo.at(b, n, h), vdo.t, dim, rdo);
-        products(tile, rq, rk, static_cast<float>(scale), p);
-        softmax(tile, p);
-        combine<true>(tile, p, rdo, dim, vdv.at(b, n, h), vdv.t);
-        products(tile, rdo, rv, 1.f, ds);
-        softmax_bwd(tile, p, static_cast<float>(scale), ds);
-        combine<false>(tile, ds, rk, dim, vdq.at(b, n, h), vdq.t);
-        combine<true>(tile, ds, rq, dim, vdk.at(b, n, h), vdk.t);
-      });
-    }
+  with_type(q, [&](auto type) {
+    using scalar_t = decltype(type);
+    const View<scalar_t> vq(q), vk(k), vv(v), vdo(dout), vdq(dq), vdk(dk), vdv(dv);
+    for_each_tile(q, [&](auto tile, int64_t b, int64_t n, int64_t h) {
+      Rows rq, rk, rv, rdo;
+      Scores p, ds;
+      load_rows(tile, vq.at(b, n, h), vq.t, dim, rq);
+      load_rows(tile, vk.at(b, n, h), vk.t, dim, rk);
+      load_rows(tile, vv.at(b, n, h), vv.t, dim, rv);
+      load_rows(tile, vdo.at(b, n, h), vdo.t, dim, rdo);
+      products(tile, rq, rk, static_cast<float>(scale), p);
+      softmax(tile, p);
+      combine<true>(tile, p, rdo, dim, vdv.at(b, n, h), vdv.t);
+      products(tile, rdo, rv, 1.f, ds);
+      softmax_bwd(tile, p, static_cast<float>(scale), ds);
+      combine<false>(tile, ds, rk, dim, vdq.at(b, n, h), vdq.t);
+      combine<true>(tile, ds, rq, dim, vdk.at(b, n, h), vdk.t);
+    });
   });
   return {dq, dk, dv};
 }

@@ -60,6 +60,7 @@ def attention(
         return torch.ops.lbfast.attention_triton(q, k, v, key_padding_mask, causal, scale)[0]
     if chosen == "native":
         return torch.ops.lbfast.attention_native(q, k, v, key_padding_mask, causal, scale)[0]
+    q, scale = _positive(q, scale)
     if chosen == "flash_attn":
         return _flash_attn(q, k, v, causal, scale)
     if chosen == "xformers":
@@ -94,6 +95,14 @@ def _check(
             raise TypeError(f"attention: key_padding_mask: expected bool or float, got {key_padding_mask.dtype}")
 
 
+def _positive(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+    """q and scale with scale > 0: libraries take the largest score before they scale, or mask with -inf."""
+    if scale < 0:
+        return -q, -scale
+    smallest = torch.finfo(torch.promote_types(q.dtype, torch.float32)).tiny
+    return (q * 0.0, 1.0) if scale < smallest else (q, scale)
+
+
 def _torch(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -109,9 +118,11 @@ def _torch(
         return torch.cat([_torch(*part[:3], causal, part[3], scale) for part in parts])
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, D)
-    if padded is None:
+    if padded is None and not (needs_grad and k.shape[2] == 1):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
         return out.transpose(1, 2).contiguous()
+    if padded is None:  # of one key the softmax is 1, and its gradient 0: SDPA's is a rounding error
+        padded = torch.zeros((len(k), 1), dtype=torch.bool, device=k.device)
     mask = _additive_mask(padded, q.shape[2], causal, q.dtype)
     if needs_grad or q.device.type != "cpu":
         # SDPA saves log(sum(exp)), which finfo.min absorbs: the gradient of a query with no key left would be wrong.

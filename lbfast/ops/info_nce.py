@@ -401,9 +401,9 @@ class _Torch:
         return rows, cols, positives, None
 
     def grads(self, x, y, scale, rows, cols, positives, block, kept, dx, dy):
-        y = _operand(y)
+        y = _operand(_unrounded(y, block))
         for a, b in self._spans(x, y, block):
-            x_c = _operand(x[a:b])
+            x_c = _operand(_unrounded(x[a:b], block))
             z = self._logits(x_c, y, scale, block, a, b)
             p = torch.sub(z, rows[0, a:b, None]).exp_().div_(rows[1, a:b, None])
             p += z.sub_(cols[0]).exp_().div_(cols[1])
@@ -429,6 +429,12 @@ class _Torch:
                 same.diagonal(block.diag + a)[: b - a].fill_(False)
             z.masked_fill_(same, torch.finfo(z.dtype).min)
         return z
+
+
+def _unrounded(x: torch.Tensor, block: Block) -> torch.Tensor:
+    """x in float32 where most of the target is spread: what is left of dS, a probability less its share of the target,
+    may be far smaller than the probability, and 16 bits would round that."""
+    return x.float() if block.target <= 1 and x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _operand(x: torch.Tensor) -> torch.Tensor:
@@ -467,7 +473,7 @@ class _Native:
         return rows, cols, None if block.diag is None else positives, None if logits is None else [logits]
 
     def grads(self, x, y, scale, rows, cols, positives, block, kept, dx, dy):
-        x, y = self._operand(x), self._operand(y)
+        x, y = self._operand(_unrounded(x, block)), self._operand(_unrounded(y, block))
         diag = -1 if block.diag is None else block.diag
         labels = (block.row_labels, block.col_labels)
         logits = kept[0] if kept else None
@@ -487,7 +493,7 @@ class _Triton:
         from lbfast.kernels import info_nce as kernel
 
         labels = (block.row_labels, block.col_labels)
-        room = block.room if keep else 0
+        room = block.room if keep and _unrounded(x[:0], block).dtype == x.dtype else 0
         rows, cols, positives, *kept = kernel.info_nce_fwd(x, y, scale, block.diag, *labels, block.workspace, room)
         return rows, cols, None if block.diag is None else positives, kept if kept[0] is not None else None
 
@@ -496,6 +502,7 @@ class _Triton:
 
         labels = (block.row_labels, block.col_labels)
         numbers = (block.workspace, block.target)
+        x, y = _unrounded(x, block), _unrounded(y, block)
         kernel.info_nce_bwd(
             x, y, scale, rows, cols, positives, *(kept or (None, None)), block.diag, *labels, *numbers, dx, dy
         )

@@ -9,6 +9,9 @@ import torch
 from lbfast import dispatch
 from lbfast.float8 import Float8, to_float8
 
+_PIECE = 1 << 16
+"""Numbers of 16 bits whose gradients are summed at a time, in float32: they stay in cache."""
+
 
 @overload
 def layer_norm(
@@ -83,7 +86,8 @@ def layer_norm(
         return _without_total(x, weight, bias, eps, residual, impl)
     if not torch.compiler.is_compiling():  # a compiled graph chooses when it runs
         impl = dispatch.choose("layer_norm", impl, IMPLEMENTATIONS, x, weight, bias, residual)
-        if impl == "torch":  # whose own autograd keeps the same, and costs less than ours around it
+        if impl == "torch" and not _sums_in_pieces(x, weight, bias, residual):
+            # whose own autograd keeps the same, and costs less than ours around it
             total = x if residual is None else x.contiguous() + residual
             y = _torch_fwd(total, weight, bias, eps)[0]
             return y if residual is None else (y, total)
@@ -168,6 +172,13 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _sums_in_pieces(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None) -> bool:
+    """Whether the backward has sums that ATen makes in 16 bits."""
+    trained = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return trained and x.device.type == "cpu" and dtype != _accumulator(dtype)
+
+
 def _torch_fwd(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -184,11 +195,33 @@ def _torch_bwd(
     rstd: torch.Tensor,
     mask: list[bool],
 ) -> list[torch.Tensor | None]:
+    """Gradients of total, weight and bias. ATen sums the latter two in 16 bits on a CPU: there they are summed here."""
     dtype = _accumulator(total.dtype) if total.device.type == "cpu" else total.dtype
-    weight = weight.to(dtype)
-    return torch.ops.aten.native_layer_norm_backward(
-        dy.to(total.dtype), total, total.shape[-1:], mean, rstd, weight, weight, mask
-    )
+    weight, dy = weight.to(dtype), dy.to(total.dtype)
+    here = dtype != total.dtype
+    theirs = [mask[0], *(False if here else want for want in mask[1:])]
+    grads: list[torch.Tensor | None] = [None] * 3
+    if any(theirs):
+        rows = (dy, total, total.shape[-1:], mean, rstd)
+        grads = list(torch.ops.aten.native_layer_norm_backward(*rows, weight, weight, theirs))
+    if here and (mask[1] or mask[2]):
+        grads[1:] = _sums_over_rows(dy, total, mean, rstd)
+    return grads
+
+
+def _sums_over_rows(
+    dy: torch.Tensor, total: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients (D,) of weight and bias in float32: sums over a few rows in float32, and of those in float64."""
+    d = total.shape[-1]
+    dweight, dbias = (torch.zeros(d, dtype=torch.float64) for _ in range(2))
+    step = max(1, _PIECE // max(1, d))
+    pieces = (t.reshape(t.shape[:-1].numel(), t.shape[-1]).split(step) for t in (dy, total, mean, rstd))
+    for dy_p, total_p, mean_p, rstd_p in zip(*pieces):
+        dy_p = dy_p.float()
+        dbias += dy_p.sum(0)
+        dweight += total_p.float().sub_(mean_p).mul_(rstd_p).mul_(dy_p).sum(0)
+    return dweight.float(), dbias.float()
 
 
 # The library ops: what torch.compile and torch.export see. Statistics are (..., 1), as ATen's.

@@ -410,8 +410,8 @@ def _patch_embed_bwd(
             dfolded = unfold_fold(dfolded, dbias, weight, mean, std)
         dweight = dfolded.to(weight.dtype).contiguous().view(weight.shape)
     if need_class:
-        dclass = dtokens[:, 0].unflatten(0, (clips, _frames(pixels, weight))).sum(0)
-        dclass = dclass.sum(0) if len(class_shape) == 1 else dclass
+        dclass = dtokens[:, 0].unflatten(0, (clips, _frames(pixels, weight)))
+        dclass = dclass.sum((0, 1) if len(class_shape) == 1 else 0)
     if need_pixels:
         dpixels = _torch_bwd_pixels(dtokens, pixels, weight, kept)
     return dpixels, dweight, dclass, dposition

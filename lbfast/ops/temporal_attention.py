@@ -68,6 +68,8 @@ def _torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
     """SDPA with (position, head) as its heads: no copies where the two fold, as in separate projections."""
     if q.numel() == 0:  # SDPA of PyTorch 2.11 divides by zero on the CPU
         return (q + k + v).contiguous()
+    if scale < 0:  # CUDA backends take the largest score before they scale
+        q, scale = -q, -scale
     if q.device.type != "cpu":  # SDPA's CUDA backends index in 32 bits, and pad T to 128 in their backward
         _, t, n, h, d = q.shape
         limit = max(1, min(_GRID_LIMIT, (_INT32_LIMIT - 1) // (n * h * d * max(t, 128))))
@@ -75,7 +77,10 @@ def _torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
             parts = zip(q.split(limit), k.split(limit), v.split(limit))
             return torch.cat([_torch(*part, scale) for part in parts])
     fq, fk, fv = (x.permute(0, 2, 3, 1, 4).flatten(1, 2) for x in (q, k, v))  # (B, N*H, T, D)
-    out = F.scaled_dot_product_attention(fq, fk, fv, scale=scale)
+    if q.shape[1] == 1 and torch.is_grad_enabled():  # the softmax is 1, its gradient 0: SDPA's is a rounding error
+        out = (fq * scale @ fk.mT).softmax(-1) @ fv
+    else:
+        out = F.scaled_dot_product_attention(fq, fk, fv, scale=scale)
     return out.transpose(1, 2).unflatten(2, q.shape[2:4]).contiguous()
 
 

@@ -32,7 +32,7 @@ def patch_embed(
     cls = class_embedding.expand(t, d).view(1, t, 1, d).expand(b, t, 1, d)
     tokens = torch.cat([cls, patches], dim=2) + position_embedding
     if kept is not None:
-        rows = torch.cat([torch.zeros_like(kept[:, :1]), 1 + kept], dim=1)  # (B, 1 + K)
+        rows = torch.cat([kept.new_zeros(len(kept), 1), 1 + kept], dim=1)  # (B, 1 + K)
         tokens = torch.stack([clip[:, row] for clip, row in zip(tokens, rows)])
     tokens = tokens.flatten(0, 1)
     if pre_norm is None:

@@ -1,0 +1,62 @@
+"""`make sanitize` in brief: one file of csrc under the sanitizers is clean, and a planted overflow is not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lbfast import native
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined -O0"
+CALLS = """
+import sys, torch
+from lbfast import ops
+torch.ops.load_library(sys.argv[1])
+for b, t, n, h, d in ((2, 5, 3, 1, 7), (1, 8, 2, 2, 64), (2, 32, 3, 1, 128), (1, 1, 1, 1, 1)):
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (torch.randn(b, t, n, h, 2 * d)[..., :d].to(dtype) for _ in range(3))
+        torch.ops.lbfast.temporal_attention_native(q, k, v, 1.0)
+        torch.ops.lbfast.temporal_attention_native_bwd(q, q, k, v, 1.0)
+print("done")
+"""
+
+
+def runtimes():
+    """The libraries that must be loaded first; empty where the compiler has none."""
+    compiler = native._compiler()
+    if compiler is None:
+        return []
+    names = ("libasan.so", "libubsan.so", "libstdc++.so.6")
+    found = [subprocess.run([compiler, f"-print-file-name={n}"], capture_output=True, text=True).stdout for n in names]
+    return [path.strip() for path in found] if all(os.path.isabs(path) for path in found) else []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not runtimes(), reason="no sanitizers here")
+@pytest.mark.parametrize("planted", (False, True))
+def test_sanitizers_see_what_is_wrong_and_nothing_else(planted, tmp_path, monkeypatch):
+    source = (ROOT / "csrc/cpu/temporal_attention.cpp").read_text()
+    if planted:
+        short = source.replace("float data[kMaxFrames * kMaxDim];", "float data[kMaxDim];")
+        assert short != source
+        source = short
+    (tmp_path / "temporal_attention.cpp").write_text(source)
+    (tmp_path / "checks.h").write_text((ROOT / "csrc/cpu/checks.h").read_text())
+    monkeypatch.setattr(native, "_sources", lambda: [tmp_path / "temporal_attention.cpp"])
+    monkeypatch.setenv("LBFAST_CXXFLAGS", FLAGS)
+    native.compile_library(tmp_path / "library.so")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "LD_PRELOAD": " ".join(runtimes()),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0",
+    }
+    command = [sys.executable, "-c", CALLS, str(tmp_path / "library.so")]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if planted:
+        assert ran.returncode and "AddressSanitizer: stack-buffer-overflow" in ran.stderr, ran.stderr[-2000:]
+    else:
+        assert ran.returncode == 0 and ran.stdout == "done\n", ran.stderr[-2000:]
