@@ -15,6 +15,7 @@ from lbfast.model.graphs import Graphs
 from lbfast.model.languagebind import LanguageBind, LanguageBindModel
 from lbfast.model.layers import MLP, Attention, Encoder, EncoderLayer, TemporalAttention
 from lbfast.model.lora import merge_lora
+from lbfast.model.plain import are_linear, plain, wholly_plain
 from lbfast.model.running import Running
 from lbfast.model.towers import TextTransformer, VisionTransformer
 
@@ -52,7 +53,8 @@ def optimize_for_inference(
     size, and of captions for each of a few lengths, at its first use; CPU inputs are copied through pinned memory while
     the batch before is computed. Where launching takes no longer than computing, captions are packed instead.
 
-    The weights can't be saved, moved or trained any more. The number of threads is left alone.
+    The weights can't be saved, moved, copied or trained any more. Modules that have hooks, or adapters that are not
+    lbfast's, stay as they are. The number of threads is left alone.
 
     Args:
         model: LanguageBind, LanguageBind{Image,Video,Audio,Depth,Thermal}, or a tower of one.
@@ -85,7 +87,7 @@ def optimize_for_inference(
         check_float8(device)
     wanted = best_dtype(device) if dtype == "auto" else None if dtype is None else parse_dtype(dtype)
     towers = [m for m in model.modules() if isinstance(m, (VisionTransformer, TextTransformer))]
-    if any(tower.encoder.running is not None for tower in towers):
+    if any(isinstance(module, FrozenLinear) for module in model.modules()):
         raise ValueError("model: expected one that is not optimized yet")
     for tower in towers:
         if merge_lora(tower):
@@ -95,6 +97,8 @@ def optimize_for_inference(
         nn.Module.to(model, wanted)
     for tower in towers:
         _replace_products(tower.encoder, precision, pack_weights and device.type == "cpu")
+        if not wholly_plain(tower.encoder) or any(isinstance(m, nn.Linear) for m in tower.encoder.modules()):
+            continue  # what is hooked, adapted or replaced stays, and is called
         tower.encoder.running = Running(tower.encoder, tower.frames if isinstance(tower, VisionTransformer) else 1)
         if cuda_graphs and device.type == "cuda":
             tower.graphs = _graphs(tower, batch_sizes)
@@ -121,16 +125,18 @@ def _fold_scale(attention: Attention) -> None:
 def _replace_products(encoder: Encoder, precision: str | None, pack: bool) -> None:
     """Puts frozen products in the places of an encoder's Linears, one by one: no two copies of all weights at once."""
     pack = pack and PackedLinear.takes(next(encoder.parameters()).dtype)
-    plain = PackedLinear if pack else FrozenLinear
+    exact = PackedLinear if pack else FrozenLinear
     last = cast(EncoderLayer, encoder.layers[-1])
     for layer in encoder.layers:
-        kind = Float8Linear if precision == "fp8" and layer is not last else plain
+        kind = Float8Linear if precision == "fp8" and layer is not last else exact
         for module in layer.modules():
             if isinstance(module, Attention) and module is not last.self_attn:  # of the last, only one query is wanted
+                if not plain(module) or not are_linear(*module.products):
+                    continue
                 _fold_scale(module)
                 module.qkv = kind(module.q_proj, module.k_proj, module.v_proj)
                 del module.q_proj, module.k_proj, module.v_proj
             if isinstance(module, (Attention, MLP)):
                 for name, child in list(module.named_children()):
-                    if type(child) is nn.Linear:
-                        setattr(module, name, kind(child))
+                    if are_linear(child):
+                        setattr(module, name, kind(cast(nn.Linear, child)))
