@@ -35,7 +35,17 @@ _WHERE = {
     **{f"LanguageBind{name}Tokenizer": "lbfast.processing.text" for name in _MODALITIES},
 }
 
+_ROOMS = ("data", "embedding", "evaluation", "ops", "processing", "training")
+
 if TYPE_CHECKING:
+    from lbfast import (
+        data as data,
+        embedding as embedding,
+        evaluation as evaluation,
+        ops as ops,
+        processing as processing,
+        training as training,
+    )
     from lbfast.dispatch import use_impl as use_impl
     from lbfast.losses import InfoNCELoss as InfoNCELoss, LanguageBindLoss as LanguageBindLoss
     from lbfast.model.accelerate import accelerate as accelerate
@@ -81,6 +91,8 @@ __all__ = [*_WHERE, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"lbfast.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'lbfast' has no attribute {name!r}")
     value = getattr(importlib.import_module(_WHERE[name]), name)
@@ -89,4 +101,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WHERE})
+    return sorted({*__all__, *_ROOMS})

@@ -30,26 +30,28 @@ class Shards:
     sizes: tuple[int, ...]
 
     @classmethod
-    def agree(cls, x: torch.Tensor, group: Any, place: tuple[int, int], *flags: bool) -> Shards:
-        """Learns every rank's number of rows from x (b, D).
+    def agree(
+        cls, x: torch.Tensor, y: torch.Tensor, group: Any, place: tuple[int, int], *flags: int
+    ) -> tuple[Shards, Shards]:
+        """Learns every rank's number of rows of x (b, D) and of y (c, D).
 
         Raises:
             ValueError: on every rank, when the ranks differ in D, in dtype or in `flags`.
         """
         rank, ranks = place
         if ranks == 1:
-            return cls(None, 0, (x.shape[0],))
-        mine = [x.shape[0], x.shape[1], x.dtype.itemsize, x.dtype == torch.bfloat16, x.requires_grad, *flags]
+            return cls(None, 0, (x.shape[0],)), cls(None, 0, (y.shape[0],))
+        mine = [len(x), len(y), x.shape[1], x.dtype.itemsize, x.dtype == torch.bfloat16, x.requires_grad, *flags]
         facts = torch.tensor(mine, dtype=torch.int64, device=x.device)
         every = [torch.empty_like(facts) for _ in range(ranks)]
         dist.all_gather(every, facts, group=group)
         table = torch.stack(every).tolist()
-        if any(row[1:] != table[0][1:] for row in table):
+        if any(row[2:] != table[0][2:] for row in table):
             raise ValueError(
                 "group: expected the same D, dtype and inputs that require a gradient on every rank, got "
-                + "; ".join(f"rank {i}: {row[1:]}" for i, row in enumerate(table))
+                + "; ".join(f"rank {i}: {row[2:]}" for i, row in enumerate(table))
             )
-        return cls(group, rank, tuple(row[0] for row in table))
+        return tuple(cls(group, rank, tuple(row[i] for row in table)) for i in (0, 1))  # type: ignore[return-value]
 
     @property
     def world(self) -> int:

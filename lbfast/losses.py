@@ -23,11 +23,12 @@ class InfoNCELoss(nn.Module):
     whole batch. logit_scale's gradient is whole on every rank, and so is its average.
 
     Args:
-        local_loss, gather_with_grad, cache_labels: open_clip's choices between ways to the same loss; they change
-            nothing here.
+        local_loss, gather_with_grad, cache_labels: open_clip's choices between ways to the loss; they change nothing
+            here: the gradients are whole. open_clip's are with gather_with_grad=True; with False, its default, it
+            drops what other ranks' losses owe to a rank's features.
         rank, world_size: world_size > 1 without `group` takes the default process group. `rank` is not needed.
         use_horovod: must be False.
-        label_smoothing, group, gather, impl, workspace_mib: as in ops.info_nce.
+        label_smoothing, direction, group, gather, impl, workspace_mib: as in ops.info_nce.
         averaged: gradients are averaged over the ranks afterwards, as DistributedDataParallel does. False: features
             get the plain gradient of the loss.
 
@@ -45,6 +46,7 @@ class InfoNCELoss(nn.Module):
         use_horovod: bool = False,
         *,
         label_smoothing: float = 0.0,
+        direction: Literal["both", "image", "text"] = "both",
         group: Any = None,
         gather: Literal["all", "ring"] = "all",
         averaged: bool = True,
@@ -54,8 +56,10 @@ class InfoNCELoss(nn.Module):
         super().__init__()
         if use_horovod:
             raise ValueError("InfoNCELoss: use_horovod: expected False (torch.distributed only), got True")
-        self.world_size = world_size
+        self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
+        self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod
         self.label_smoothing = label_smoothing
+        self.direction: Literal["both", "image", "text"] = direction
         self.group = group
         self.gather: Literal["all", "ring"] = gather
         self.averaged = averaged
@@ -74,8 +78,10 @@ class InfoNCELoss(nn.Module):
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """(B, D), (B, D) and the factor (not its logarithm) -> scalar, or {"contrastive_loss": scalar}.
 
+        text_features may have more rows: those after the B-th are hard negatives of every image.
+
         logit_bias, one number added to every logit, changes no softmax: it is accepted and gets a gradient of zero.
-        ids: (B,) integers; rows that share one are not negatives of each other.
+        ids: integers, one a row of text_features; rows that share one are not negatives of each other.
         """
         group = self.group
         if group is None and self.world_size > 1:
@@ -90,6 +96,7 @@ class InfoNCELoss(nn.Module):
             logit_scale,
             ids=ids,
             label_smoothing=self.label_smoothing,
+            direction=self.direction,
             group=group,
             gather=self.gather,
             impl=self.impl,

@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -173,7 +174,7 @@ def will_compile() -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _load() -> str:
-    """Loads the library, compiling it where needed. Returns the reason why it could not, or an empty string."""
+    """Loads the library, compiling it where needed. Where it could not: a warning, once, and the reason comes back."""
     path = _library()
     try:
         if not path.exists():
@@ -182,7 +183,9 @@ def _load() -> str:
                     compile_library(path)
         torch.ops.load_library(str(path))
     except (BuildError, OSError) as error:
-        return f"the native kernels could not be built: {error}"
+        reason = f"the native kernels could not be built: {error}"
+        warnings.warn(f"lbfast: {reason}; on the CPU, PyTorch's own operators serve instead, slower", stacklevel=2)
+        return reason
     return ""
 
 

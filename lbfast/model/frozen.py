@@ -31,6 +31,7 @@ class FrozenLinear(nn.Module):
         bias = torch.cat([cast(torch.Tensor, layer.bias).detach() for layer in layers])
         self._hold(weight, bias)
         self.register_state_dict_pre_hook(_no_state)
+        self.training = False
 
     def _hold(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         self.register_buffer("weight", weight)
@@ -73,6 +74,20 @@ class FrozenLinear(nn.Module):
                 f"{moved.dtype} on {moved.device}; move it first"
             )
         return self
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            raise RuntimeError(
+                "train: expected a model with its parameters, got one that was optimized for inference; load it again"
+            )
+        return super().train(mode)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError(
+            "pickle, deepcopy: expected a model with its parameters, got one that was optimized for inference: its "
+            "weights are laid out for this process. Copy it before optimize_for_inference, or load and optimize it "
+            "where it is used: a function for other processes takes the checkpoint's name, not the model"
+        )
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.dtype}"
@@ -190,6 +205,23 @@ class Float8Linear(FrozenLinear):
             y = F.linear(values.float(), self.weight.float()) * scales * self.scales
             y = (y if bias is None else y + bias).bfloat16()
         return y.to(self.dtype).view(shape)
+
+
+class Freezable(nn.Module):
+    """A model whose Linears may become frozen: what these refuse is refused before any part has changed."""
+
+    def train(self, mode: bool = True) -> Any:
+        for module in self._frozen() if mode else ():
+            module.train(mode)
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        for module in self._frozen():
+            module._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def _frozen(self) -> list[FrozenLinear]:
+        return [module for module in self.modules() if isinstance(module, FrozenLinear)]
 
 
 def check_float8(device: torch.device) -> None:

@@ -17,6 +17,7 @@ from lbfast.model.graphs import Graphs
 from lbfast.model.languagebind import LanguageBind, LanguageBindModel
 from lbfast.model.layers import MLP, Attention, Encoder, EncoderLayer, TemporalAttention
 from lbfast.model.lora import merge_lora
+from lbfast.model.plain import are_linear, plain, wholly_plain
 from lbfast.model.running import Running
 from lbfast.model.spans import Spans
 from lbfast.model.towers import TextTransformer, VisionTransformer
@@ -55,7 +56,8 @@ def optimize_for_inference(
     size, and of captions for each of a few lengths, at its first use; CPU inputs are copied through pinned memory while
     the batch before is computed. Where launching takes no longer than computing, captions are packed instead.
 
-    The weights can't be saved, moved or trained any more. The number of threads is left alone.
+    The weights can't be saved, moved, copied or trained any more. Modules that have hooks, or adapters that are not
+    lbfast's, stay as they are. The number of threads is left alone.
 
     Args:
         model: LanguageBind, LanguageBind{Image,Video,Audio,Depth,Thermal}, or a tower of one.
@@ -92,7 +94,7 @@ def optimize_for_inference(
         check_int8(device, pack_weights)
     wanted = best_dtype(device) if dtype == "auto" else None if dtype is None else parse_dtype(dtype)
     towers = [m for m in model.modules() if isinstance(m, (VisionTransformer, TextTransformer))]
-    if any(tower.encoder.running is not None for tower in towers):
+    if any(isinstance(module, FrozenLinear) for module in model.modules()):
         raise ValueError("model: expected one that is not optimized yet")
     for tower in towers:
         if merge_lora(tower):
@@ -103,6 +105,8 @@ def optimize_for_inference(
     for tower in towers:
         frames = tower.frames if isinstance(tower, VisionTransformer) else 1
         tower.encoder.running = _freeze(tower.encoder, frames, precision, pack_weights and device.type == "cpu")
+        if tower.encoder.running is None:
+            continue
         if cuda_graphs and device.type == "cuda":
             tower.graphs = _graphs(tower, batch_sizes)
     return model
@@ -125,41 +129,51 @@ def _fold_scale(attention: Attention) -> None:
     attention.scale = 1.0
 
 
-def _freeze(encoder: Encoder, frames: int, precision: str | None, pack: bool) -> Running | Spans:
-    """Puts frozen products in the places of an encoder's Linears, one by one: no two copies of all weights at once."""
+def _freeze(encoder: Encoder, frames: int, precision: str | None, pack: bool) -> Running | Spans | None:
+    """Puts frozen products in the places of an encoder's Linears, one by one: no two copies of all weights at once.
+
+    None where modules are hooked, adapted or replaced: these stay, and all are called.
+    """
     dtype = next(encoder.parameters()).dtype
-    config = encoder.config
-    if precision == "int8" or (pack and precision is None):
-        weights = torch.int8 if precision == "int8" else dtype
-        needed = {weights, dtype} if len(encoder.layers) > 1 else {dtype}
-        reasons = [r for d in needed for r in tokenwise.why_not(config.hidden_size, config.intermediate_size, d)]
-        if not reasons:
-            _replace_by_panels(encoder, weights)
-            return Spans(encoder, frames) if len(encoder.layers) > 1 else Running(encoder, frames)
+    weights = torch.int8 if precision == "int8" else dtype
+    spanned = pack and precision in (None, "int8")
+    if spanned and (reasons := _why_no_spans(encoder, weights)):
         if precision == "int8":
-            raise RuntimeError(f"precision: int8 can't run here: {'; '.join(dict.fromkeys(reasons))}")
-    last = cast(EncoderLayer, encoder.layers[-1])
-    plain = PackedLinear if pack and PackedLinear.takes(dtype) else FrozenLinear
-    for layer in encoder.layers:
-        kind = Float8Linear if precision == "fp8" and layer is not last else plain
-        _replace_products(layer, last, partial(_made, kind))
-    return Running(encoder, frames)
+            raise RuntimeError(f"precision: int8 can't run here: {'; '.join(reasons)}")
+        spanned = False
+    if spanned:
+        _replace_by_panels(encoder, weights)
+    else:
+        exact = PackedLinear if pack and PackedLinear.takes(dtype) else FrozenLinear
+        for layer in encoder.layers:
+            kind = Float8Linear if precision == "fp8" and layer is not encoder.layers[-1] else exact
+            _replace_products(encoder, layer, partial(_made, kind))
+    if not wholly_plain(encoder) or any(isinstance(module, nn.Linear) for module in encoder.modules()):
+        return None
+    return Spans(encoder, frames) if spanned and len(encoder.layers) > 1 else Running(encoder, frames)
+
+
+def _why_no_spans(encoder: Encoder, weights: torch.dtype) -> list[str]:
+    """Reasons, each once, why an encoder can't run in spans with `weights` and, in its last layer, its own dtype."""
+    sizes = encoder.config.hidden_size, encoder.config.intermediate_size
+    dtypes = (weights, next(encoder.parameters()).dtype)
+    return list(dict.fromkeys(reason for dtype in dtypes for reason in tokenwise.why_not(*sizes, dtype)))
 
 
 def _replace_by_panels(encoder: Encoder, weights: torch.dtype) -> None:
     """PanelLinear, of `weights` in all layers but the last, which keeps its dtype; all of them on large pages."""
-    last = cast(EncoderLayer, encoder.layers[-1])
-    layers = [(layer, next(layer.parameters()).dtype if layer is last else weights) for layer in encoder.layers]
+    exact = next(encoder.parameters()).dtype
+    dtypes = [weights] * (len(encoder.layers) - 1) + [exact]
     room = tokenwise.Room(
         sum(
             tokenwise.panel_bytes(*module.weight.shape, dtype)
-            for layer, dtype in layers
+            for layer, dtype in zip(encoder.layers, dtypes)
             for module in layer.modules()
-            if type(module) is nn.Linear
+            if are_linear(module)
         )
     )
-    for layer, dtype in layers:
-        _replace_products(layer, last, partial(_in_panels, dtype, room))
+    for layer, dtype in zip(encoder.layers, dtypes):
+        _replace_products(encoder, layer, partial(_in_panels, dtype, room))
 
 
 def _made(kind: type[FrozenLinear], name: str, *linears: nn.Linear) -> FrozenLinear:
@@ -170,14 +184,17 @@ def _in_panels(dtype: torch.dtype, room: tokenwise.Room, name: str, *linears: nn
     return PanelLinear(*linears, weights=dtype, chunk=tokenwise.CHUNK if name == "fc2" else None, room=room)
 
 
-def _replace_products(layer: nn.Module, last: EncoderLayer, kind: Callable[..., FrozenLinear]) -> None:
-    """A layer's Linears by kind(name, *linears)."""
+def _replace_products(encoder: Encoder, layer: nn.Module, kind: Callable[..., FrozenLinear]) -> None:
+    """The plain Linears of a layer by kind(name, *linears)."""
+    last = cast(EncoderLayer, encoder.layers[-1])
     for module in layer.modules():
         if isinstance(module, Attention) and module is not last.self_attn:  # of the last, only one query is wanted
+            if not plain(module) or not are_linear(*module.products):
+                continue
             _fold_scale(module)
             module.qkv = kind("qkv", module.q_proj, module.k_proj, module.v_proj)
             del module.q_proj, module.k_proj, module.v_proj
         if isinstance(module, (Attention, MLP)):
             for name, child in list(module.named_children()):
-                if type(child) is nn.Linear:
+                if are_linear(child):
                     setattr(module, name, kind(name, child))

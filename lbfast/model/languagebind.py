@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -15,8 +16,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from lbfast import ops
-from lbfast.model import checkpoint, config as configs
+from lbfast.model import checkpoint, config as configs, saving
 from lbfast.model.config import LanguageBindConfig
+from lbfast.model.frozen import Freezable
 from lbfast.model.layers import MLP, Attention, EncoderLayer
 from lbfast.model.lora import add_lora, merge_lora
 from lbfast.model.towers import (
@@ -27,6 +29,7 @@ from lbfast.model.towers import (
     output_flags,
     pooled,
     resize_position_embedding,
+    tower_in,
 )
 
 Self = TypeVar("Self", bound="LanguageBindModel")
@@ -57,7 +60,7 @@ class LanguageBindOutput(ModelOutput):
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in (self[k] for k in self.keys()))
 
 
-class LanguageBindModel(PreTrainedModel):
+class LanguageBindModel(Freezable, PreTrainedModel):
     """Base of LanguageBind{Image,Video,Audio,Depth,Thermal}: they differ only in their configuration.
 
     Args:
@@ -66,8 +69,9 @@ class LanguageBindModel(PreTrainedModel):
 
     config_class: type[LanguageBindConfig] = LanguageBindConfig  # type: ignore[assignment]
     base_model_prefix = "languagebind"
-    main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
+    # any of transformers' names for attention may be set; which one runs is lbfast's to choose
+    _supports_sdpa = _supports_flash_attn = _supports_flash_attn_2 = _supports_flex_attn = True
 
     def __init__(self, config: LanguageBindConfig):
         super().__init__(config)
@@ -196,29 +200,45 @@ class LanguageBindModel(PreTrainedModel):
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        save_function: Callable[..., Any] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        token: str | bool | None = None,
         *,
         key_style: str = "plain",
-        safe_serialization: bool = True,
-        max_shard_size: int | str = "5GB",
+        **hub: Any,
     ) -> None:
         """Writes config.json and the weights; `from_pretrained` gives the same model back.
 
         Args:
             save_directory: made if it does not exist.
+            is_main_process: False writes nothing: another process does.
+            state_dict: instead of the model's own, as gathered from several processes: of its keys.
+            save_function: accepted, and not needed: the files are written here.
+            push_to_hub: upload the directory, to `repo_id=` or to its name; `commit_message`, `private`, `revision`,
+                `create_pr` and `token` are then those of huggingface_hub.
+            max_shard_size: bytes, or "5GB".
+            safe_serialization: model.safetensors; False: pytorch_model.bin.
+            variant: only None.
             key_style: "plain", our module names; or "upstream", what upstream's save_pretrained writes. They differ
                 only where adapters are kept apart.
-            safe_serialization: model.safetensors; False: pytorch_model.bin.
-            max_shard_size: bytes, or "5GB".
+
+        Raises ValueError where an argument asks for what is not done, or state_dict has other keys.
         """
         if key_style not in ("plain", "upstream"):
             raise ValueError(f"key_style: expected 'plain' or 'upstream', got {key_style!r}")
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise ValueError(f"save_directory: expected a directory, got the file {folder}")
-        state = checkpoint.upstream_keys(self) if key_style == "upstream" else self.state_dict()
-        checkpoint.save_state_dict(state, folder, safe_serialization, max_shard_size)
-        self.config.architectures = [type(self).__name__]
-        self.config.save_pretrained(folder)
+        saving.check_plain(variant, save_function, safe_serialization)
+        if not is_main_process:
+            return
+        own = checkpoint.upstream_keys(self) if key_style == "upstream" else self.state_dict()
+        state, folder = saving.chosen_state(own, state_dict), Path(save_directory)
+        saving.write(folder, state, self.config, type(self).__name__, safe_serialization, max_shard_size)
+        if push_to_hub:
+            saving.upload(folder, token=token, **hub)
 
     def get_image_features(
         self,
@@ -226,8 +246,15 @@ class LanguageBindModel(PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> torch.Tensor:
-        """pixel_values, as of the vision tower -> (B, E), not normalised. The flags, upstream's, change nothing."""
+    ) -> Any:
+        """pixel_values, as of the vision tower -> (B, E), not normalised.
+
+        With return_dict, as transformers 5 has it: the tower's output, that in the place of its pooler_output.
+        """
+        if return_dict:
+            vision = self.vision_model(pixel_values, output_attentions, output_hidden_states, True)
+            vision.pooler_output = self.visual_projection(vision.pooler_output)
+            return vision
         return self.visual_projection(pooled(self.vision_model, pixel_values=pixel_values))
 
     def get_text_features(
@@ -238,8 +265,14 @@ class LanguageBindModel(PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> torch.Tensor:
-        """input_ids and masks, as of the text tower -> (B, E), not normalised. The flags change nothing."""
+    ) -> Any:
+        """input_ids and masks, as of the text tower -> (B, E), not normalised. With return_dict as above."""
+        if return_dict:
+            text = self.text_model(
+                input_ids, attention_mask, position_ids, output_attentions, output_hidden_states, True
+            )
+            text.pooler_output = self.text_projection(text.pooler_output)
+            return text
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         return self.text_projection(pooled(self.text_model, **inputs))
 
@@ -336,6 +369,11 @@ class ModalityScales(nn.Module):
     def __iter__(self) -> Iterator[str]:
         return iter(self._buffers)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        if not any(key.startswith(prefix) for key in state_dict):  # upstream's, which are in no state dict
+            state_dict |= {f"{prefix}{name}": scale for name, scale in self._buffers.items()}
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
     def __len__(self) -> int:
         return len(self._buffers)
 
@@ -349,7 +387,7 @@ class ModalityScales(nn.Module):
         return self._buffers.items()
 
 
-class LanguageBind(nn.Module):
+class LanguageBind(Freezable):
     """Encoders of any of the five modalities and the text tower they are bound to.
 
     Args:
@@ -419,6 +457,42 @@ class LanguageBind(nn.Module):
         self.modality_scale = ModalityScales({name: model.logit_scale for name, model in models.items()})
         self.modality_config = {name: model.config for name, model in models.items()}
 
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its parameters."""
+        return next(self.parameters()).dtype
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
+        """Writes each modality, with the text tower, into a directory of its name, as `clip_type` takes it."""
+        text, projection = self.modality_encoder["language"], self.modality_proj["language"]
+        for name, config in self.modality_config.items():
+            parts = {
+                "vision_model": self.modality_encoder[name],
+                "text_model": text,
+                "visual_projection": self.modality_proj[name],
+                "text_projection": projection,
+            }
+            state = {
+                f"{part}.{key}": value for part, module in parts.items() for key, value in module.state_dict().items()
+            }
+            state["logit_scale"] = self.modality_scale[name]
+            folder = Path(save_directory) / name
+            saving.write(folder, state, config, model_dict[name].__name__, max_shard_size=max_shard_size)
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "5GB", **hub: Any) -> str:
+        """Uploads what `save_pretrained` writes. `hub`: token, private, commit_message, revision, create_pr.
+
+        Returns the commit's address.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size)
+            return saving.upload(Path(folder), repo_id, **hub)
+
     def forward(self, inputs: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Embeds inputs by modality.
 
@@ -448,12 +522,13 @@ class LanguageBind(nn.Module):
         """Pieces of a modality's inputs whose activations fit the budget; all of it where gradients are recorded."""
         first: Any = next(iter(value.values()), None)
         batched = isinstance(first, torch.Tensor) and first.ndim in (2, 4, 5) and len(first) > 1
-        if self.memory_budget_mib is None or torch.is_grad_enabled() or not batched:
+        tower = tower_in(encoder)
+        if self.memory_budget_mib is None or torch.is_grad_enabled() or not batched or tower is None:
             yield dict(value)
             return
-        step = max(1, int(self.memory_budget_mib * 2**20 // encoder.activation_bytes(first[:1])))
-        if first.ndim == 4 and encoder.config.add_time_attn:  # frames of clips, not clips
-            step = max(step // encoder.config.num_frames, 1) * encoder.config.num_frames
+        step = max(1, int(self.memory_budget_mib * 2**20 // tower.activation_bytes(first[:1])))
+        if first.ndim == 4 and tower.config.add_time_attn:  # frames of clips, not clips
+            step = max(step // tower.config.num_frames, 1) * tower.config.num_frames
         for start in range(0, len(first), step):
             yield {
                 key: item[start : start + step] if isinstance(item, torch.Tensor) and len(item) > 1 else item

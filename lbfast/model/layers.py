@@ -124,7 +124,11 @@ class Attention(nn.Module):
         if self.qkv is not None:
             return self._split(self.qkv(x))
         layers = self.products
-        outs = x.linears(*layers) if isinstance(x, PreNorm) else [product(layer, x) for layer in layers]
+        outs = (
+            x.linears(*layers)
+            if isinstance(x, PreNorm)
+            else [product(layer, cast(torch.Tensor, x)) for layer in layers]
+        )
         q, k, v = (out.unflatten(-1, (self.heads, -1)) for out in outs)
         return q, k, v
 
@@ -307,7 +311,7 @@ class MLP(nn.Module):
             return x.mlp(fc1, fc2, activation)
         if are_linear(fc1, fc2):
             return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=activation)
-        if isinstance(fc1, FrozenLinear) and plain(fc1, fc2):
+        if isinstance(fc1, FrozenLinear) and isinstance(fc2, FrozenLinear) and plain(fc1, fc2):
             return fc2(fc1.activated(x, activation))
         return fc2(_ACTIVATIONS[activation](fc1(x)))
 
@@ -464,11 +468,6 @@ class Encoder(nn.Module):
                 between = self._run(layer.packed, between, packing)
         out = self._run(last.pooled, between, frames, packing)
         return (out.joined() if isinstance(out, Sum) else out)[:, 0]
-
-    def activation_bytes(self, tokens: int) -> int:
-        """About what inference holds at once for so many tokens: the widest point of a layer, the MLP."""
-        width = 6 * self.config.hidden_size + 2 * self.config.intermediate_size
-        return tokens * width * next(self.parameters()).element_size()
 
     def _checkpoints(self) -> bool:
         return self.gradient_checkpointing and self.training

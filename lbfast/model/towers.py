@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lbfast import dispatch, ops
+from lbfast.model import checkpoint
 from lbfast.model.config import Modality
+from lbfast.model.frozen import Freezable
 from lbfast.model.graphs import Graphs
 from lbfast.model.layers import Encoder, LayerNorm, Packing, Padded
 from lbfast.model.plain import ours, plain, wholly_plain
@@ -75,6 +77,10 @@ class VisionEmbeddings(nn.Module):
         self.class_embedding = nn.Parameter(torch.randn(class_shape))
         self.position_embedding = nn.Embedding(self.num_positions, self.embed_dim)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        state_dict.pop(f"{prefix}position_ids", None)  # 0, 1, 2...: transformers saved them once
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
     def forward(
         self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None, pre_norm: LayerNorm | None = None
     ) -> torch.Tensor:
@@ -109,8 +115,8 @@ class VisionEmbeddings(nn.Module):
         if self.tube_size > 1 or isinstance(self.patch_embedding, nn.Conv3d):
             patches = self.patch_embedding(clips).permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, T', N, D)
         else:
-            patches = self.patch_embedding(clips.transpose(1, 2).flatten(0, 1)).flatten(2).mT
-            patches = patches.unflatten(0, (len(clips), -1))
+            patches = self.patch_embedding(clips.transpose(1, 2).flatten(0, 1)).flatten(2).transpose(1, 2)
+            patches = patches.unflatten(0, (clips.shape[0], -1))
         first = self.class_embedding.to(patches.dtype).view(-1, 1, self.embed_dim)  # (1 or T', 1, D)
         tokens = torch.cat([first.expand(*patches.shape[:2], 1, -1), patches], dim=2)
         tokens = tokens + self.position_embedding(torch.arange(self.num_positions, device=pixels.device)[None])
@@ -145,7 +151,7 @@ class PatchDropout(nn.Module):
 
 
 @ours
-class VisionTransformer(nn.Module):
+class VisionTransformer(Freezable):
     """Pixels of one modality -> hidden states and the pooled class token, averaged over frames."""
 
     def __init__(self, config: Any, modality: Modality):
@@ -163,6 +169,12 @@ class VisionTransformer(nn.Module):
         self.encoder = Encoder(config, temporal_mlp=config.add_time_attn and modality.temporal_mlp)
         self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.graphs: Graphs | None = None  # by optimize_for_inference
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        wrapped = f"{prefix}encoder.base_model.model."  # as upstream's adapters are saved
+        for key in [key for key in state_dict if key.startswith(wrapped)]:
+            state_dict |= checkpoint.canonical_keys({key: state_dict.pop(key)})
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def forward(
         self,
@@ -218,7 +230,7 @@ class VisionTransformer(nn.Module):
     def activation_bytes(self, pixel_values: torch.Tensor) -> int:
         """About what inference on these pixels, (B, C, H, W) or (B, C, T, H, W), holds at once."""
         frames = pixel_values.shape[0] * (pixel_values.shape[2] if pixel_values.ndim > 4 else 1)
-        return self.encoder.activation_bytes(frames * (1 + self.num_patches))
+        return _activation_bytes(self, frames * (1 + self.num_patches))
 
     @property
     def frames(self) -> int:
@@ -290,6 +302,10 @@ class TextEmbeddings(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        state_dict.pop(f"{prefix}position_ids", None)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
         """input_ids (B, N), position_ids (B, N) or (1, N) -> (B, N, D)."""
         tokens = self.token_embedding(input_ids)
@@ -301,7 +317,7 @@ class TextEmbeddings(nn.Module):
 
 
 @ours
-class TextTransformer(nn.Module):
+class TextTransformer(Freezable):
     """Token ids -> hidden states and the state at the first end-of-text token."""
 
     def __init__(self, config: Any):
@@ -392,7 +408,7 @@ class TextTransformer(nn.Module):
 
     def activation_bytes(self, input_ids: torch.Tensor) -> int:
         """About what inference on these captions, (B, N), holds at once."""
-        return self.encoder.activation_bytes(input_ids.numel())
+        return _activation_bytes(self, input_ids.numel())
 
     def _lengths(self, ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         """Tokens up to the pooled one of each caption, (B,), where ids are; None where every token must be computed."""
@@ -439,6 +455,17 @@ class TextTransformer(nn.Module):
             if low < 0 or high >= vocabulary:
                 raise ValueError(f"input_ids: expected ids from 0 to {vocabulary - 1}, got {int(low)} to {int(high)}")
         return ids
+
+
+def _activation_bytes(tower: Any, tokens: int) -> int:
+    """About what inference holds at once for so many tokens: the widest point of a layer, the MLP."""
+    width = 6 * tower.config.hidden_size + 2 * tower.config.intermediate_size
+    return tokens * width * next(tower.parameters()).element_size()
+
+
+def tower_in(module: nn.Module) -> Any:
+    """The tower that a module is, or wraps; None where there is none."""
+    return next((m for m in module.modules() if isinstance(m, (VisionTransformer, TextTransformer))), None)
 
 
 def pooled(tower: nn.Module, **inputs: Any) -> torch.Tensor:

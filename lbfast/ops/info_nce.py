@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from lbfast import dispatch, distributed
+from lbfast.ops._dense import dense_info_nce
 from lbfast.ops._smoothing import accumulation as _accumulation, smoothing_means, smoothing_partners, smoothing_start
 
 _ROUNDING_HEADROOM = 4096.0  # fp16 rounds dS scaled up by this, so that probabilities of 1/B stay normal numbers
@@ -20,6 +21,7 @@ a GPU, which cuts them up as it likes."""
 INTERPRETER_KNOWS_BFLOAT16 = False
 """Tests that have put Triton's interpreter right say so."""
 
+DIRECTIONS = ("both", "image", "text")
 _DEFAULT_WORKSPACE_MIB = {"cpu": 20, "cuda": 256}
 
 
@@ -30,6 +32,7 @@ def info_nce(
     *,
     ids: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
+    direction: Literal["both", "image", "text"] = "both",
     group: Any = None,
     gather: Literal["all", "ring"] = "all",
     impl: str | None = None,
@@ -38,7 +41,7 @@ def info_nce(
     """Contrastive loss of image i against every text and of text i against every image; pair i is the positive.
 
         logits = logit_scale * image_embeds @ text_embeds.T
-        loss = (cross_entropy(logits, arange(B)) + cross_entropy(logits.T, arange(B))) / 2
+        loss = (cross_entropy(logits, arange(B)) + cross_entropy(logits.T[:B], arange(B))) / 2
 
     The logits are computed in tiles; the backward computes them again from the softmax statistics of each row and
     column, unless there was memory to keep them. Products of 16-bit inputs are accumulated in float32 and never
@@ -47,10 +50,14 @@ def info_nce(
 
     Args:
         image_embeds, text_embeds: (B, D), floating point, one device, any strides. Of two dtypes the wider is taken.
-            Either may need no gradient: its part of the backward is then skipped.
+            Either may need no gradient: its part of the backward is then skipped. text_embeds may have more rows: those
+            after the B-th are negatives of every image, hard ones, say, and positives of none.
         logit_scale: the factor itself (not its logarithm): one element that may need a gradient, or a float.
-        ids: (B,) integers or None. Rows that share an id are not negatives of each other (a caption that repeats).
+        ids: integers, one for each row of text_embeds, or None; image i has that of text i. Rows that share an id are
+            not negatives of each other (a caption that repeats).
         label_smoothing: in [0, 1): this share of the target is spread over the positive and all negatives of a row.
+            Only with as many texts as images, both ways.
+        direction: "both"; or one half: "image", each image against the texts, or "text", each text against the images.
         group: a torch.distributed process group: each rank gives its own rows (any number, at least one in all), and
             the loss is that of the concatenated batch on every rank. Every rank must call forward and backward, with
             the same arguments and the same inputs requiring a gradient. A rank that dies raises on the others
@@ -72,7 +79,8 @@ def info_nce(
 
     Source: van den Oord et al., arXiv 1807.03748; CLIP, arXiv 2103.00020; tiles as in Inf-CLIP, arXiv 2410.17243.
     """
-    scale = _check(image_embeds, text_embeds, logit_scale, ids, label_smoothing, gather, workspace_mib)
+    _check_options(label_smoothing, direction, gather, workspace_mib)
+    scale = _check(image_embeds, text_embeds, logit_scale, ids)
     device = image_embeds.device
     dtype = torch.promote_types(image_embeds.dtype, text_embeds.dtype)
     if dtype != torch.float64:
@@ -81,13 +89,20 @@ def info_nce(
     name = dispatch.choose("info_nce", impl, IMPLEMENTATIONS, image_embeds, text_embeds)
     world = distributed.world(group)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        shards = distributed.Shards.agree(image_embeds, group, world, scale.requires_grad, text_embeds.requires_grad)
+        flags = (scale.requires_grad, text_embeds.requires_grad, DIRECTIONS.index(direction))
+        shards, texts = distributed.Shards.agree(image_embeds, text_embeds, group, world, *flags)
         if shards.total == 0:
             raise ValueError("info_nce: image_embeds: expected at least one row, got none")
-        labels = None if ids is None else _labels(ids, shards)
-    memory = _memory(image_embeds, shards.total, workspace_mib)
+        if label_smoothing and shards.sizes != texts.sizes:
+            raise ValueError(
+                f"info_nce: label_smoothing: expected 0 where there are more texts than images, got {label_smoothing}"
+            )
+        labels = None if ids is None or dispatch.aten_only() else _labels(ids, texts)
+    if shards.world == 1 and dispatch.aten_only():
+        return dense_info_nce(image_embeds, text_embeds, scale, ids, label_smoothing, direction)
+    memory = _memory(image_embeds, texts.total, workspace_mib)
     smoothing = label_smoothing if shards.total > 1 else 0.0  # a row by itself has nothing to spread it over
-    plan = _Plan(_implementation(name), shards, gather, labels, *memory, smoothing)
+    plan = _Plan(_implementation(name), shards, texts, gather, labels, *memory, smoothing, direction)
     return _InfoNCE.apply(image_embeds, text_embeds, scale, plan)
 
 
@@ -96,9 +111,6 @@ def _check(
     text_embeds: torch.Tensor,
     logit_scale: torch.Tensor | float,
     ids: torch.Tensor | None,
-    label_smoothing: float,
-    gather: str,
-    workspace_mib: int | None,
 ) -> torch.Tensor:
     """Raises on wrong arguments; returns the scale as a tensor of no dimensions on the embeddings' device."""
     for name, x in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
@@ -106,9 +118,9 @@ def _check(
             raise TypeError(f"info_nce: {name}: expected a floating dtype, got {x.dtype}")
         if x.dim() != 2 or x.shape[1] == 0:
             raise ValueError(f"info_nce: {name}: expected (B, D), got {tuple(x.shape)}")
-    if image_embeds.shape != text_embeds.shape:
+    if image_embeds.shape[1] != text_embeds.shape[1] or len(text_embeds) < len(image_embeds):
         raise ValueError(
-            f"info_nce: text_embeds: expected image_embeds' shape {tuple(image_embeds.shape)}, "
+            f"info_nce: text_embeds: expected image_embeds' shape {tuple(image_embeds.shape)}, or more rows, "
             f"got {tuple(text_embeds.shape)}"
         )
     if image_embeds.device != text_embeds.device:
@@ -122,15 +134,22 @@ def _check(
     if ids is not None:
         if ids.is_floating_point() or ids.is_complex():
             raise TypeError(f"info_nce: ids: expected integers, got {ids.dtype}")
-        if ids.shape != image_embeds.shape[:1]:
-            raise ValueError(f"info_nce: ids: expected ({image_embeds.shape[0]},), got {tuple(ids.shape)}")
+        if ids.shape != text_embeds.shape[:1]:
+            raise ValueError(f"info_nce: ids: expected ({text_embeds.shape[0]},), got {tuple(ids.shape)}")
+    return logit_scale.reshape(()).to(image_embeds.device)
+
+
+def _check_options(label_smoothing: float, direction: str, gather: str, workspace_mib: int | None) -> None:
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"info_nce: label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+    if direction not in DIRECTIONS:
+        raise ValueError(f"info_nce: direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}")
+    if direction != "both" and label_smoothing:
+        raise ValueError(f"info_nce: label_smoothing: expected 0 with one direction, got {label_smoothing}")
     if gather not in ("all", "ring"):
         raise ValueError(f"info_nce: gather: expected 'all' or 'ring', got {gather!r}")
     if workspace_mib is not None and workspace_mib < 1:
         raise ValueError(f"info_nce: workspace_mib: expected at least 1, got {workspace_mib}")
-    return logit_scale.reshape(()).to(image_embeds.device)
 
 
 def _memory(x: torch.Tensor, columns: int, workspace_mib: int | None) -> tuple[int, int]:
@@ -157,7 +176,7 @@ class Block:
     room: int
     """Bytes that may be kept for the backward."""
     target: float
-    """What dS has less of positives: 2, of both sides; of smoothed targets their share of it."""
+    """What dS has less of positives: 1 of each side; of smoothed targets their share of it."""
 
     def rows(self, part: slice) -> Block:
         """The same for some of the rows."""
@@ -200,52 +219,74 @@ class Implementation(Protocol):
 class _Plan:
     implementation: Implementation
     shards: distributed.Shards
+    """Of the images."""
+    texts: distributed.Shards
     gather: str
     labels: torch.Tensor | None
-    """(total,) int32 on every rank."""
+    """(texts,) int32 on every rank."""
     workspace: int
     room: int
     """As in Block."""
     smoothing: float
+    direction: str
+
+    @property
+    def sides(self) -> int:
+        return 2 if self.direction == "both" else 1
 
     def block(self, owner: int | None) -> Block:
         """The local rows against the texts of rank `owner`; of every rank when None."""
-        shards, labels, target = self.shards, self.labels, 2 * (1 - self.smoothing)
+        texts, labels, target = self.texts, self.labels, self.sides * (1 - self.smoothing)
         if owner is None:
-            diag: int | None = shards.start(shards.rank)
-            columns = slice(0, shards.total)
+            diag: int | None = texts.start(texts.rank)
+            columns = slice(0, texts.total)
         else:
-            diag = 0 if owner == shards.rank else None
-            columns = shards.span(owner)
+            diag = 0 if owner == texts.rank else None
+            columns = texts.span(owner)
         if labels is None:
             return Block(diag, None, None, self.workspace, self.room, target)
-        return Block(diag, labels[shards.span(shards.rank)], labels[columns], self.workspace, self.room, target)
+        return Block(diag, self.paired(labels), labels[columns], self.workspace, self.room, target)
+
+    def paired(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., texts) -> that of the texts of the local images, (..., images)."""
+        start = self.texts.start(self.texts.rank)
+        return x[..., start : start + self.shards.sizes[self.shards.rank]]
+
+    def silence(self, rows: torch.Tensor, cols: torch.Tensor) -> None:
+        """Makes the probabilities of what is no part of the loss 0: of rows or columns, and of texts without images."""
+        if self.direction == "text":
+            rows[1] = torch.inf
+        if self.direction == "image":
+            cols[1] = torch.inf
+        for rank, images in enumerate(self.shards.sizes):
+            cols[1, self.texts.start(rank) + images : self.texts.span(rank).stop] = torch.inf
 
 
 class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image_embeds, text_embeds, scale, plan):
-        shards, implementation = plan.shards, plan.implementation
+        shards, texts, implementation = plan.shards, plan.texts, plan.implementation
         with torch.autocast(image_embeds.device.type, enabled=False):
             s = scale.to(_accumulation(image_embeds.dtype))
             kept = None
             if shards.world == 1 or plan.gather == "all":
-                y = shards.gather_rows(text_embeds)
+                y = texts.gather_rows(text_embeds)
                 keep = any(ctx.needs_input_grad[:3])
                 rows, cols, positives, kept = implementation.stats(image_embeds, y, s, plan.block(None), keep)
             else:
                 y = text_embeds
                 rows, cols, positives = _ring_stats(image_embeds, y, s, plan)
             cols = shards.merge_statistics(cols)
-            own = cols[:, shards.span(shards.rank)]
-            # (shift - positive) first: where the two are near, the difference is exact
-            terms = (rows[0] - positives) + rows[1].log() + (own[0] - positives) + own[1].log()
-            total = _wide(terms).sum()
+            total: Any = 0.0
+            for side, shift, tail in (("image", *rows), ("text", *plan.paired(cols))):
+                if plan.direction in (side, "both"):  # (shift - positive) first: where the two are near, it is exact
+                    total = total + _wide((shift - positives) + tail.log()).sum()
+            plan.silence(rows, cols)
             means: list[torch.Tensor] = []
             if plan.smoothing:
                 means = [smoothing_means(e, shards, plan.labels) for e in (text_embeds, image_embeds)]
                 total += _wide(s) * _dot(image_embeds, smoothing_partners(text_embeds, means[0], plan.smoothing))
-            loss = shards.sum(total) / (2 * shards.total)
+            loss = shards.sum(total) / (plan.sides * shards.total)
         ctx.plan, ctx.means = plan, len(means)
         ctx.save_for_backward(image_embeds, y, scale, rows, cols, positives, *means, *(kept or ()))
         return loss.to(s.dtype)
@@ -256,15 +297,15 @@ class _InfoNCE(torch.autograd.Function):
         image_embeds, y, scale, rows, cols, positives, *others = ctx.saved_tensors
         means, kept = others[: ctx.means], others[ctx.means :]
         plan, (need_x, need_y, need_s) = ctx.plan, ctx.needs_input_grad[:3]
-        shards = plan.shards
+        shards, texts = plan.shards, plan.texts
         with torch.autocast(image_embeds.device.type, enabled=False):
             acc = _accumulation(image_embeds.dtype)
             s = scale.to(acc)
-            factor = grad.to(acc) / (2 * shards.total)
+            factor = grad.to(acc) / (plan.sides * shards.total)
             dx: Any = None
             dy: Any = None
             whole = shards.world == 1 or plan.gather == "all"
-            own = y[shards.span(shards.rank)] if whole else y
+            own = y[texts.span(texts.rank)] if whole else y
             start: list[Any] = [None, None]
             if means:
                 start = [
@@ -274,14 +315,14 @@ class _InfoNCE(torch.autograd.Function):
             if need_y:
                 dy = y.new_zeros(y.shape, dtype=acc)
                 if start[1] is not None:
-                    (dy[shards.span(shards.rank)] if whole else dy).copy_(start[1])
+                    (dy[texts.span(texts.rank)] if whole else dy).copy_(start[1])
             if whole:
                 dx, ds = _row_grads(
                     image_embeds, y, s, rows, cols, positives, plan, kept, need_x, dy, factor * s, start[0]
                 )
                 if ds is None:
                     ds = _dot(y, dy)
-                dy = shards.scatter_rows(dy) if need_y else None
+                dy = texts.scatter_rows(dy) if need_y else None
             else:
                 if need_x or not need_y:  # the scale's gradient comes from either side's
                     dx = start[0] if means else image_embeds.new_zeros(image_embeds.shape, dtype=acc)
@@ -327,24 +368,24 @@ def _row_grads(x, y, s, rows, cols, positives, plan, kept, need_x, dy, factor, s
 
 def _ring_stats(x, y, s, plan):
     """Statistics when the ranks' texts are passed round: rows (2, b), cols (2, total) of local rows only, positives."""
-    shards = plan.shards
+    texts = plan.texts
     rows, positives = _no_statistics(x.shape[0], s), None
-    cols = _no_statistics(shards.total, s)
-    for owner, y_owner in shards.ring(y):
+    cols = _no_statistics(texts.total, s)
+    for owner, y_owner in texts.ring(y):
         more, part, diagonal, _ = plan.implementation.stats(x, y_owner, s, plan.block(owner), False)
         rows = _merge(rows, more)
-        cols[:, shards.span(owner)] = part
+        cols[:, texts.span(owner)] = part
         positives = diagonal if diagonal is not None else positives
     return rows, cols, positives
 
 
 def _ring_grads(x, y, s, rows, cols, positives, plan, dx, dy):
     """Gradients when the ranks' texts are passed round; each rank's dy follows its texts and comes home complete."""
-    shards = plan.shards
-    for owner, y_owner in shards.ring(y):
-        own = cols[:, shards.span(owner)].contiguous()
+    texts = plan.texts
+    for owner, y_owner in texts.ring(y):
+        own = cols[:, texts.span(owner)].contiguous()
         plan.implementation.grads(x, y_owner, s, rows, own, positives, plan.block(owner), [], dx, dy)
-        dy = shards.pass_on(dy, owner) if dy is not None else None
+        dy = texts.pass_on(dy, owner) if dy is not None else None
     return dy
 
 

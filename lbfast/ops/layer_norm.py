@@ -84,7 +84,7 @@ def layer_norm(
     _check(x, weight, bias, residual)
     if residual is not None and not keep_total:
         return _without_total(x, weight, bias, eps, residual, impl)
-    if not torch.compiler.is_compiling():  # a compiled graph chooses when it runs
+    if not torch.compiler.is_compiling() or dispatch.aten_only():  # a compiled graph chooses when it runs
         impl = dispatch.choose("layer_norm", impl, IMPLEMENTATIONS, x, weight, bias, residual)
         if impl == "torch" and not _sums_in_pieces(x, weight, bias, residual):
             # whose own autograd keeps the same, and costs less than ours around it

@@ -58,6 +58,8 @@ def mlp(
     if dtype is not None:
         tensors = tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)  # type: ignore[assignment]
     _check(*tensors, activation)
+    if dispatch.aten_only() and impl in (None, "torch"):
+        return F.linear(_activate(F.linear(tensors[0], *tensors[1:3]), activation), *tensors[3:])
     if not torch.compiler.is_compiling():  # a compiled graph chooses when it runs
         impl = dispatch.choose("mlp", impl, IMPLEMENTATIONS, *tensors)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -39,13 +39,17 @@ class MediaError(ValueError):
 
     Attributes:
         source: the path, or a short description of data in memory.
+        expected, got: what should be there, and what is. None in an error that a DataLoader raises for its worker: it
+            makes one of the whole message, traceback included, which is then `source`.
     """
 
-    def __init__(self, source: str, expected: str, got: str):
+    def __init__(self, source: str, expected: str | None = None, got: str | None = None):
         super().__init__(source, expected, got)
         self.source, self.expected, self.got = source, expected, got
 
     def __str__(self) -> str:
+        if self.expected is None:
+            return self.source
         return f"{self.source}: expected {self.expected}, got {self.got}"
 
 
