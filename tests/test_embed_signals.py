@@ -1,4 +1,4 @@
-"""`lbfast embed` that is told to end, or killed: a line, the status that shells expect, and no process that lives on."""
+"""`lbfast embed` told to end, or killed: a line, the status that shells expect, and no process lives on."""
 
 from __future__ import annotations
 

@@ -95,7 +95,8 @@ def _summarise(summary: Summary) -> None:
     by_modality = ", ".join(f"{count} {name}" for name, count in summary.embedded.items())
     line = f"{sum(summary.embedded.values())} embedded" + (f" ({by_modality})" if by_modality else "")
     if summary.finished:
-        typer.echo(f"nothing left to do: {line} by an earlier run with the same inputs and settings -> {summary.out}")
+        line = f"nothing left to do: {line} by an earlier run of the same inputs and settings"
+        typer.echo(f"{line}, {summary.failed} failed -> {summary.out}")
         return
     if summary.resumed:
         line += f", {summary.resumed} of them by an earlier run"

@@ -40,7 +40,7 @@ class Summary:
         embedded: rows by modality, those of earlier runs included.
         resumed: rows that an earlier run had finished.
         finished: whether an earlier run had finished everything, so that nothing was left to do.
-        failures: files that are not in `out`.
+        failures: files that are not in `out`, as this run met them. failed: how many an earlier, finished one met.
         ignored: what folders held besides, counted by reason.
     """
 
@@ -48,6 +48,7 @@ class Summary:
     embedded: dict[str, int] = field(default_factory=dict)
     resumed: int = 0
     finished: bool = False
+    failed: int = 0
     failures: list[Failure] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
 
@@ -184,6 +185,7 @@ def _take_finished(out: Path, settings: Mapping[str, Any], inputs: str, strict: 
     else:
         summary.embedded = {str(name): int(count) for name, count in found[1]["rows"].items()}
         summary.resumed, summary.finished, summary.out = sum(summary.embedded.values()), True, out
+        summary.failed = int(found[1]["failed"])
         return
     raise FileExistsError(errno.EEXIST, f"out: it is there already, {why}; overwrite replaces it", str(out))
 
