@@ -91,7 +91,7 @@ def filling(folder: str | os.PathLike[str], last: str, stale: Collection[str] = 
         folder: made if it does not exist.
         last: the file without which the others are not read, such as config.json.
 
-    Raises WriteError; then the folder is as it was.
+    Raises WriteError, and what writing raises where that is a ValueError or TypeError; then the folder is as it was.
     """
     folder = Path(folder)
     made = not folder.exists()
@@ -109,11 +109,15 @@ def filling(folder: str | os.PathLike[str], last: str, stale: Collection[str] = 
             _take_places(folder, new, old, names, sorted({*names, *stale}, key=lambda name: name != last))
             flush(folder)
             _sweep(folder, last, spare_old=False)
+        made = False
+    except (ValueError, TypeError):  # of what was to be written
+        raise
     except Exception as error:  # safetensors and torch have errors of their own for a full disk
+        raise WriteError(f"{folder}: cannot write it: {reason(folder.parent, error)}") from error
+    finally:
         if made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        raise WriteError(f"{folder}: cannot write it: {reason(folder.parent, error)}") from error
 
 
 def reason(folder: Path, error: Exception) -> str:

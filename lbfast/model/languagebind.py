@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from lbfast import ops
+from lbfast import files, ops
 from lbfast.model import checkpoint, config as configs
 from lbfast.model.config import LanguageBindConfig
 from lbfast.model.layers import MLP, Attention, EncoderLayer
@@ -202,6 +202,8 @@ class LanguageBindModel(PreTrainedModel):
     ) -> None:
         """Writes config.json and the weights; `from_pretrained` gives the same model back.
 
+        Weights that were there are replaced when the new ones are on the disk; other files stay.
+
         Args:
             save_directory: made if it does not exist.
             key_style: "plain", our module names; or "upstream", what upstream's save_pretrained writes. They differ
@@ -215,9 +217,10 @@ class LanguageBindModel(PreTrainedModel):
         if folder.is_file():
             raise ValueError(f"save_directory: expected a directory, got the file {folder}")
         state = checkpoint.upstream_keys(self) if key_style == "upstream" else self.state_dict()
-        checkpoint.save_state_dict(state, folder, safe_serialization, max_shard_size)
         self.config.architectures = [type(self).__name__]
-        self.config.save_pretrained(folder)
+        with files.filling(folder, "config.json", checkpoint.weight_names(folder)) as staged:
+            checkpoint.save_state_dict(state, staged, safe_serialization, max_shard_size)
+            self.config.save_pretrained(staged)
 
     def get_image_features(
         self,

@@ -26,6 +26,8 @@ ADAPTER_ROOT = "base_model.model."
 OTHERS = "trained.safetensors"
 """Beside the adapters: the other parameters that were trained."""
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", OTHERS)
+
 _TEXT = ("text_model.", "text_projection.")
 
 
