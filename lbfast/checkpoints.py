@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from lbfast.model.config import LanguageBindConfig
     from lbfast.model.languagebind import LanguageBindModel
 
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -61,14 +69,24 @@ class Checkpoint:
             return default_tokenizer(TOKENIZERS[self.modality])
         return TOKENIZERS[self.modality].from_pretrained(self.where, **self.hub)
 
+    def tokenizer_fingerprint(self) -> str:
+        """Changes with the files of `tokenizer`; empty where it is CLIP's own, or of the hub, with its weights."""
+        key = hashlib.sha256()
+        files = [file for name in TOKENIZER_FILES if (file := Path(self.where, name)).is_file()]
+        for file in files:
+            content = file.read_bytes()
+            key.update(f"{file.name} {len(content)} ".encode() + content)
+        return key.hexdigest()[:16] if files else ""
+
     def fingerprint(self) -> str:
-        """Changes when the config changes, or a weight file's name, size or time."""
+        """Changes when the config changes, a weight file's name, size or time, or the commit of a hub's repository."""
         from lbfast.model import checkpoint
 
         key = hashlib.sha256(self.config.to_json_string().encode())
         for file in checkpoint.find_files(self.where, **self.hub):
             status = file.stat()
-            key.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+            commit = "" if Path(self.where).is_dir() else file.parent.name
+            key.update(f"{commit} {file.name} {status.st_size} {status.st_mtime_ns}".encode())
         return key.hexdigest()[:16]
 
 

@@ -53,8 +53,11 @@ def test_embed_reports_and_goes_on(image_model, tmp_path):
     assert "ignored 1 file: unknown type .pdf" in result.stderr
 
     again = invoke("embed", tmp_path / "in", "--model", image_model, "--out", out)
-    assert again.exit_code == 1 and f"overwrite replaces it: {out}" in again.stderr
-    assert again.stderr.count("\n") == 1
+    said = "3 embedded (1 image, 2 language) by an earlier run of the same inputs and settings, 1 failed"
+    assert again.exit_code == 0 and again.stdout == f"nothing left to do: {said} -> {out}\n"
+    other = invoke("embed", tmp_path / "in" / "words.txt", "--model", image_model, "--out", out)
+    assert other.exit_code == 1 and f"overwrite replaces it: {out}" in other.stderr
+    assert other.stderr.count("\n") == 1
 
 
 def test_embed_strict_stops(image_model, tmp_path):

@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from lbfast import files
 from lbfast.checkpoints import open_checkpoints
 from lbfast.data import decode
 from lbfast.data.decode import Decoder, Processors, Task, Undecodable
-from lbfast.embedding import BadFileError, embed_files, find_items, journal
+from lbfast.embedding import BadFileError, embed_files, find_items
 from lbfast.embedding.items import Item
 from lbfast.embedding.journal import Journal, partial_path
 from lbfast.model.languagebind import LanguageBind, model_dict
@@ -227,8 +228,8 @@ def test_other_settings_are_not_mixed_in(models, pictures, tmp_path):
     with pytest.raises(ValueError, match="models: "):
         embed_files([pictures], [tmp_path / "image"], out)
     assert run(overwrite=True).resumed == 4  # the same settings: nothing to throw away
-    with pytest.raises(FileExistsError, match="already"):
-        run()
+    with pytest.raises(FileExistsError, match=r"already, of a run with other settings \(dtype: float32 then, bfloat16"):
+        run(dtype="bfloat16")
     assert run(dtype="bfloat16", overwrite=True).resumed == 0
     exact = tmp_path / "exact.parquet"
     embed_files([pictures], [models["image"]], exact, dtype="float32")
@@ -251,9 +252,9 @@ def test_a_torn_journal_keeps_whole_batches(tmp_path):
     out, ends = tmp_path / "out.parquet", []
     first = Journal(out, 4, {"a": 1})
     for start in (0, 3, 6):
-        ends.append(first._file.tell())
+        ends.append(first.path.stat().st_size)
         first.append(items[start : start + 3], embeds[start : start + 3], "m")
-    ends.append(first._file.tell())
+    ends.append(first.path.stat().st_size)
     first.close()
     whole = first.path.read_bytes()
     for cut in {0, 1, *range(0, len(whole), 37), *ends, *(end - 1 for end in ends)}:
@@ -262,7 +263,7 @@ def test_a_torn_journal_keeps_whole_batches(tmp_path):
         kept = 3 * sum(cut >= end for end in ends[1:])
         assert [item in again for item in items] == [i < kept for i in range(9)], cut
         again.append(items[kept:], embeds[kept:], "m") if kept < 9 else None
-        again.finish(items)
+        again.finish(items, {})
         again.close()
         np.testing.assert_array_equal(vectors(out), embeds)
         out.unlink()
@@ -308,7 +309,7 @@ def test_a_failed_last_step_can_be_repeated(models, pictures, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(journal.os, "replace", no_space)
+        patched.setattr(files.os, "link", no_space)
         with pytest.raises(OSError, match="No space left"):
             embed_files([pictures], [models["image"]], out)
     assert [path.name for path in tmp_path.iterdir()] == ["out.parquet.partial"]

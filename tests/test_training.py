@@ -216,9 +216,10 @@ def test_no_space_left(tmp_path, monkeypatch, call):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     run(tmp_path, steps=2)
-    monkeypatch.setattr(call, full)
+    data = trainees.Data()
+    data.before = lambda step: monkeypatch.setattr(call, full)  # when the run goes on
     with pytest.raises(CheckpointWriteError, match=r"No space left on device .*checkpoint is .*step-00000002"):
-        run(tmp_path, steps=4)
+        run(tmp_path, data=data, steps=4)
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
     assert run(tmp_path)[0].steps == 9

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from lbfast.cli.app import INTERRUPTED, Modality, Precision, app, errors, plain_errors
+from lbfast.cli.app import Modality, Precision, Signals, Stopped, app, errors, plain_errors
 
 if TYPE_CHECKING:
     from lbfast.embedding import Failure, Summary
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     "Its rows are [bold]id, modality, path, embedding, model[/]; embeddings are float32 of unit length. Captions come "
     "from text files, one a line.\n\n"
     "A run that was interrupted goes on where it stopped when the same command is given again. A bad file is reported "
-    "and skipped. Exit status: 0; 1 if nothing could be embedded or the run had to stop; 130 if interrupted."
+    "and skipped. A run that was finished, with the same inputs and settings, has nothing left to do: exit status 0. "
+    "Exit status otherwise: 0; 1 if nothing could be embedded, FILE is of another run, or the run had to stop; 130 if "
+    "interrupted, 143 after SIGTERM, 129 after SIGHUP."
 )
 def embed(
     files: Annotated[
@@ -57,13 +59,13 @@ def embed(
     cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of the checkpoints on the hub.")] = None,
 ) -> None:
-    from lbfast import native
-    from lbfast.embedding import embed_files
+    try:
+        with Signals() as signals, plain_errors(), progress_bars(signals.check) as (progress, on_failure):
+            from lbfast import native
+            from lbfast.embedding import embed_files
 
-    if native.will_compile():
-        errors.print("compiling the native CPU kernels, once for each version: this takes a minute")
-    with plain_errors(), progress_bars() as (progress, on_failure):
-        try:
+            if native.will_compile():
+                errors.print("compiling the native CPU kernels, once for each version: this takes a minute")
             summary = embed_files(
                 files,
                 model,
@@ -80,9 +82,9 @@ def embed(
                 on_failure=on_failure,
                 progress=progress,
             )
-        except KeyboardInterrupt:
-            errors.print("interrupted; what is finished is kept: the same command goes on from here")
-            raise typer.Exit(INTERRUPTED) from None
+    except Stopped as stopped:
+        errors.print("interrupted; what is finished is kept: the same command goes on from here")
+        raise typer.Exit(128 + stopped.number) from None
     _summarise(summary)
 
 
@@ -92,6 +94,10 @@ def _summarise(summary: Summary) -> None:
         errors.print(f"ignored {count} {'file' if count == 1 else 'files'}: {escape(reason)}", highlight=False)
     by_modality = ", ".join(f"{count} {name}" for name, count in summary.embedded.items())
     line = f"{sum(summary.embedded.values())} embedded" + (f" ({by_modality})" if by_modality else "")
+    if summary.finished:
+        line = f"nothing left to do: {line} by an earlier run of the same inputs and settings"
+        typer.echo(f"{line}, {summary.failed} failed -> {summary.out}")
+        return
     if summary.resumed:
         line += f", {summary.resumed} of them by an earlier run"
     line += f", {len(summary.failures)} failed"
@@ -101,8 +107,13 @@ def _summarise(summary: Summary) -> None:
 
 
 @contextlib.contextmanager
-def progress_bars() -> Iterator[tuple[Progress, Callable[[Failure], None]]]:
-    """A bar for each modality on stderr, where that is a terminal; failures are printed above them either way."""
+def progress_bars(
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[Progress, Callable[[Failure], None]]]:
+    """A bar for each modality on stderr, where that is a terminal; failures are printed above them either way.
+
+    `check` is called at each progress.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     bars = Progress(
@@ -117,6 +128,7 @@ def progress_bars() -> Iterator[tuple[Progress, Callable[[Failure], None]]]:
     tasks: dict[str, TaskID] = {}
 
     def progress(modality: str, done: int, total: int) -> None:
+        check()
         if modality not in tasks:
             tasks[modality] = bars.add_task(f"{modality:>8}", total=total, completed=done, rate="")
         speed = bars.tasks[tasks[modality]].speed

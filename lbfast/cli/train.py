@@ -132,16 +132,18 @@ def train(
     "Example: lbfast export runs/depth --out depth-model --style merged\n\n"
     "RUN is a run's directory, for its newest checkpoint, or one of its checkpoints. Styles: [bold]upstream[/], "
     "adapters apart, as upstream saves; [bold]plain[/], our names; [bold]merged[/], adapters added into the weights; "
-    "[bold]peft[/], adapters alone, with the other trained parameters beside them."
+    "[bold]peft[/], adapters alone, with the other trained parameters beside them.\n\n"
+    "DIR is new, empty or an earlier export."
 )
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Replaced if it exists.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The model's files in an earlier export are replaced.")],
     style: Annotated[Style, typer.Option()] = Style["upstream"],
 ) -> None:
-    from lbfast.training.exporter import export as write, rebuilt
+    from lbfast.training.exporter import check_place, export as write, rebuilt
 
     with plain_errors():
+        check_place(out, run)
         made, checkpoint, files = rebuilt(run)
         write(made, out, style.value, files=files)
     typer.echo(f"{checkpoint} -> {out}")

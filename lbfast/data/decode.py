@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from lbfast.data import tether
 from lbfast.processing.processor import Processor, transform_dict
 
 _STARTS = 2  # how often a worker may fail to start before the run stops
@@ -72,10 +74,11 @@ class Processors:
 
 
 def _work(connection: Connection, work: Work) -> None:
-    """A worker process: says that it is ready, then answers tasks until its parent hangs up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    """A worker process: says that it is ready, then answers tasks until its parent hangs up or is gone."""
+    tether.ignore_signals()
+    tether.die_with_parent()
     torch.set_num_threads(1)
-    with contextlib.suppress(EOFError, BrokenPipeError):
+    with contextlib.suppress(EOFError, OSError):
         connection.send(None)
         while True:
             connection.send(work.decode(connection.recv()))
@@ -103,10 +106,12 @@ class Decoder:
         self._results: dict[int, Any] = {}
         self._fault: str | None = None
         self._closing = False
+        self._context: Any = None
         self._running: set[multiprocessing.process.BaseProcess] = set()
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Decoder:
+        self._context = _context() if self._workers else None
         for _ in range(self._workers):
             thread = threading.Thread(target=self._serve, name="lbfast-decode", daemon=True)
             self._threads.append(thread)
@@ -175,11 +180,10 @@ class Decoder:
 
     def _start(self) -> tuple[multiprocessing.process.BaseProcess, Connection]:
         """A worker that has said it is ready."""
-        context = _context()
         how = ""
         for _ in range(_STARTS):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, self._work), daemon=True)
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_work, args=(theirs, self._work), daemon=True)
             process.start()
             self._running.add(process)
             theirs.close()
@@ -206,9 +210,16 @@ class Decoder:
 
 
 def _context() -> Any:
-    """Workers are forked from a fresh process that has imported this module, never from one with threads or a GPU."""
+    """Workers are forked from a fresh process that has imported this module, never from one with threads or a GPU.
+
+    That process is started by the thread that calls this. Linux knows a parent as a thread: where it is the main one,
+    which lives as long as the process, the other end of its life is seen by the kernel.
+    """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    tethered = [tether.TETHERED] if threading.current_thread() is threading.main_thread() else []
+    context.set_forkserver_preload([*tethered, __name__])
+    with tether.named():
+        forkserver.ensure_running()
     return context

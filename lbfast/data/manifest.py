@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,6 +60,19 @@ class Manifest:
         path = self._columns[self._path][row].as_py()
         texts = {name: self._columns[name][row].as_py() for name in self._captions}
         return Sample(path, os.path.join(self.file.parent, path), {k: v for k, v in texts.items() if v})
+
+    def fingerprint(self) -> str:
+        """Changes with the paths and captions of the rows, as they are written, and their order."""
+        import pyarrow.compute as pc
+
+        key = hashlib.sha256()
+        for name in self._names:
+            column = pc.fill_null(self._columns[name], "\0").take(self._rows)
+            _, offsets, text = column.buffers()
+            ends = np.frombuffer(offsets, np.int64, len(column) + 1)
+            key.update(f"{name} {len(column)} ".encode() + ends.tobytes())
+            key.update(memoryview(text or b"")[: int(ends[-1])])
+        return key.hexdigest()
 
     def _skip(self, row: int, why: str) -> None:
         self.skipped[f"{self.file}, row {row + 1}"] = why

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -68,6 +69,14 @@ class Shard:
 
         texts = tuple(member(part) for part in parts[1:] if part[0] >= 0)
         return Sample(f"{self.file}/{key}", member(parts[0]), members=texts)
+
+    def fingerprint(self) -> str:
+        """Changes with the keys of the samples, and the names, places and sizes of their members."""
+        key = hashlib.sha256(repr(self._suffixes).encode() + self._parts.tobytes())
+        for name in self._keys:
+            key.update(name.as_buffer())
+            key.update(b"\0")
+        return key.hexdigest()
 
     def _collect(self, wanted: list[str], captions: bool) -> None:
         import pyarrow as pa

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +20,7 @@ from lbfast.checkpoints import Checkpoint, open_checkpoints, pick_device, pick_d
 from lbfast.data.decode import Decoder, Processors, Task, Undecodable, plain_fields
 from lbfast.data.suffixes import LANGUAGE
 from lbfast.embedding.items import Failure, Item, find_items
-from lbfast.embedding.journal import Journal, partial_path
+from lbfast.embedding.journal import CHANGED, Journal, differences, partial_path, read_finished, signature
 from lbfast.model.languagebind import LanguageBindModel
 
 Progress = Callable[[str, int, int], None]
@@ -36,13 +39,16 @@ class Summary:
         out: the Parquet file; None where nothing could be embedded.
         embedded: rows by modality, those of earlier runs included.
         resumed: rows that an earlier run had finished.
-        failures: files that are not in `out`.
+        finished: whether an earlier run had finished everything, so that nothing was left to do.
+        failures: files that are not in `out`, as this run met them. failed: how many an earlier, finished one met.
         ignored: what folders held besides, counted by reason.
     """
 
     out: Path | None = None
     embedded: dict[str, int] = field(default_factory=dict)
     resumed: int = 0
+    finished: bool = False
+    failed: int = 0
     failures: list[Failure] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
 
@@ -72,6 +78,7 @@ def embed_files(
     embedded by the model of their modality, captions (text files, one a line) by the text tower of the last model.
 
     A run that was interrupted, killed even, goes on where it stopped when it is called again with the same settings.
+    One that was finished has nothing left to do when inputs and settings are the same.
 
     Args:
         inputs: files and folders, each optionally as "MODALITY=PATH"; see `find_items` for how a modality is found.
@@ -91,7 +98,8 @@ def embed_files(
         progress: called after each batch.
 
     Raises:
-        BadFileError: with `strict`. FileExistsError: `out` is there, without `overwrite`.
+        BadFileError: with `strict`. FileExistsError: `out` is there, of other inputs or settings, without `overwrite`;
+        or it is a link or a device, or was made by somebody else since this run began.
         FileNotFoundError: its folder is not. ValueError: an argument is wrong, or the settings differ from those of the
         unfinished run. OSError, CheckpointError: a checkpoint cannot be had or used.
     """
@@ -99,7 +107,7 @@ def embed_files(
     _check_count("workers", workers, 0)
     if not inputs:
         raise ValueError("inputs: expected at least one file or folder, got none")
-    out = _check_out(Path(out), overwrite)
+    out = _check_out(Path(out))
     target = pick_device(device)
     precision = pick_dtype(dtype, target)
     checkpoints = open_checkpoints(models, cache_dir=cache_dir, revision=revision, token=token)
@@ -118,14 +126,27 @@ def embed_files(
         failed(failure)
     if not listing.items:
         return summary
+    last = list(checkpoints.values())[-1]
     settings = {
         "lbfast": lbfast.__version__,
         "dtype": str(precision).removeprefix("torch."),
         "models": {name: [c.name, c.fingerprint()] for name, c in checkpoints.items()},
+        "language": [last.name, last.fingerprint(), last.tokenizer_fingerprint()],
     }
-    size = next(iter(checkpoints.values())).config.projection_dim
+    size = last.config.projection_dim
+    before, inputs = signature(out), _digest(listing.items)
+    if before is not None and not overwrite:
+        _take_finished(out, settings, inputs, strict, summary)
+        with contextlib.suppress(ValueError, OSError):  # killed between the two, the run left its journal
+            if partial_path(out).exists():
+                Journal(out, size, settings).remove()
+        return summary
+    if not os.access(out.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, "out: cannot write in this folder", str(out.parent))
     journal = Journal(out, size, settings, restart=overwrite)
     try:
+        if signature(out) != before:  # by a run that held the journal until now
+            raise FileExistsError(errno.EEXIST, CHANGED, str(out))
         run = _Run(checkpoints, journal, batch_size, workers, precision, target, failed, progress or (lambda *_: None))
         summary.resumed = sum(item in journal for item in listing.items)
         run.embed(listing.items)
@@ -133,11 +154,40 @@ def embed_files(
         for item in finished:
             summary.embedded[item.modality] = summary.embedded.get(item.modality, 0) + 1
         if finished:
-            journal.finish(finished)
+            journal.finish(
+                finished, {"inputs": inputs, "rows": summary.embedded, "failed": len(summary.failures)}, before
+            )
             summary.out = out
     finally:
         journal.close()
     return summary
+
+
+def _digest(items: Sequence[Item]) -> str:
+    """Changes with the items, their order and their content."""
+    key = hashlib.sha256()
+    for item in items:
+        key.update(f"{item.id}\0{item.stamp}\n".encode())
+    return key.hexdigest()
+
+
+def _take_finished(out: Path, settings: Mapping[str, Any], inputs: str, strict: bool, summary: Summary) -> None:
+    """What there is to say of `out` where an earlier run of the same inputs and settings has made it."""
+    found = read_finished(out)
+    if found is None:
+        why = "no run has made it"
+    elif other := differences(found[0], settings):
+        why = f"of a run with other settings ({other})"
+    elif found[1].get("inputs") != inputs:
+        why = "of a run with other inputs"
+    elif strict and found[1].get("failed"):
+        why = f"of a run that left out {found[1]['failed']} files that failed"
+    else:
+        summary.embedded = {str(name): int(count) for name, count in found[1]["rows"].items()}
+        summary.resumed, summary.finished, summary.out = sum(summary.embedded.values()), True, out
+        summary.failed = int(found[1]["failed"])
+        return
+    raise FileExistsError(errno.EEXIST, f"out: it is there already, {why}; overwrite replaces it", str(out))
 
 
 @dataclass
@@ -174,7 +224,7 @@ class _Run:
                     model = None  # the memory of the one before, before there is another
                     model, loaded = checkpoint.load(self.dtype, self.device, self.batch_size), checkpoint
                 tokenizer = checkpoint.tokenizer() if name == LANGUAGE else None
-                for batch in _batches(todo, self.batch_size):
+                for batch in self._batches(item for item in items if item.modality == name):
                     try:
                         if tokenizer is not None:
                             good, embeds = batch, self._captions(model, tokenizer, batch)
@@ -188,6 +238,15 @@ class _Run:
                     self._keep(good, embeds, checkpoint)
                     done += len(batch)
                     self.progress(name, done, total)
+
+    def _batches(self, items: Iterator[Item]) -> Iterator[list[Item]]:
+        """Batches of the items of one modality, without what is finished: the same batches whatever that is.
+
+        What a row is to the last bit depends on what is embedded with it.
+        """
+        while batch := list(itertools.islice(items, self.batch_size)):
+            if left := [item for item in batch if item not in self.journal]:
+                yield left
 
     def _files(
         self, model: LanguageBindModel, decoded: Iterator[np.ndarray | Undecodable], batch: list[Item]
@@ -229,11 +288,6 @@ class _Run:
             self.journal.append(kept, rows[torch.tensor(finite)].numpy(), checkpoint.name)
 
 
-def _batches(items: list[Item], size: int) -> Iterator[list[Item]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
 def _named(failure: Failure) -> str:
     """The reason, beginning with the path where it does not name it already."""
     return failure.reason if failure.path in failure.reason else f"{failure.path}: {failure.reason}"
@@ -244,15 +298,15 @@ def _check_count(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
 
 
-def _check_out(out: Path, overwrite: bool) -> Path:
+def _check_out(out: Path) -> Path:
     if not out.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "out: no such folder", str(out.parent))
+    if out.is_symlink():
+        raise FileExistsError(errno.EEXIST, f"out: it is a link, to {os.readlink(out)}; name the file itself", str(out))
     if out.is_dir():
         raise IsADirectoryError(errno.EISDIR, "out: expected a file to write, got a folder", str(out))
-    if out.exists() and not overwrite:
-        raise FileExistsError(errno.EEXIST, "out: it is there already, and complete; overwrite replaces it", str(out))
-    if not os.access(out.parent, os.W_OK):
-        raise PermissionError(errno.EACCES, "out: cannot write in this folder", str(out.parent))
+    if out.exists() and not out.is_file():
+        raise FileExistsError(errno.EEXIST, "out: expected a file to write, got a device or a pipe", str(out))
     return out
 
 

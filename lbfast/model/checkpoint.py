@@ -11,6 +11,7 @@ and finite. Keys on disk come in three styles, which `canonical_keys` folds into
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -338,17 +339,9 @@ def assign(model: nn.Module, state: Mapping[str, torch.Tensor], dtype: torch.dty
 def save_state_dict(
     state: Mapping[str, torch.Tensor], folder: Path, safe_serialization: bool, max_shard_size: int | str
 ) -> None:
-    """Writes weights, in shards where they are larger than max_shard_size, and removes those they replace."""
+    """Writes weights into an empty folder, in shards where they are larger than max_shard_size."""
     from huggingface_hub import save_torch_state_dict
 
-    folder.mkdir(parents=True, exist_ok=True)
-    stale = set()
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index).is_file():
-            stale |= {index, *_shard_names(folder / index)}
-    stale |= {name for name in WEIGHTS if (folder / name).is_file()}
-    for name in stale:
-        (folder / name).unlink(missing_ok=True)
     save_torch_state_dict(
         {key: value.detach().contiguous() for key, value in state.items()},
         folder,
@@ -357,6 +350,15 @@ def save_state_dict(
         safe_serialization=safe_serialization,
         metadata={"format": "pt"} if safe_serialization else None,
     )
+
+
+def weight_names(folder: Path) -> set[str]:
+    """The names of the files in a folder that are weights of a model, or an index of its shards."""
+    found = {name for name in WEIGHTS if os.path.lexists(folder / name)}
+    for index in sorted(name for name in found if name.endswith(".index.json")):
+        with contextlib.suppress(CheckpointError, OSError):
+            found |= {name for name in _shard_names(folder / index) if name.endswith((".safetensors", ".bin"))}
+    return found
 
 
 def _listing(names: object, most: int = 8) -> str:

@@ -214,6 +214,8 @@ class LanguageBindModel(Freezable, PreTrainedModel):
     ) -> None:
         """Writes config.json and the weights; `from_pretrained` gives the same model back.
 
+        Weights that were there are replaced when the new ones are on the disk; other files stay.
+
         Args:
             save_directory: made if it does not exist.
             is_main_process: False writes nothing: another process does.

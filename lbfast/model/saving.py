@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from lbfast import files
 from lbfast.model import checkpoint
 
 
@@ -20,12 +21,13 @@ def write(
     safe_serialization: bool = True,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """config.json and the weights of one model."""
+    """config.json and the weights of one model, in the place of what was there when they are on the disk."""
     if folder.is_file():
         raise ValueError(f"save_directory: expected a directory, got the file {folder}")
-    checkpoint.save_state_dict(state, folder, safe_serialization, max_shard_size)
     config.architectures = [architecture]
-    config.save_pretrained(folder)
+    with files.filling(folder, "config.json", checkpoint.weight_names(folder)) as staged:
+        checkpoint.save_state_dict(state, staged, safe_serialization, max_shard_size)
+        config.save_pretrained(staged)
 
 
 def chosen_state(own: Mapping[str, Any], given: Mapping[str, Any] | None) -> Mapping[str, Any]:

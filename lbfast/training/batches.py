@@ -14,8 +14,10 @@ import numpy as np
 import torch
 
 from lbfast.data.decode import Decoder, Undecodable
+from lbfast.data.manifest import Manifest
 from lbfast.data.reader import Draw, Read, Reader, check_views, open_sources
 from lbfast.data.sample import Sample, Source
+from lbfast.data.shards import Shard
 
 _TOLD = 20  # rows that sources leave out, each with a message of its own
 _ENOUGH = 1000  # samples that are bad without one that is good: something else is wrong than the samples
@@ -147,6 +149,18 @@ class Batches:
         """The sample of that number, counted through the sources."""
         number = bisect.bisect_right(self._ends, index)
         return self._sources[number][index - (self._ends[number - 1] if number else 0)]
+
+    def fingerprint(self) -> str:
+        """Changes with the paths and captions of the samples, and their order; of shards, with where members lie."""
+        key = hashlib.sha256()
+        for source in self._sources:
+            if isinstance(source, Manifest | Shard):
+                key.update(source.fingerprint().encode())
+            else:
+                for index in range(len(source)):
+                    sample = source[index]
+                    key.update(f"{sample.path}\0{sorted(sample.texts.items())}\0".encode(errors="surrogateescape"))
+        return key.hexdigest()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This rank's batches of an epoch from step `start` on; what comes before is neither read nor decoded."""

@@ -3,38 +3,50 @@
 checkpoints/step-00000200/trained.safetensors   the parameters that are trained
                           state.pt              optimiser, scaler, generators, position (plain values and tensors)
                           manifest.json         sizes and hashes of both
+            set-aside-1/                        what lay after a checkpoint that a run went back to
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from lbfast import files
 from lbfast.model.checkpoint import CheckpointError
 
 WEIGHTS, STATE, MANIFEST = "trained.safetensors", "state.pt", "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
+_LEFT = re.compile(r"\.step-\d{8,}\.\d+(\.old)?")
 
 
-class CheckpointWriteError(OSError):
+class CheckpointWriteError(files.WriteError):
     """A checkpoint that could not be written: a full disk, say. What was there before is still there."""
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], keep: int) -> Path:
-    """Writes folder/step-N and then removes all but the newest `keep`.
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    keep: int,
+    whole: set[Path] | None = None,
+) -> Path:
+    """Writes folder/step-N and then removes older ones, but for the newest `keep` that are whole, this one included.
 
     The files are written elsewhere, flushed to the disk and renamed, so that a checkpoint by its name is complete.
+
+    Args:
+        whole: checkpoints that are known to be, to be spared the reading; this one is added.
 
     Raises CheckpointWriteError; then nothing has changed but that the step's own checkpoint is absent.
     """
@@ -51,18 +63,51 @@ def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Ma
         manifest = {name: _facts(staged / name) for name in (WEIGHTS, STATE)}
         (staged / MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1) + "\n")
         for name in (WEIGHTS, STATE, MANIFEST):
-            _flush(staged / name)
-        _flush(staged)
-        if final.exists():  # of a run that went on from an earlier step
-            _remove(final)
+            files.flush(staged / name)
+        files.flush(staged)
+        set_aside([path for path in existing(folder) if step_of(path) >= step])  # of another line of history
         os.rename(staged, final)
-        _flush(folder)
+        files.flush(folder)
     except Exception as error:  # safetensors and torch have errors of their own for a full disk
         shutil.rmtree(staged, ignore_errors=True)
         raise CheckpointWriteError(_why_not_written(folder, final, error)) from error
-    for old in existing(folder)[:-keep]:
-        _remove(old)
+    whole = set() if whole is None else whole
+    whole.add(final)
+    _remove_old(folder, keep, whole)
     return final
+
+
+def _remove_old(folder: Path, keep: int, whole: set[Path]) -> None:
+    """Removes what is older than the newest `keep` that are whole. Damaged ones between these stay."""
+    for path in reversed(existing(folder)):
+        if keep <= 0:
+            _remove(path)
+            whole.discard(path)
+        elif path in whole or not problem(path):
+            whole.add(path)
+            keep -= 1
+
+
+def set_aside(paths: Sequence[Path], *others: Path) -> Path | None:
+    """Moves checkpoints into a new folder beside them, where no run takes them up or removes them, and copies others.
+
+    Returns the folder; None where there are no checkpoints.
+    """
+    if not paths:
+        return None
+    number = 1
+    while (aside := paths[0].parent / f"set-aside-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for other in others:
+        if other.is_file():
+            shutil.copy2(other, aside)
+            files.flush(aside / other.name)
+    for path in paths:
+        os.rename(path, aside / path.name)
+    files.flush(aside)
+    files.flush(aside.parent)
+    return aside
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -74,7 +119,7 @@ def existing(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
 
 
 def newest(folder: Path) -> Path | None:
@@ -113,30 +158,8 @@ def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 def sweep(folder: Path) -> None:
     """Removes what killed runs left half written or half removed."""
     for path in folder.glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A new directory to fill, which then takes the place of `folder`; on an error `folder` stays as it was."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir()
-    try:
-        yield staged
-        for path in sorted(staged.rglob("*")):
-            _flush(path)
-        _flush(staged)
-        if folder.exists():
-            _remove(folder)
-        os.rename(staged, folder)
-        _flush(folder.parent)
-    except Exception as error:
-        raise CheckpointWriteError(f"{folder}: cannot write it: {_reason(folder.parent, error)}") from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        if _LEFT.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def generators() -> dict[str, Any]:
@@ -162,7 +185,8 @@ def restore_generators(state: Mapping[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint."""
     return int(path.name.split("-")[1])
 
 
@@ -172,15 +196,6 @@ def _facts(path: Path) -> dict[str, Any]:
         while part := file.read(1 << 22):
             digest.update(part)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file, or a directory's entries, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove(path: Path) -> None:
@@ -193,11 +208,4 @@ def _remove(path: Path) -> None:
 def _why_not_written(folder: Path, final: Path, error: Exception) -> str:
     last = newest(folder)
     kept = f"the last complete checkpoint is {last}" if last else "there is no earlier checkpoint"
-    return f"{final}: cannot write the checkpoint: {_reason(folder, error)}; {kept}"
-
-
-def _reason(folder: Path, error: Exception) -> str:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    with contextlib.suppress(OSError):
-        reason += f" ({shutil.disk_usage(folder).free / 2**20:.0f} MiB are free there)"
-    return reason
+    return f"{final}: cannot write the checkpoint: {files.reason(folder, error)}; {kept}"

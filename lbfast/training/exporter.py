@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import errno
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from torch import nn
 
+from lbfast import files as lbfast_files
+from lbfast.checkpoints import TOKENIZER_FILES
 from lbfast.model import checkpoint
 from lbfast.model.languagebind import LanguageBindModel
 from lbfast.model.lora import lora_modules
-from lbfast.training.checkpoints import load, newest, replacing
+from lbfast.training.checkpoints import load, newest
 from lbfast.training.engine import full
 from lbfast.training.parameters import trained
 from lbfast.training.recipes import from_dict
-from lbfast.training.start import ADAPTER_ROOT, OTHERS, initial_model, tokenizer_of
+from lbfast.training.start import ADAPTER_FILES, ADAPTER_ROOT, OTHERS, initial_model, tokenizer_of
 
 Style = Literal["upstream", "plain", "merged", "peft"]
 STYLES = ("upstream", "plain", "merged", "peft")
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, MODEL, ADAPTER = "checkpoints", "model", "adapter"
+"""In a run's directory: its checkpoints, and once it is complete its model, and peft's adapters."""
+
 START = "start.json"
 """In a run's directory: the recipe, and what its model was made from."""
+
+EXPORT = "export"
+"""What the folder of an exported model is marked as; see `lbfast.files`."""
 
 
 def export(
@@ -41,7 +50,7 @@ def export(
 
     Args:
         model: as trained.
-        folder: replaced if it exists.
+        folder: new, empty, or an earlier export: then the model's files in it are replaced, and others stay.
         style: "upstream": what upstream's own save writes, adapters apart; "plain": the same under our names; "merged":
             adapters added into the weights; "peft": adapters alone, as peft's PeftModel of the vision encoder saves
             them, with the other trained parameters beside them in trained.safetensors.
@@ -49,7 +58,8 @@ def export(
         write: False on every process but one, where parameters are sharded: all must call.
 
     Raises:
-        ValueError: an unknown style, or "peft" for a model without adapters. OSError: the disk.
+        ValueError: an unknown style, or "peft" for a model without adapters. FileExistsError: the folder has something
+        that no export has made. BlockingIOError: another is writing there. OSError: the disk.
     """
     if style not in STYLES:
         raise ValueError(f"style: expected one of {', '.join(STYLES)}, got {style!r}")
@@ -62,7 +72,7 @@ def export(
     state = {name: full(value).cpu() if write else full(value) for name, value in state.items()}
     if not write:
         return
-    with replacing(Path(folder)) as staged:
+    with _made(Path(folder), "config.json") as staged:
         checkpoint.save_state_dict(state, staged, True, "5GB")
         config = copy.deepcopy(model.config)
         config.architectures = [_class_name(model)]
@@ -71,15 +81,40 @@ def export(
             shutil.copy(file, staged)
 
 
+@contextlib.contextmanager
+def _made(folder: Path, last: str) -> Iterator[Path]:
+    """A folder to fill, whose files then replace those of an earlier export."""
+    with lbfast_files.claimed(folder, EXPORT):
+        stale = {*checkpoint.weight_names(folder), "config.json", *ADAPTER_FILES, *TOKENIZER_FILES}
+        with lbfast_files.filling(folder, last, stale) as staged:
+            yield staged
+
+
+def check_place(out: Path, run: Path) -> None:
+    """Raises FileExistsError where the model of a run must not be exported: into the run, or over something else."""
+    place, own = out.resolve(), run_folder(run).resolve()
+    if place in (own, *own.parents):
+        said = "out: expected a folder for the model alone, got the run or one that it is in"
+        raise FileExistsError(errno.EEXIST, said, str(out))
+    lbfast_files.check_claim(out, EXPORT, None)
+
+
+def run_folder(run: Path) -> Path:
+    """The directory of a training run, from itself or one of its checkpoints. FileNotFoundError where there is none."""
+    inside = [folder.parent for folder in run.absolute().parents[:2] if folder.name == CHECKPOINTS]
+    for folder in (run, *inside):
+        if (folder / START).is_file():
+            return folder
+    raise FileNotFoundError(f"{run}: expected the directory of a training run, with {START}, or its checkpoint")
+
+
 def rebuilt(run: Path) -> tuple[LanguageBindModel, Path, list[Path]]:
     """The model of a training run, from its directory or one of its checkpoints; the checkpoint; a tokenizer's files.
 
     Raises FileNotFoundError where there is no run or no complete checkpoint, and what `initial_model` raises.
     """
-    folder = run.parent.parent if run.parent.name == CHECKPOINTS else run
+    folder = run_folder(run)
     start = folder / START
-    if not start.is_file():
-        raise FileNotFoundError(f"{run}: expected the directory of a training run, with {START}, or its checkpoint")
     found = run if run != folder else newest(folder / CHECKPOINTS)
     if found is None:
         raise FileNotFoundError(f"{folder / CHECKPOINTS}: expected a complete checkpoint there, found none")
@@ -129,7 +164,7 @@ def _export_adapter(model: LanguageBindModel, folder: Path, write: bool) -> None
         "inference_mode": True,
         "modules_to_save": None,
     }
-    with replacing(folder) as staged:
+    with _made(folder, "adapter_config.json") as staged:
         (staged / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_file(adapters, staged / "adapter_model.safetensors", metadata={"format": "pt"})
         save_file(others, staged / OTHERS, metadata={"format": "pt"})

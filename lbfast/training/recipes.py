@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from lbfast import files
 from lbfast.model.config import MODALITIES
 
 MEMORY_FIELDS = ("micro_batch", "memory_budget_mib", "checkpointing", "offload")
@@ -217,7 +218,7 @@ def write(plan: Recipe, path: Path) -> None:
     """Writes a recipe that `recipe` reads."""
     import yaml
 
-    path.write_text(yaml.safe_dump(plan.to_dict(), sort_keys=False))
+    files.write(path, yaml.safe_dump(plan.to_dict(), sort_keys=False))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 import resource
 import sys
 import time
@@ -16,7 +15,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-METRICS = "metrics.jsonl"
+from lbfast import files
+
+METRICS, TENSORBOARD, PLOT = "metrics.jsonl", "tensorboard", "training.png"
 PLAIN_SECONDS = 30.0
 """Where stderr is no terminal, a line this often."""
 
@@ -47,7 +48,7 @@ class Report:
                 from torch.utils.tensorboard import SummaryWriter
 
                 # events of steps that are taken again are hidden
-                self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._start + 1)
+                self._board = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=self._start + 1)
         if self.console is not None and self.console.is_terminal:
             self._bar = _bar(self.console)
             self._task = self._bar.add_task("training", total=self.total, completed=self._start, numbers="")
@@ -89,16 +90,18 @@ class Report:
         if self.folder is None or importlib.util.find_spec("matplotlib") is None:
             return None
         rows = read(self.folder / METRICS)
-        return _plot(rows, self.folder / "training.png") if rows else None
+        return _plot(rows, self.folder / PLOT) if rows else None
 
 
 def read(path: Path) -> list[dict[str, float]]:
     """The rows of a metrics.jsonl; a last line that a crash cut short is left out."""
     rows = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
+                row = json.loads(line)
+                if isinstance(row, dict) and "step" in row:
+                    rows.append(row)
     return rows
 
 
@@ -106,9 +109,7 @@ def keep_until(path: Path, step: int) -> None:
     """Drops the rows after a step: a resumed run takes these steps again."""
     rows = [row for row in read(path) if row["step"] <= step]
     if path.is_file():
-        written = path.with_suffix(".tmp")
-        written.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(written, path)
+        files.write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def memory_mib(device: torch.device) -> float:
@@ -145,5 +146,6 @@ def _plot(rows: list[dict[str, float]], path: Path) -> Path:
         axes.grid(alpha=0.3)
         axes.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 4))
     panels[-1].set_xlabel("step")
-    figure.savefig(path, dpi=120)
+    with files.replacing(path) as staged:
+        figure.savefig(staged, dpi=120)
     return path

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lbfast.checkpoints import TOKENIZER_FILES
 from lbfast.model import checkpoint
 from lbfast.model.config import LanguageBindConfig, config_dict
 from lbfast.model.languagebind import LanguageBindModel, model_dict
@@ -18,20 +19,14 @@ from lbfast.model.towers import resize_position_embedding
 from lbfast.training.parameters import prepare
 from lbfast.training.recipes import Recipe
 
-_TOKENIZER_FILES = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 ENCODER = "vision_model.encoder."
 ADAPTER_ROOT = "base_model.model."
 """What peft puts before the names of the module that it adapts: the encoder."""
 
 OTHERS = "trained.safetensors"
 """Beside the adapters: the other parameters that were trained."""
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", OTHERS)
 
 _TEXT = ("text_model.", "text_projection.")
 
@@ -93,7 +88,7 @@ def tokenizer_of(where: str | os.PathLike[str], modality: str, **hub: Any) -> tu
     path = Path(where)
     if path.is_file():
         path = path.parent
-    files = [path / name for name in _TOKENIZER_FILES if (path / name).is_file()]
+    files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
     if path.is_dir() and not {"vocab.json", "tokenizer.json"} & {file.name for file in files}:
         return default_tokenizer(TOKENIZERS[modality]), []
     return TOKENIZERS[modality].from_pretrained(path if files else where, **hub), files

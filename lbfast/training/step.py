@@ -189,21 +189,25 @@ class LargeBatchStep:
         return Result(loss.detach(), total)
 
     def embed_captions(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(b, L) -> unit embeddings (b, E) without gradients, some at a time; those in the cache are not computed."""
+        """(b, L) -> unit embeddings (b, E) without gradients, some at a time, bitwise the same with a cache as without.
+
+        What is in the cache is not computed, where all that is embedded together is there.
+        """
         model = self.inner.model
         dtype = torch.promote_types(model.text_projection.weight.dtype, torch.float32)
         out = torch.empty(len(ids), model.config.projection_dim, dtype=dtype, device=self.device)
-        missing = torch.arange(len(ids))
-        if self.cache is not None:
-            missing = self.cache.read(ids, out)
-        for rows in missing.split(max(CAPTIONS_AT_ONCE, self.micro_batch)):
+        pieces = -(-len(ids) // max(CAPTIONS_AT_ONCE, self.micro_batch))
+        for start, end in itertools.pairwise(len(ids) * i // pieces for i in range(pieces + 1)) if pieces else ():
+            part, rows = ids[start:end], torch.arange(end - start)
+            if self.cache is not None:
+                rows = self.cache.read(part, out[start:end])
             if not len(rows):
                 continue
             with torch.no_grad(), self._arithmetic():
-                part = self.inner.captions(ids[rows].to(self.device), mask[rows].to(self.device))
-            out[rows.to(self.device)] = part.to(out.dtype)
-        if self.cache is not None:
-            self.cache.write(ids[missing], out[missing.to(self.device)])
+                found = self.inner.captions(part.to(self.device), mask[start:end].to(self.device))
+            out[start:end] = found.to(out.dtype)
+            if self.cache is not None:
+                self.cache.write(part[rows], found[rows.to(self.device)], end - start)
         return out
 
     def _plan(self, batch: Rows, step: int) -> tuple[int, list[_Piece]]:

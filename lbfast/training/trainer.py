@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -17,16 +19,22 @@ from typing import Any, Protocol
 import torch
 from rich.console import Console
 
+from lbfast import files as lbfast_files
 from lbfast.model.checkpoint import CheckpointError
 from lbfast.model.languagebind import LanguageBindModel
 from lbfast.training import checkpoints, engine as engines, memory
 from lbfast.training.captions import TextCache, weights_digest
+from lbfast.training.checkpoints import step_of
 from lbfast.training.engine import Place
-from lbfast.training.exporter import START, export
+from lbfast.training.exporter import ADAPTER, CHECKPOINTS, EXPORT, MODEL, START, export
 from lbfast.training.parameters import gradient_norm, groups, local, trained, training_mode
 from lbfast.training.recipes import MEMORY_FIELDS, Recipe, write
-from lbfast.training.report import Report, memory_mib
+from lbfast.training.report import METRICS, PLOT, TENSORBOARD, Report, memory_mib
 from lbfast.training.step import LargeBatchStep, Rows, Towers
+
+RECIPE = "recipe.yaml"
+_OWN = (CHECKPOINTS, METRICS, PLOT, TENSORBOARD, RECIPE, START, MODEL, ADAPTER)
+"""What a run makes in its directory."""
 
 LARGEST_LOG_SCALE = math.log(100)
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -111,12 +119,16 @@ def train(
         origin: arguments of `initial_model`, kept in start.json so that `lbfast export` can make the model again.
         console: for progress.
 
-    SIGTERM and the first SIGINT (Ctrl-C) let the step finish, write a checkpoint and return with `stopped`; in the
-    main thread only.
+    SIGTERM, SIGHUP and the first SIGINT (Ctrl-C) let the step finish, write a checkpoint and return with `stopped`; in
+    the main thread only.
+
+    Going on from a checkpoint that is not the newest begins a new line of history: what lies after it is set aside in
+    checkpoints/set-aside-N, with the metrics as they were.
 
     Raises:
         TrainingError: a loss or gradient that is not finite, with its step; nothing is written.
         CheckpointWriteError: a full disk, say. CheckpointError, ValueError: a checkpoint of another run.
+        FileExistsError: `out` has files of these names that no run has made. BlockingIOError: a run goes on there.
     """
     if save_every < 1 or keep < 1:
         raise ValueError(f"save_every, keep: expected at least 1, got {save_every} and {keep}")
@@ -124,14 +136,43 @@ def train(
         place = engines.here(next(model.parameters()).device)
     if batches.steps_per_epoch < 1:
         raise ValueError(f"batches: expected at least one batch of {recipe.batch_size} in an epoch, got none")
-    run = _Run(recipe, model, batches, Path(out), engine, place, text_cache, files, console if place.first else None)
-    until = run.total if steps is None else min(steps, run.total)
-    run.start(run.find(resume))
-    if place.first:
-        write(recipe, run.out / "recipe.yaml")
-        if origin is not None:
-            (run.out / START).write_text(json.dumps({"recipe": recipe.to_dict(), **origin}, indent=2) + "\n")
-    return run.train(until, save_every, keep)
+    with _held(Path(out), recipe, place):
+        run = _Run(
+            recipe, model, batches, Path(out), engine, place, text_cache, files, console if place.first else None
+        )
+        until = run.total if steps is None else min(steps, run.total)
+        run.start(run.find(resume))
+        if place.first:
+            write(recipe, run.out / RECIPE)
+            if origin is not None:
+                content = json.dumps({"recipe": recipe.to_dict(), **origin}, indent=2) + "\n"
+                lbfast_files.write(run.out / START, content)
+        return run.train(until, save_every, keep)
+
+
+@contextlib.contextmanager
+def _held(out: Path, recipe: Recipe, place: Place) -> Iterator[None]:
+    """Holds the directory of a run: the first process does so for all of them."""
+    with contextlib.ExitStack() as stack:
+        failure: OSError | None = None
+        if place.first:
+            try:
+                for name in (MODEL, ADAPTER) if recipe.lora_r else (MODEL,):
+                    lbfast_files.check_claim(out / name, EXPORT, None)
+                stack.enter_context(lbfast_files.claimed(out, "run", _OWN))
+            except OSError as error:
+                failure = error
+        _together(failure, "take the directory of the run", place)
+        yield
+
+
+def _together(failure: Exception | None, what: str, place: Place) -> None:
+    """Raises the first process's failure there, and TrainingError on the others."""
+    failed = engines.agreed(int(failure is not None), place)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise TrainingError(f"the first process could not {what}; it says why")
 
 
 class _Run:
@@ -150,12 +191,15 @@ class _Run:
         console: Console | None,
     ):
         self.recipe, self.model, self.batches, self.out, self.place = recipe, model, batches, out, place
-        self.folder, self.files, self.console = out / "checkpoints", files, console
+        self.folder, self.files, self.console = out / CHECKPOINTS, files, console
         self.last: Path | None = None
+        self.whole: set[Path] = set()  # checkpoints that are known to be
         self.step, self.total = 0, batches.steps_per_epoch * recipe.epochs
         model.to(place.device)  # type: ignore[arg-type]
         training_mode(model)
         self.frozen = weights_digest((name, p) for name, p in model.named_parameters() if not p.requires_grad)
+        self.data = {"paths or captions": batches.fingerprint()} if hasattr(batches, "fingerprint") else {}
+        self.data["the tokenizer's files"] = _digest(files)
         autocast = _PRECISIONS[_precision(recipe, place.device)]
         if autocast is torch.float16 and engine == "fsdp":
             raise ValueError("precision: expected float32 or bfloat16 with the engine fsdp, got float16")
@@ -168,9 +212,7 @@ class _Run:
         )
         cache = None
         if text_cache is not None and not towers.text_trained:
-            parameters = [*model.text_model.named_parameters(), *model.text_projection.named_parameters()]
-            name = f"{weights_digest(parameters)} {autocast}"
-            cache = TextCache(text_cache, name, model.config.projection_dim, place.rank)
+            cache = TextCache(text_cache, _text_tower(model, autocast, place.device), model.config.projection_dim)
         wrapped = engines.wrap(towers, engine, place)
         self.parameters = trained(model)
         if not self.parameters:
@@ -213,12 +255,27 @@ class _Run:
         return Path(resume)
 
     def start(self, checkpoint: Path | None) -> None:
-        """Makes the run's directory, and takes up a checkpoint if there is one."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        """Takes up a checkpoint if there is one, and sets aside what lies after it."""
         self.last = checkpoint
+        inside = checkpoint is not None and checkpoint.parent.resolve() == self.folder.resolve()
         if checkpoint is not None:
             self._restore(checkpoint)
             self._say(f"going on from {checkpoint}")
+        if checkpoint is not None and inside:
+            self.whole.add(self.folder / checkpoint.name)
+        failure: OSError | None = None
+        engines.agreed(0, self.place)  # every process has read it
+        if self.place.first:
+            later = [path for path in checkpoints.existing(self.folder) if not inside or step_of(path) > self.step]
+            try:
+                aside = checkpoints.set_aside(later, self.out / METRICS)
+            except OSError as error:
+                failure = error
+            else:
+                if aside is not None:
+                    names = ", ".join(path.name for path in later)
+                    self._say(f"step {self.step} begins a new line of history; set aside in {aside}: {names}")
+        _together(failure, "set checkpoints aside", self.place)
 
     def train(self, until: int, save_every: int, keep: int) -> Summary:
         """Takes the steps up to number `until`; see `train`."""
@@ -318,20 +375,17 @@ class _Run:
                 "steps_per_epoch": self.batches.steps_per_epoch,
                 "recipe": self.recipe.to_dict(),
                 "frozen": self.frozen,
+                "data": self.data,
                 "micro_batch": self.large.micro_batch,
                 "optimizer": {name: {k: v.cpu() for k, v in found.items()} for name, found in moments.items()},
                 "scaler": None if self.scaler is None else self.scaler.state_dict(),
                 "generators": checkpoints.generators(),
             }
             try:
-                checkpoints.save(self.folder, self.step, tensors, state, keep)
+                checkpoints.save(self.folder, self.step, tensors, state, keep, self.whole)
             except checkpoints.CheckpointWriteError as error:
                 failure = error
-        failed = engines.agreed(int(failure is not None), self.place)
-        if failure is not None:
-            raise failure
-        if failed:
-            raise TrainingError("the first process could not write the checkpoint; it says why")
+        _together(failure, "write the checkpoint", self.place)
         return checkpoints.path_of(self.folder, self.step)
 
     def _restore(self, path: Path) -> None:
@@ -371,14 +425,17 @@ class _Run:
                 f"{path}: of a run with other data: an epoch had {state['steps_per_epoch']} steps and has "
                 f"{self.batches.steps_per_epoch}"
             )
+        changed = [name for name, digest in self.data.items() if state.get("data", {}).get(name, digest) != digest]
+        if changed:
+            raise CheckpointError(f"{path}: of a run with other data: {' and '.join(changed)} have changed since")
         if state["frozen"] != self.frozen:
             raise CheckpointError(f"{path}: of a run that began with another model: the weights that stay differ")
 
     def _export(self) -> Path:
-        export(self.model, self.out / "model", "upstream", files=self.files, write=self.place.first)
+        export(self.model, self.out / MODEL, "upstream", files=self.files, write=self.place.first)
         if self.recipe.lora_r:
-            export(self.model, self.out / "adapter", "peft", write=self.place.first)
-        return self.out / "model"
+            export(self.model, self.out / ADAPTER, "peft", write=self.place.first)
+        return self.out / MODEL
 
     def _say(self, text: str) -> None:
         if self.console is not None:
@@ -393,6 +450,22 @@ def scheduled(recipe: Recipe, step: int, total: int) -> float:
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def _digest(files: Sequence[Path]) -> str:
+    """Of the names and contents of files."""
+    key = hashlib.sha256()
+    for file in sorted(files):
+        content = file.read_bytes()
+        key.update(f"{file.name} {len(content)} ".encode() + content)
+    return key.hexdigest()
+
+
+def _text_tower(model: LanguageBindModel, autocast: torch.dtype | None, device: torch.device) -> str:
+    """What the embeddings of captions depend on besides the captions."""
+    parameters = [*model.text_model.named_parameters(), *model.text_projection.named_parameters()]
+    fields = model.config.text_config.to_json_string(use_diff=False)
+    return f"{weights_digest(parameters)} {fields} {autocast} {device.type} {torch.__version__}"
+
+
 def _precision(recipe: Recipe, device: torch.device) -> str:
     if recipe.precision != "auto":
         return recipe.precision
@@ -404,7 +477,10 @@ def _arithmetic(device: torch.device, autocast: torch.dtype | None) -> torch.aut
 
 
 class _Signals:
-    """Notes SIGTERM and the first SIGINT instead of dying of them; a second SIGINT interrupts at once."""
+    """Notes SIGTERM, SIGHUP and the first SIGINT instead of dying of them; a second SIGINT interrupts at once.
+
+    SIGHUP, where the process was started deaf to it (by nohup), stays without effect.
+    """
 
     def __init__(self) -> None:
         self.seen = 0
@@ -412,7 +488,8 @@ class _Signals:
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+            for number in (signal.SIGTERM, signal.SIGINT, *hangup):
                 self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -1,0 +1,44 @@
+"""Processes that end with the process they work for, at once, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+
+TETHERED = "lbfast.data.tethered"
+"""A module that does this to the process that imports it: what workers are forked from does so first of all."""
+
+PARENT = "LBFAST_PARENT"
+_SET_DEATH_SIGNAL = 1  # linux/prctl.h: PR_SET_PDEATHSIG
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """The kernel kills this process when the thread that started it is gone. Linux only: elsewhere pipes tell.
+
+    Args:
+        parent: its process; where that is gone already, this one ends.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def named() -> Iterator[None]:
+    """What is started within it finds this process under PARENT in its environment."""
+    os.environ[PARENT] = str(os.getpid())
+    try:
+        yield
+    finally:
+        os.environ.pop(PARENT, None)
+
+
+def ignore_signals() -> None:
+    """Ctrl-C, a closed terminal and `kill` of a group reach every process of it; the parent alone decides."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)

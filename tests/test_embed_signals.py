@@ -1,0 +1,80 @@
+"""`lbfast embed` told to end, or killed: a line, the status that shells expect, and no process lives on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lbfast.embedding.journal import partial_path
+from tests import tiny
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+LINE = "interrupted; what is finished is kept: the same command goes on from here\n"
+
+
+def heeding():
+    """A shell starts what it puts in the background deaf to SIGINT, and its children with it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def of_session(session: int) -> list[str]:
+    """The processes of a session that are not mere zombies: pid and command line."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            state, _, _, theirs = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            if folder.name.isdigit() and int(theirs) == session and state != "Z":
+                found.append(f"{folder.name} {(folder / 'cmdline').read_bytes()[:200]!r}")
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Starts a run in a session of its own, and waits until it has finished rows with two workers."""
+    source, model = tiny.picture(tmp_path / "in" / "000.png"), tiny.checkpoint(tmp_path, "image")
+    for i in range(1, 3000):
+        os.link(source, tmp_path / "in" / f"{i:04}.png")
+    out = tmp_path / "out.parquet"
+    command = [sys.executable, "-m", "lbfast", "embed", str(tmp_path / "in"), "--model", str(model)]
+    command += ["--out", str(out), "--batch-size", "2", "--workers", "2"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeding, start_new_session=True
+    )
+    end = time.monotonic() + 60
+    while not (partial_path(out).exists() and partial_path(out).stat().st_size > 3000):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.01)
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "group"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGHUP, True), (signal.SIGINT, True)]
+)
+def test_a_line_and_the_status(run, number, group):
+    """Sent to the process alone, or as a closed terminal and Ctrl-C do to all of its group."""
+    (os.killpg if group else os.kill)(run.pid, number)
+    out, said = run.communicate(timeout=30)
+    assert (run.returncode, out, said) == (128 + number, "", LINE)
+    time.sleep(1)
+    assert not of_session(run.pid)
+
+
+@pytest.mark.slow
+def test_nobody_lives_on_after_a_kill(run):
+    run.kill()
+    out, said = run.communicate(timeout=30)
+    time.sleep(1)
+    assert not of_session(run.pid)
+    assert (out, said) == ("", "")
