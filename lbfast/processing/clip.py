@@ -10,7 +10,7 @@ import torch
 
 from lbfast.processing.image import open_image
 from lbfast.processing.layout import axes, resolve
-from lbfast.processing.media import MediaError, Reading, is_path, is_readable
+from lbfast.processing.media import MediaError, Reading, is_readable, name_of
 from lbfast.processing.transforms import to_rgb
 
 LAYOUTS = ("THWC", "TCHW", "CTHW")
@@ -51,8 +51,7 @@ def to_cthw(
     if isinstance(frames, list | tuple):
         if not frames:
             raise MediaError("frames", "a list of pictures", "an empty list")
-        chosen = [frames[i] for i in _wanted(len(frames), num_frames)]
-        return _stacked(chosen, layout, reading)
+        return _stacked(frames, _wanted(len(frames), num_frames), layout, reading)
     if not isinstance(frames, np.ndarray | torch.Tensor):
         raise TypeError(f"images: expected a path, an array, tensor or list of frames, got {type(frames).__name__}")
     found = resolve("frames", frames.shape, layouts, (3,), layout)
@@ -64,18 +63,18 @@ def _wanted(count: int, num_frames: int | None) -> list[int]:
     return list(range(count)) if num_frames is None else evenly(count, num_frames).tolist()
 
 
-def _stacked(pictures: list[Any], layout: str | None, reading: Reading | None) -> torch.Tensor:
+def _stacked(pictures: Sequence[Any], wanted: list[int], layout: str | None, reading: Reading | None) -> torch.Tensor:
     if layout in LAYOUTS:  # of the clip: pictures have no T
         layout = layout.replace("T", "")
     made: dict[int, torch.Tensor] = {}  # frames that are repeated are read once
-    for i, picture in enumerate(pictures):
-        if id(picture) not in made:
-            item = open_image(picture, reading=reading) if is_readable(picture) else picture
-            made[id(picture)] = to_rgb(item, layout, picture if is_path(picture) else f"frames[{i}]")
-    frames = [made[id(picture)] for picture in pictures]
-    sizes = sorted({tuple(frame.shape[1:]) for frame in frames})
+    for i in dict.fromkeys(wanted):
+        picture = pictures[i]
+        item = open_image(picture, reading=reading) if is_readable(picture) else picture
+        made[i] = to_rgb(item, layout, name_of(picture) if is_readable(picture) else f"frames[{i}]")
+    sizes = sorted({tuple(frame.shape[1:]) for frame in made.values()})
     if len(sizes) > 1:
         raise MediaError("frames", "pictures of one size", f"sizes {', '.join(f'{h} x {w}' for h, w in sizes)}")
-    if len({frame.dtype for frame in frames}) > 1:
-        raise MediaError("frames", "pictures of one dtype", f"{sorted({str(frame.dtype) for frame in frames})}")
-    return torch.stack(frames, dim=1)
+    dtypes = sorted({str(frame.dtype) for frame in made.values()})
+    if len(dtypes) > 1:
+        raise MediaError("frames", "pictures of one dtype", ", ".join(dtypes))
+    return torch.stack([made[i] for i in wanted], dim=1)
