@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lbfast.data.suffixes import suffixes_of
 from lbfast.processing.clip import to_cthw
 from lbfast.processing.media import Limits, MediaError, Reading, Source
 from lbfast.processing.processor import (
@@ -347,6 +348,50 @@ def test_a_batch_names_its_bad_item(files, modality):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(processor([good, str(files[modality])])["pixel_values"]) == 2
+
+
+def write_clip(path: Path) -> bool:
+    """Whether FFmpeg has a muxer for the suffix, and an encoder that it takes."""
+    import av
+
+    for codec, pixels in (
+        ("mpeg4", "yuv420p"),
+        ("mpeg2video", "yuv420p"),
+        ("mjpeg", "yuvj420p"),
+        ("gif", "rgb8"),
+        ("apng", "rgb24"),
+    ):
+        try:
+            with av.open(str(path), "w") as out:
+                stream = out.add_stream(codec, rate=25)
+                stream.width, stream.height, stream.pix_fmt = 176, 144, pixels
+                for i in range(4):
+                    out.mux(stream.encode(av.VideoFrame.from_ndarray(grid(144, 176, 3) + i, format="rgb24")))
+                out.mux(stream.encode())
+            return True
+        except (av.FFmpegError, ValueError):
+            continue
+    return False
+
+
+def write_picture(path: Path) -> bool:
+    """Whether Pillow writes the suffix."""
+    try:
+        Image.fromarray(grid(48, 64, 3)).convert("L" if path.suffix == ".pgm" else "RGB").save(path)
+    except (OSError, ValueError, KeyError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("modality,write,least", [("image", write_picture, 12), ("video", write_clip, 15)])
+def test_suffixes_stand_for_what_can_be_read(tmp_path, modality, write, least):
+    if modality == "video":
+        pytest.importorskip("av")
+    written = [path for suffix in suffixes_of(modality) if write(path := tmp_path / f"a{suffix}")]
+    processor = transform_dict[modality](CONFIG)
+    for path in written:
+        assert processor(path)["pixel_values"].isfinite().all(), path
+    assert len(written) >= least
 
 
 def test_a_source_closes_what_it_opened(files, monkeypatch):

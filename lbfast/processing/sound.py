@@ -121,7 +121,7 @@ class SoundFile:
             self.rate = codec.sample_rate
             check_rate(self.name, self.rate)
             seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
-            self._announced = max(0, int(seconds * self.rate))
+            self._announced = self.announced_by(seconds)
             packets = bad = samples = 0
             why = ""
             kind: tuple[int, str, int] | None = None
@@ -147,6 +147,10 @@ class SoundFile:
             self._damage = f"{bad} of {packets} packets are broken ({why})" if bad else ""
             if bad * _DAMAGED > packets or (bad and self.source.reading.strict):
                 raise self.source.error(f"of which {self._damage}")
+
+    def announced_by(self, seconds: float) -> int:
+        """Samples of the length that the container tells; 0: it does not."""
+        return max(0, int(seconds * self.rate))
 
     def _likely(self, plan: Callable[[int], list[Span]]) -> list[Span]:
         """The first seconds, and what is wanted if the file is about as long as it announces; none overlap."""
