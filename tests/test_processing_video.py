@@ -1,5 +1,6 @@
 """Videos: the frames that a full decode gives, to the bit, from every kind of container; damage; frames in memory."""
 
+import warnings
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lbfast.processing import transforms, video
-from lbfast.processing.media import MediaError
+from lbfast.processing.media import MediaError, MediaWarning, Reading
 from lbfast.processing.processor import LanguageBindVideoProcessor
 
 av = pytest.importorskip("av")
@@ -69,6 +70,7 @@ def make_video(path, codec="mpeg4", options=None, count=40, size=(64, 48), pix_f
 def every_frame(path):
     """What a plain decode from first to last gives."""
     with av.open(str(path)) as container:
+        container.streams.video[0].thread_count = 1  # threads that share a frame do not conceal what is broken
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
@@ -136,8 +138,11 @@ def test_only_what_is_needed_is_decoded(tmp_path):
     path.write_bytes(data)
     first, last = video.read_frames(path, 2).numpy()
     assert np.array_equal(first, frames[0]) and np.array_equal(last, frames[39])
-    with pytest.raises(MediaError, match=r"motion\.avi: expected a video, got an AVI file"):
-        video.read_frames(path, 40)
+    with pytest.warns(MediaWarning, match=r"motion\.avi: 1 of 40 packets cannot be decoded$"):
+        shown = video.read_frames(path, 39).numpy()
+    assert all(np.array_equal(a, b) for a, b in zip(shown, frames[:20] + frames[21:]))
+    with pytest.raises(MediaError, match=r"motion\.avi: expected a video, got an AVI file of which 1 of 40 packets"):
+        video.read_frames(path, 40, reading=Reading(strict=True))
 
 
 def test_the_count_in_the_container_is_not_believed(tmp_path):
@@ -169,18 +174,34 @@ def test_seconds_of_a_clip(tmp_path, name):
     assert torch.equal(by_processor, processor.transform(by_hand))
 
 
-def test_rotation_in_the_file_is_applied(tmp_path):
+ONE = 1 << 16
+
+
+@pytest.mark.parametrize(
+    "matrix,turned",
+    [  # a, b, c, d of the file: a pixel at (x, y) is shown at (ax + cy, bx + dy), as phones write them
+        ((0, ONE, -ONE, 0), lambda x: np.rot90(x, -1)),  # a quarter clockwise
+        ((-ONE, 0, 0, -ONE), lambda x: np.rot90(x, 2)),
+        ((0, -ONE, ONE, 0), lambda x: np.rot90(x, 1)),
+        ((-ONE, 0, 0, ONE), lambda x: x[:, ::-1]),  # mirrored, as front cameras write
+        ((ONE, 0, 0, -ONE), lambda x: x[::-1]),
+        ((0, ONE, ONE, 0), lambda x: x.swapaxes(0, 1)),
+        ((0, -ONE, -ONE, 0), lambda x: np.rot90(x, 2).swapaxes(0, 1)),
+    ],
+)
+def test_the_display_matrix_turns_and_mirrors(tmp_path, matrix, turned):
     path = make_video(tmp_path / "plain.mp4")
     frames, data = every_frame(path), bytearray(path.read_bytes())
-    unit, quarter = (b"".join(v.to_bytes(4, "big", signed=True) for v in m) for m in (
-        (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30),
-        (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30),
-    ))  # fmt: skip
+    a, b, c, d = matrix
+    unit, asked = (
+        b"".join(v.to_bytes(4, "big", signed=True) for v in m)
+        for m in ((ONE, 0, 0, 0, ONE, 0, 0, 0, 1 << 30), (a, b, 0, c, d, 0, 0, 0, 1 << 30))
+    )
     at = data.index(unit, data.index(b"tkhd"))
-    data[at : at + len(unit)] = quarter  # "turn me a quarter clockwise", as phones write
+    data[at : at + len(unit)] = asked
     path.write_bytes(data)
     for actual, i in zip(video.read_frames(path, 3).numpy(), (0, 19, 39)):
-        assert np.array_equal(actual, np.rot90(frames[i], -1))
+        assert np.array_equal(actual, turned(frames[i]))
 
 
 def test_broken_files(tmp_path, clip):
@@ -215,15 +236,75 @@ def test_broken_files(tmp_path, clip):
         processor(tmp_path)
 
 
-def test_damage_inside_is_an_error_not_a_guess(tmp_path, clip):
-    data = bytearray(clip.read_bytes())
-    with av.open(str(clip)) as container:
-        packet = next(p for p in container.demux(video=0) if p.size)
-    for i in range(packet.pos + packet.size // 2, packet.pos + packet.size):
+def overwritten(path, packet, where):
+    """A copy with bytes of a packet overwritten: `where` is a slice of it."""
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        found = [p for p in container.demux(video=0) if p.size][packet]
+    for i in range(found.pos, found.pos + found.size)[where]:
         data[i] ^= 0x5A
-    (tmp_path / "damaged.mp4").write_bytes(data)
-    with pytest.raises(MediaError, match=r"damaged\.mp4"):
-        video.read_frames(tmp_path / "damaged.mp4", 8)
+    damaged = path.with_name(f"damaged-{path.name}")
+    damaged.write_bytes(data)
+    return damaged
+
+
+def test_a_corrupt_frame_is_replaced_by_its_neighbour_and_reported_once(tmp_path):
+    path = make_video(tmp_path / "a.mp4", "mpeg4", {"bf": "0", "g": "1"})  # every frame a key frame
+    frames, damaged = every_frame(path), overwritten(path, 20, slice(60, 90))
+    with av.open(str(damaged)) as container:
+        assert [i for i, frame in enumerate(container.decode(video=0)) if frame.is_corrupt] == [20]
+    with pytest.warns(MediaWarning) as reported:
+        shown = video.read_frames(damaged, 40).numpy()
+    assert [str(w.message) for w in reported] == [
+        f"{damaged}: 1 of 40 frames are broken; in the place of 20 their neighbours are used"
+    ]
+    assert all(np.array_equal(a, b) for a, b in zip(shown, [*frames[:20], frames[19], *frames[21:]]))
+    with pytest.raises(MediaError, match=r"damaged-a\.mp4: expected a video, got an MP4 .* of which 1 of 40 frames"):
+        LanguageBindVideoProcessor(CONFIG, reading=Reading(strict=True))(overwritten(path, 0, slice(60, 90)))
+    with pytest.warns(MediaWarning, match="in the place of 0 "):
+        shown = video.read_frames(overwritten(path, 0, slice(60, 90)), 40).numpy()
+    assert np.array_equal(shown[0], frames[1]) and np.array_equal(shown[1:], np.stack(frames[1:]))
+
+
+def test_damage_that_other_frames_refer_to_is_reported(tmp_path, clip):
+    """The frames are those that FFmpeg shows, but for the corrupt one."""
+    damaged = overwritten(clip, 10, slice(60, 90))
+    good, frames = every_frame(clip), every_frame(damaged)
+    off = [i for i in range(40) if not np.array_equal(good[i], frames[i])]
+    assert off == list(range(10, 20))  # those that refer to it are as wrong as FFmpeg shows them
+    with pytest.warns(MediaWarning, match="1 of 40 frames are broken; in the place of 10 their neighbours are used"):
+        shown = video.read_frames(damaged, 40).numpy()
+    expected = [*frames[:10], frames[9], *frames[11:]]
+    assert all(np.array_equal(a, b) for a, b in zip(shown, expected))
+    with pytest.warns(MediaWarning, match="1 of 40 frames are broken$"):  # decoded for others, not wanted itself
+        assert np.array_equal(video.read_frames(damaged, 8)[3].numpy(), frames[16])
+    with pytest.raises(MediaError, match=r"damaged-closed\.mp4"):
+        video.read_frames(damaged, 8, reading=Reading(strict=True))
+
+
+def test_a_file_that_is_broken_for_the_most_part_is_refused(tmp_path):
+    path = make_video(tmp_path / "a.mp4", "mpeg4", {"bf": "0", "g": "1"}, count=5)
+    for packet in range(3):
+        path = overwritten(path, packet, slice(60, 90))
+    with pytest.raises(MediaError, match="an MP4 or QuickTime file of which 3 of 5 frames are broken"):
+        video.read_frames(path, 2)
+
+
+def test_transport_streams_that_are_joined_or_lost_a_packet(tmp_path):
+    """The counter of their small packets jumps; FFmpeg decodes every frame, and so does lbfast."""
+    a, b = (make_video(tmp_path / f"{i}.ts", "libx264", {"x264-params": X264}, count=n) for i, n in ((0, 20), (1, 13)))
+    joined, data = tmp_path / "joined.ts", a.read_bytes()
+    joined.write_bytes(data + b.read_bytes())
+    middle = len(data) // 188 // 2 * 188
+    lost = tmp_path / "lost.ts"
+    lost.write_bytes(data[:middle] + data[middle + 188 :])
+    for path, count in ((joined, 33), (lost, 20)):
+        frames = every_frame(path)
+        assert len(frames) == count
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MediaWarning)
+            shown = video.read_frames(path, 8).numpy()
+        assert all(np.array_equal(x, frames[i]) for x, i in zip(shown, np.linspace(0, count - 1, 8, dtype=int)))
 
 
 def test_a_pipe_is_refused_not_waited_for(tmp_path):
@@ -263,7 +344,7 @@ def test_frames_in_memory(clip):
     ids=["3-D", "no colours", "no frames", "two sizes"],
 )
 def test_wrong_frames_in_memory(bad):
-    with pytest.raises(MediaError, match=r"frames: expected .*, got "):
+    with pytest.raises(MediaError, match=r"frames(\[0\])?: expected .*, got "):
         LanguageBindVideoProcessor(CONFIG)([bad])
 
 

@@ -116,6 +116,62 @@ def test_members_are_those_of_the_standard_library(tmp_path, kind):
     assert list(members(file)) == expected and [name for name, _, _ in expected] == names
 
 
+def pairs(keys):
+    """A picture that holds its number and a caption with it, for each key."""
+    return {f"{key}.{suffix}": f"{i}".encode() for i, key in enumerate(keys) for suffix in ("jpg", "txt")}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [f"Y7fm_{s / 2}" for s in range(6)],  # windows that begin every half second
+        [f"v1.2_{i:04d}" for i in range(4)],
+        ["clip_0", "clip_0.5", "clip_1"],
+        ["a", "a.final", "b.c/x", "b.c/x.5"],
+        ["0001", "0002", "dir.v2/0001"],
+    ],
+)
+def test_names_with_dots_are_read_or_reported(tmp_path, keys):
+    content = pairs(keys)
+    file = shard(tmp_path / "s.tar", content)
+    read = Shard(file, PICTURES, split="last")
+    assert [read[i].path for i in range(len(read))] == [f"{file}/{key}" for key in keys] and not read.skipped
+    assert [read[i].captions()["txt"] for i in range(len(read))] == [str(i) for i in range(len(keys))]
+    first = Shard(file, PICTURES)
+    seen = set(first.skipped)
+    for i in range(len(first)):
+        media, (text,) = first[i].media, first[i].members
+        assert media.read() == text.read()  # of one sample, not of two
+        seen |= {f"{file}/{media.name}", f"{file}/{text.name}"}
+    assert seen == {f"{file}/{name}" for name in content}
+    assert all("split='last'" in why for why in first.skipped.values())
+    batches = noise(file, batch_size=len(keys), shuffle=False, split="last")
+    assert next(batches.epoch(0)).captions == [str(i) for i in range(len(keys))]
+
+
+def test_parts_of_a_sample_are_no_lost_samples(tmp_path):
+    content = {"a.jpg": b"", "a.seg.png": b"", "a.depth.png": b"", "a.json": b"{}", "a.txt": b"", "a.cls": b""}
+    assert not Shard(shard(tmp_path / "s.tar", content), PICTURES).skipped
+    assert not Shard(tmp_path / "s.tar", (".depth.png",)).skipped
+    mixed = Shard(shard(tmp_path / "m.tar", {"a_0.0.jpg": b"", "a_0.5.txt": b"of another"}), PICTURES)
+    assert len(mixed) == 0 and set(mixed.skipped) == {f"{mixed.file}/a_0.5.txt", f"{mixed.file}/a_0"}
+    with pytest.raises(ValueError, match="split: expected 'first' or 'last', got 'dot'"):
+        Shard(tmp_path / "s.tar", PICTURES, split="dot")
+
+
+def test_links_are_reported(tmp_path):
+    file = shard(tmp_path / "s.tar", pairs(["a"]))
+    with tarfile.open(file, "a") as tar:
+        for name, kind in (("b.jpg", tarfile.LNKTYPE), ("b.txt", tarfile.SYMTYPE), ("notes", tarfile.SYMTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "a.jpg"
+            tar.addfile(link)
+    assert Shard(file, PICTURES).skipped == {
+        f"{file}/b.jpg": "a hard link, which holds no data that is read here",
+        f"{file}/b.txt": "a symbolic link, which holds no data that is read here",
+    }
+
+
 def test_a_shard_that_breaks_off_gives_what_is_whole(tmp_path):
     """Cut at every 100 bytes: never an error, every sample that is left is whole, and the loss is said."""
     content = {}

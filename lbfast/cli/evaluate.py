@@ -76,6 +76,7 @@ def retrieval(
         list[str] | None, typer.Option(help="Column or field with captions; repeated: each is one more caption.")
     ] = None,
     media: Annotated[str | None, typer.Option(help="Column of paths, or suffix of a shard's members.")] = None,
+    split: Annotated[str, typer.Option(help="Where keys of shards end: at the first or last dot of a name.")] = "first",
     batch_size: BatchSize = 32,
     workers: Workers = 0,
     dtype: Dtype = Precision["auto"],
@@ -107,7 +108,7 @@ def retrieval(
                 report = pair_files(list(opened), encoder, data[0])
             else:
                 views = dict.fromkeys(caption, 1.0) if caption else None
-                report = retrieve_files(encoder(*opened), data, captions=views, media=media)
+                report = retrieve_files(encoder(*opened), data, captions=views, media=media, split=split)
         _show(report, json, data=data, models={name: checkpoint.name for name, checkpoint in opened.items()})
 
 

@@ -53,6 +53,7 @@ def train(
         Path | None, typer.Option(metavar="DIR", help="Go on from these adapters, in peft's format.")
     ] = None,
     media: Annotated[str | None, typer.Option(help="The data's column or suffix of media; see the README.")] = None,
+    split: Annotated[str, typer.Option(help="Where keys of shards end: at the first or last dot of a name.")] = "first",
     raw: Annotated[bool, typer.Option("--raw", help="Keep pixels as bytes until they are embedded.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -94,6 +95,7 @@ def train(
             seed=plan.seed,
             captions=plan.captions,
             media=media,
+            split=split,
             raw=raw,
             context_length=plan.context_length,
             on_skip=skipped,

@@ -99,6 +99,7 @@ def open_sources(
     captions: Mapping[str, float] | None = None,
     media: str | None = None,
     need_captions: bool = True,
+    split: str = "first",
 ) -> list[Source]:
     """Opens manifests and shards; see `Batches` for what is given. With need_captions False none are looked for.
 
@@ -116,7 +117,7 @@ def open_sources(
             continue
         for file in find_files(item):
             if file.suffix.lower() == ".tar" or file.suffix.lower() not in SUFFIXES:
-                opened.append(Shard(file, suffixes, need_captions))
+                opened.append(Shard(file, suffixes, need_captions, split))
             else:
                 opened.append(Manifest(file, media or "path", columns))
     if not opened:

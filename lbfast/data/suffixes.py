@@ -9,10 +9,22 @@ MODALITY_NAMES = ("image", "video", "audio", "depth", "thermal")
 LANGUAGE = "language"
 
 _PICTURE = ("image", "depth", "thermal")
+_PICTURES = (
+    ".jpg .jpeg .png .webp .bmp .tif .tiff .avif .jpe .jfif .jp2 .j2k .jpx .ppm .pgm .pbm .pnm .dib .tga .qoi .ico"
+)
+_VIDEOS = (
+    ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .ts .m2ts .mts .3gp .3g2 .ogv .asf .vob .mxf .divx .f4v .qt "
+    ".m2v .mpe .mjpeg .mjpg .h264 .264 .hevc .h265 .265 .ivf .nut .apng"
+)
+_AUDIOS = (
+    ".wav .flac .mp3 .ogg .opus .m4a .aac .aiff .wma .oga .aif .aifc .mka .weba .mp2 .m4b .caf .au .snd .amr .ac3 "
+    ".eac3 .wv .tta .w64 .spx .ape .dts .3ga .wave .rf64 .voc"
+)
 _BY_SUFFIX: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"), _PICTURE),
-    **dict.fromkeys((".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv"), ("video",)),
-    **dict.fromkeys((".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".wma"), ("audio",)),
+    **dict.fromkeys(_PICTURES.split(), _PICTURE),
+    **dict.fromkeys(_VIDEOS.split(), ("video",)),
+    **dict.fromkeys(_AUDIOS.split(), ("audio",)),
+    ".gif": (*_PICTURE, "video"),
     ".txt": (LANGUAGE,),
 }
 

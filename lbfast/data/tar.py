@@ -12,6 +12,7 @@ from typing import BinaryIO
 _BLOCK = 512
 _FILES = (b"0", b"\0", b"7")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders
+_OTHERS = {b"1": "a hard link", b"2": "a symbolic link", b"S": "a sparse file"}
 _TEXT_LIMIT = 1 << 20  # bytes of a long name or of extended headers
 
 
@@ -19,8 +20,10 @@ class BrokenTarError(ValueError):
     """A tar ends too early, or holds something else than a header where one should be: the message says where."""
 
 
-def members(path: str | os.PathLike[str]) -> Iterator[tuple[str, int, int]]:
+def members(path: str | os.PathLike[str], others: dict[str, str] | None = None) -> Iterator[tuple[str, int, int]]:
     """(name, offset, size) of each regular file that is whole, in the tar's order.
+
+    What stands for a file but does not hold its bytes is put into `others`: name -> "a hard link" and the like.
 
     Raises, after the last whole one:
         BrokenTarError: truncated, broken, or no tar at all.
@@ -61,6 +64,8 @@ def members(path: str | os.PathLike[str]) -> Iterator[tuple[str, int, int]]:
                 last = f"after {shown}"
                 if kind in _FILES:
                     yield shown, begin, size
+                elif others is not None and kind in _OTHERS:
+                    others[shown] = _OTHERS[kind]
 
 
 def _number(field: bytes) -> int | None:

@@ -50,6 +50,7 @@ def retrieve_files(
     *,
     captions: Mapping[str, float] | None = None,
     media: str | None = None,
+    split: str = "first",
     ks: Sequence[int] = KS,
 ) -> Report:
     """Retrieval between media and captions. What cannot be read is skipped and counted.
@@ -59,13 +60,13 @@ def retrieve_files(
 
     Args:
         encoder: of the modality.
-        data, captions, media: manifests or shards, as in `lbfast.training.batches.Batches`.
+        data, captions, media, split: manifests or shards, as in `lbfast.training.batches.Batches`.
 
     Raises:
         FileNotFoundError, ValueError: no such data, or none in it that can be used.
     """
     check_views(captions)
-    sources = open_sources(data, encoder.modality, captions=captions, media=media)
+    sources = open_sources(data, encoder.modality, captions=captions, media=media, split=split)
     skipped = {key: reason for source in sources for key, reason in source.skipped.items()}
     items: dict[Hashable, Sample] = {}
     links: list[tuple[Hashable, str]] = []

@@ -1,77 +1,45 @@
-"""Audio files -> log-mel pictures (3, num_mel_bins, target_length), as Kaldi computes them."""
+"""Audio files -> log-mel pictures (3, num_mel_bins, target_length), as Kaldi computes them.
+
+Of a long sound only three segments of channel 0 are used, and only they are kept and resampled. Upstream takes the mean
+of the whole waveform away first; Kaldi takes each frame's own mean away, so that this changes nothing.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from lbfast.processing.media import MediaError, check_complete, check_file, describe, is_path, named
+from lbfast.processing.media import MediaError, Reading, Source, is_readable, named
+from lbfast.processing.sound import Sound, SoundFile, SoundInMemory, Span
 
 _WAVEFORM = "an audio file"
 _FRAME_MS, _SHIFT_MS = 25, 10
-_GROUP = 256  # output phases a product, in `resample`
+_SPAN = 1024  # about how many input samples the outputs of one product span, in `resample`
+_OUTPUTS = 64  # at least so many outputs a block
 
 
-def read_audio(path: Any) -> tuple[torch.Tensor, int]:
-    """Decodes the first audio stream of a file (the sound of a video too).
+def read_audio(path: Any, reading: Reading | None = None) -> tuple[torch.Tensor, int]:
+    """Decodes the first audio stream of a file (the sound of a video too), all of it.
+
+    Args:
+        path: a path, bytes or a file object.
+        reading: strict, allow_urls.
 
     Returns:
         (channels, samples) float32 in [-1, 1], and the sample rate in Hz.
 
     Raises:
         FileNotFoundError: no such file.
-        MediaError: empty, broken, truncated, or without sound.
+        MediaError: empty, broken, truncated, without sound, or of a sample rate outside 4 to 768 kHz.
     """
-    import av
-
-    name = check_file(path, _WAVEFORM)
-    check_complete(name, _WAVEFORM)
-    try:
-        options = {"protocol_whitelist": "file"}
-        if describe(name) == "a WAV file":
-            options["probesize"] = (
-                "4096"  # the header says it all; by default 5 s of sound are searched for other codecs
-            )
-        with av.open(f"file:{name}", container_options=options) as container:
-            if not container.streams.audio:
-                raise MediaError(name, _WAVEFORM, f"{describe(name)} without sound")
-            stream = container.streams.audio[0]
-            if stream.codec_context is None:
-                raise MediaError(name, _WAVEFORM, f"{describe(name)} in a codec that FFmpeg cannot decode here")
-            rate = stream.codec_context.sample_rate
-            declared = float(stream.duration * stream.time_base) if stream.duration else 0.0
-            exact = container.format.name == "flac"  # its header says how many samples there are
-            chunks = []
-            for frame in container.decode(stream):
-                if frame.is_corrupt:
-                    raise MediaError(name, _WAVEFORM, f"{describe(name)} with broken data")
-                samples = frame.to_ndarray()
-                chunks.append(samples if frame.format.is_planar else samples.reshape(frame.samples, -1).T)
-    except (av.FFmpegError, UnicodeDecodeError) as error:
-        raise MediaError(name, _WAVEFORM, f"{describe(name)} that cannot be decoded ({error})") from error
-    if not any(chunk.size for chunk in chunks):
-        raise MediaError(name, _WAVEFORM, f"{describe(name)} without samples")
-    if len({(chunk.shape[0], chunk.dtype) for chunk in chunks}) > 1:
-        raise MediaError(name, _WAVEFORM, f"{describe(name)} whose channels change on the way")
-    waveform = _floats(torch.from_numpy(np.concatenate(chunks, axis=1)))
-    found = waveform.shape[1] / rate
-    if exact and found < declared - 0.01:
-        raise MediaError(name, _WAVEFORM, f"{describe(name)} that is truncated: {found:.2f} s of {declared:.2f} s")
-    return waveform, rate
-
-
-def _floats(samples: torch.Tensor) -> torch.Tensor:
-    """Samples of any width as float32 in [-1, 1): integers over their range, unsigned bytes around 128."""
-    if samples.is_floating_point():
-        return samples.float()
-    if samples.dtype == torch.uint8:
-        return (samples.float() - 128) / 128
-    scale = -float(torch.iinfo(samples.dtype).min)
-    return (samples.double() / scale).float() if samples.element_size() > 2 else samples.float() / scale
+    with Source(path, _WAVEFORM, reading) as source:
+        sound = SoundFile(source)
+        return sound.whole(), sound.rate
 
 
 @functools.lru_cache(maxsize=8)
@@ -85,6 +53,34 @@ def _phases(old: int, new: int, first: int, count: int) -> tuple[int, torch.Tens
     t = (np.arange(start, start + taps)[:, None] / old - np.arange(first, first + count) / new) * cutoff
     window = np.where(np.abs(t) < 6, np.cos(np.pi * t / 12) ** 2, 0.0)
     return start, torch.from_numpy((np.sinc(t) * window * cutoff / old).astype(np.float32))
+
+
+def _blocks(old_rate: int, new_rate: int) -> Span:
+    """Inputs and outputs of a block: outputs of all blocks have the same weights."""
+    divisor = math.gcd(old_rate, new_rate)
+    old, new = old_rate // divisor, new_rate // divisor
+    times = max(1, _OUTPUTS // new)
+    return old * times, new * times
+
+
+def _margin(old: int, new: int) -> int:
+    """Inputs that a block's outputs read beyond it, on either side."""
+    return math.ceil(6 * old / (min(old, new) * 0.99)) + 2
+
+
+def _resample_blocks(x: torch.Tensor, old: int, new: int) -> torch.Tensor:
+    """(rows, margin + blocks * old + margin) -> (rows, blocks * new). Some outputs of each block at a time."""
+    margin = _margin(old, new)
+    blocks = (x.shape[1] - 2 * margin) // old
+    group = min(max(16, _SPAN * new // old), 256)
+    out = torch.empty(x.shape[0], blocks, new)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for first in range(0, new, group):
+            start, weight = _phases(old, new, first, min(group, new - first))
+            begin, taps = margin + start, len(weight)
+            windows = x[:, begin : begin + (blocks - 1) * old + taps].unfold(1, taps, old)  # [rows, blocks, taps]
+            out[:, :, first : first + weight.shape[1]] = windows @ weight
+    return out.reshape(x.shape[0], -1)
 
 
 def resample(waveform: torch.Tensor, old_rate: int, new_rate: int) -> torch.Tensor:
@@ -101,24 +97,41 @@ def resample(waveform: torch.Tensor, old_rate: int, new_rate: int) -> torch.Tens
     Returns:
         (channels, ceil(samples * new_rate / old_rate)) float32.
     """
-    divisor = math.gcd(old_rate, new_rate)
-    old, new = old_rate // divisor, new_rate // divisor
-    if old == new:
+    if old_rate == new_rate:
         return waveform
-    channels, samples = waveform.shape
-    length, blocks = -(-samples * new // old), -(-samples // old)
-    margin = math.ceil(6 * old / (min(old, new) * 0.99)) + 2
-    padded = torch.nn.functional.pad(waveform.detach(), (margin, margin + blocks * old - samples))
-    out = torch.empty(channels, blocks, new)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for first in range(0, new, _GROUP):
-            start, weight = _phases(old, new, first, min(_GROUP, new - first))
-            begin, taps = margin + start, len(weight)
-            windows = padded[:, begin : begin + (blocks - 1) * old + taps].unfold(
-                1, taps, old
-            )  # [channels, blocks, taps]
-            out[:, :, first : first + weight.shape[1]] = windows @ weight
-    return out.reshape(channels, -1)[:, :length]
+    samples = waveform.shape[1]
+    length = _resampled_length(samples, old_rate, new_rate)
+    low, high = _reach(0, length, old_rate, new_rate)
+    padded = torch.nn.functional.pad(waveform.detach(), (-low, high - samples))
+    return _resample_blocks(padded, *_blocks(old_rate, new_rate))[:, :length]
+
+
+def _resampled_length(samples: int, old_rate: int, new_rate: int) -> int:
+    return -(-samples * new_rate // old_rate)
+
+
+def _reach(first: int, count: int, old_rate: int, new_rate: int) -> Span:
+    """The input samples that outputs [first, first + count) are computed from; some may lie outside the sound."""
+    if old_rate == new_rate:
+        return first, first + count
+    old, new = _blocks(old_rate, new_rate)
+    return first // new * old - _margin(old, new), -(-(first + count) // new) * old + _margin(old, new)
+
+
+def _resample_parts(
+    parts: list[torch.Tensor], samples: int, first: list[int], count: int, old_rate: int, new_rate: int
+) -> torch.Tensor:
+    """Outputs [f, f + count) for each f of `first`, from the parts of a sound that they reach: (len(first), count)."""
+    if old_rate == new_rate:
+        return torch.stack(parts)
+    (old, new), rows = _blocks(old_rate, new_rate), []
+    for part, f in zip(parts, first):
+        low, high = _reach(f, count, old_rate, new_rate)
+        rows.append(torch.nn.functional.pad(part, (max(0, -low), max(0, high - samples))))
+    width = max(map(len, rows))  # a block more where a segment begins late in its first one
+    x = torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in rows])
+    out = _resample_blocks(x, old, new)
+    return torch.stack([row[f % new :][:count] for row, f in zip(out, first)])
 
 
 def fbank(waveform: torch.Tensor, rate: int, num_mel_bins: int) -> torch.Tensor:
@@ -180,9 +193,18 @@ class AudioTransform:
         self.training, self._generator = mode, generator
         return self
 
-    def __call__(self, audio: tuple[Any, int]) -> torch.Tensor:
-        waveform, rate = _check_audio(audio)
-        return self.waveform2melspec(resample(waveform, rate, self.sample_rate))
+    def __call__(self, audio: Any) -> torch.Tensor:
+        return self.of_sound(SoundInMemory(audio))
+
+    def of_sound(self, sound: Sound) -> torch.Tensor:
+        """The same of a sound of which only the parts that are used are taken."""
+        at = torch.rand(3, generator=self._generator).tolist() if self.training else [0.5] * 3
+        samples, parts = sound.parts(lambda samples: self._spans(samples, sound.rate, at))
+        first = self._first(samples, sound.rate, at)
+        if not first:
+            return self.waveform2melspec(resample(parts[0][None], sound.rate, self.sample_rate))
+        rows = _resample_parts(parts, samples, first, self._length, sound.rate, self.sample_rate)
+        return self._normalised([fbank(row, self.sample_rate, self.num_mel_bins) for row in rows])
 
     def get_mel(self, waveform: torch.Tensor) -> torch.Tensor:
         """(channels, samples) at `sample_rate` -> (frames, num_mel_bins) of channel 0, less the mean of all."""
@@ -195,44 +217,46 @@ class AudioTransform:
     def waveform2melspec(self, waveform: torch.Tensor) -> torch.Tensor:
         """(channels, samples) at `sample_rate` -> (3, num_mel_bins, target_length), normalised."""
         mel, length = self.get_mel(waveform), self.target_length
-        if len(mel) > length:
-            segments = [mel[start : start + length] for start in self._starts(len(mel) - length + 1)]
-        else:
-            segments = [mel.repeat(-(-length // len(mel)), 1)[:length]] * 3
-        return (torch.stack(segments).transpose(1, 2) - self.audio_mean) / (self.audio_std * 2)
+        if len(mel) <= length:
+            return self._normalised([mel.repeat(-(-length // len(mel)), 1)[:length]] * 3)
+        return self._normalised([mel[i : i + length] for i in _from_thirds(len(mel) - length + 1, [0.5] * 3)])
 
-    def _starts(self, count: int) -> list[int]:
-        """One start from each third of range(count); an empty third gives 0."""
-        starts = []
-        for third in np.array_split(np.arange(count), 3):
-            at = len(third) // 2
-            if self.training and len(third):
-                at = int(torch.randint(len(third), (), generator=self._generator))
-            starts.append(int(third[at]) if len(third) else 0)
-        return starts
+    def _normalised(self, mels: list[torch.Tensor]) -> torch.Tensor:
+        return (torch.stack(mels).transpose(1, 2) - self.audio_mean) / (self.audio_std * 2)
+
+    @property
+    def _frame(self) -> tuple[int, int]:
+        """Samples of a frame, and from one to the next."""
+        return self.sample_rate * _FRAME_MS // 1000, self.sample_rate * _SHIFT_MS // 1000
+
+    @property
+    def _length(self) -> int:
+        """Samples of a segment."""
+        length, shift = self._frame
+        return (self.target_length - 1) * shift + length
+
+    def _first(self, samples: int, rate: int, at: Sequence[float]) -> list[int]:
+        """The segments' first samples, resampled, of a sound of `samples`; [] where it is not longer than a segment."""
+        length, shift = self._frame
+        frames = 1 + (_resampled_length(samples, rate, self.sample_rate) - length) // shift
+        count = frames - self.target_length + 1
+        return [start * shift for start in _from_thirds(count, at)] if count > 1 else []
+
+    def _spans(self, samples: int, rate: int, at: Sequence[float]) -> list[Span]:
+        """What the segments are resampled from, in samples of the sound; all of a short one."""
+        spans = [_reach(first, self._length, rate, self.sample_rate) for first in self._first(samples, rate, at)]
+        return [(max(0, a), min(b, samples)) for a, b in spans] or [(0, samples)]
 
     def __repr__(self) -> str:
         shown = (f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
         return f"AudioTransform({', '.join(shown)})"
 
 
-def _check_audio(audio: Any) -> tuple[torch.Tensor, int]:
-    if not (isinstance(audio, tuple | list) and len(audio) == 2):
-        raise TypeError(f"audio: expected a path or (waveform, sample_rate), got {type(audio).__name__}")
-    waveform, rate = torch.as_tensor(audio[0]), int(audio[1])
-    if rate != audio[1] or rate <= 0:
-        raise MediaError("waveform", "a sample rate in whole Hz, above 0", f"{audio[1]!r}")
-    shape = tuple(waveform.shape)
-    if waveform.dim() == 1:
-        waveform = waveform.unsqueeze(0)
-    if waveform.dim() != 2 or waveform.numel() == 0:
-        raise MediaError("waveform", "shape (samples,) or (channels, samples)", f"shape {shape}")
-    if not waveform.is_floating_point() and waveform.dtype not in (torch.int16, torch.int32):
-        raise MediaError("waveform", "floats in [-1, 1], int16 or int32", f"dtype {waveform.dtype}")
-    waveform = _floats(waveform.detach())
-    if not torch.isfinite(waveform).all():
-        raise MediaError("waveform", "finite samples", "NaN or infinite values")
-    return waveform, rate
+def _from_thirds(count: int, at: Sequence[float]) -> list[int]:
+    """One number from each third of range(count), `at` in [0, 1) of it; an empty third gives 0."""
+    third, more = divmod(count, 3)
+    sizes = [third + (i < more) for i in range(3)]
+    return [sum(sizes[:i]) + int(at[i] * size) if size else 0 for i, size in enumerate(sizes)]
 
 
 def audio_transform(vision_config: Any, antialias: bool = True) -> AudioTransform:
@@ -243,10 +267,11 @@ def audio_transform(vision_config: Any, antialias: bool = True) -> AudioTransfor
     return AudioTransform(int(getattr(vision_config, "audio_sample_rate", 16000)), **given)
 
 
-def load_and_transform_audio(audio: Any, transform: Any) -> torch.Tensor:
-    """A path, or `(waveform, sample_rate)`, through `transform`."""
-    if not is_path(audio):
+def load_and_transform_audio(audio: Any, transform: Any, reading: Reading | None = None) -> torch.Tensor:
+    """A path, bytes, a file object, or `(waveform, sample_rate)`, through `transform`."""
+    if not is_readable(audio):
         return transform(audio)
-    waveform = read_audio(audio)
-    with named(audio):
-        return transform(waveform)
+    if not isinstance(transform, AudioTransform):  # a caller's own
+        return transform(read_audio(audio, reading))
+    with Source(audio, _WAVEFORM, reading) as source, named(source.name):
+        return transform.of_sound(SoundFile(source))

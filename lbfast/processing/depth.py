@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lbfast.processing.image import image_size, open_image
-from lbfast.processing.media import MediaError, describe, is_path, named
+from lbfast.processing.image import decoded, image_size
+from lbfast.processing.media import MediaError, Reading, Source, is_readable, named
 from lbfast.processing.transforms import CenterCrop, Compose, Normalize, Resize, Step
 
 _MILLIMETRES = "a 16-bit single-channel depth map in millimetres"
+_METRES = 10  # floats that are all below this many millimetres would give an empty picture: they are metres
 
 
 class DepthNorm(Step):
@@ -41,7 +42,7 @@ def _millimetres(x: Any) -> torch.Tensor:
         x = np.array(x)
     if not isinstance(x, np.ndarray | torch.Tensor):
         raise TypeError(f"images: expected a path, PIL image, array or tensor of depths, got {type(x).__name__}")
-    shape = tuple(x.shape)
+    shape, fractions = tuple(x.shape), torch.as_tensor(x).is_floating_point()
     x = torch.from_numpy(x.astype(np.float32)) if isinstance(x, np.ndarray) else x.detach().float()
     if x.dim() == 3 and x.shape[0] == 1:
         x = x[0]
@@ -49,6 +50,8 @@ def _millimetres(x: Any) -> torch.Tensor:
         raise MediaError("depth in memory", "shape (H, W)", f"shape {shape}")
     if not torch.isfinite(x).all():
         raise MediaError("depth in memory", "finite depths in millimetres", "NaN or infinite values")
+    if fractions and 0 < (deepest := x.max().item()) <= _METRES:
+        raise MediaError("depth in memory", "depths in millimetres", f"floats up to {deepest:g} (metres? times 1000)")
     return x
 
 
@@ -59,12 +62,13 @@ def depth_transform(vision_config: Any, antialias: bool = True) -> Compose:
     return Compose([DepthNorm(max_depth), Resize(size, antialias), CenterCrop(size), Normalize()])
 
 
-def load_and_transform_depth(depth: Any, transform: Any) -> torch.Tensor:
-    """A path, or millimetres in memory, through `transform`. MediaError for 8-bit or colour files: no depth maps."""
-    if not is_path(depth):
+def load_and_transform_depth(depth: Any, transform: Any, reading: Reading | None = None) -> torch.Tensor:
+    """A file, or millimetres in memory, through `transform`. MediaError for 8-bit or colour files: no depth maps."""
+    if not is_readable(depth):
         return transform(depth)
-    picture = open_image(depth, _MILLIMETRES)
-    if picture.mode != "F" and not picture.mode.startswith("I"):
-        raise MediaError(str(depth), _MILLIMETRES, f"{describe(depth)} of mode {picture.mode} (8 bits a channel)")
-    with named(depth):
-        return transform(np.array(picture))
+    with Source(depth, _MILLIMETRES, reading) as source:
+        picture = decoded(source)
+        if picture.mode != "F" and not picture.mode.startswith("I"):
+            raise source.error(f"of mode {picture.mode} (8 bits a channel)")
+        with named(source.name):
+            return transform(np.array(picture))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import struct
+import functools
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from lbfast.processing.media import MediaError, check_file, describe, is_path, named
+from lbfast.processing.media import MediaError, Reading, Source, is_readable, named
 from lbfast.processing.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
 
-_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_FORMATS = (  # whose readers decode what they are given themselves: not EPS, which starts Ghostscript
+    "PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "ICO", "TGA", "HEIF", "JXL"
+)  # fmt: skip
 
 
 def image_transform(vision_config: Any, antialias: bool = True) -> Compose:
@@ -25,31 +27,54 @@ def image_size(vision_config: Any) -> int:
     return int(getattr(vision_config, "image_size", 224))
 
 
-def open_image(path: Any, expected: str = "an image") -> Image.Image:
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `_FORMATS` that this Pillow, with its plugins, reads."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def open_image(path: Any, expected: str = "an image", reading: Reading | None = None) -> Image.Image:
     """Opens and decodes a picture, in the mode the file has. EXIF orientation is left alone, as upstream leaves it.
+
+    Args:
+        path: a path, bytes or a file object.
+        expected: for errors.
+        reading: limits.image_pixels, allow_urls.
 
     Raises:
         FileNotFoundError: no such file.
-        MediaError: empty, truncated, or not a picture.
+        MediaError: empty, truncated, too large, or not a picture.
     """
-    name = check_file(path, expected)
-    try:
-        picture = Image.open(name)
-    except _READ_ERRORS as error:
-        raise MediaError(name, expected, describe(name)) from error
-    try:
+    with Source(path, expected, reading) as source:
+        return decoded(source)
+
+
+def decoded(source: Source) -> Image.Image:
+    """The picture in a source that is open; see `open_image`."""
+    limit = source.reading.limits.image_pixels
+    with source.decoding():
+        try:
+            picture = Image.open(source.file, formats=_formats())
+        except UnidentifiedImageError as error:
+            raise MediaError(source.name, source.expected, source.what) from error
+        width, height = picture.size
+        if width * height > limit:
+            raise source.error(f"of {width} x {height} pixels, more than {limit:,} (limits.image_pixels)")
         picture.load()
-    except _READ_ERRORS as error:
-        raise MediaError(name, expected, f"{describe(name)} that cannot be decoded ({error})") from error
-    return picture
+        return picture
 
 
-def load_and_transform_image(image: Any, transform: Any) -> torch.Tensor:
-    """A path, or a picture in memory, through `transform`."""
-    if not is_path(image):
-        return transform(image)
-    picture = open_image(image)
-    if picture.mode.startswith(("I", "F")):
-        raise MediaError(str(image), "an 8-bit image", f"{describe(image)} of mode {picture.mode} (is it a depth map?)")
-    with named(image):
-        return transform(picture)
+def load_and_transform_image(
+    image: Any, transform: Any, layout: str | None = None, reading: Reading | None = None
+) -> torch.Tensor:
+    """A path, bytes, a file object, or a picture in memory (its axes `layout`), through `transform`."""
+    if not is_readable(image):
+        return (transform if layout is None else transform.laid_out(layout))(image)
+    with Source(image, "an image", reading) as source:
+        picture = decoded(source)
+        if picture.mode.startswith(("I", "F")):
+            got = f"{source.what} of mode {picture.mode} (is it a depth map?)"
+            raise MediaError(source.name, "an 8-bit image", got)
+        with named(source.name):
+            return transform(picture)

@@ -1,12 +1,16 @@
-"""What every reader of files shares: the error, the checks before opening, and a guess of what a file holds."""
+"""What every reader of media shares: errors, limits, and what is opened: a file, bytes, a file object, a URL."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
+import re
+import tempfile
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import IO, Any
 
 PathLike = str | os.PathLike[str]
 
@@ -15,6 +19,8 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\xff\xd8\xff", "a JPEG image"),
     (0, b"GIF8", "a GIF image"),
     (8, b"WEBP", "a WebP image"),
+    (4, b"ftypavif", "an AVIF image"),
+    (4, b"ftypheic", "a HEIC image"),
     (0, b"II*\x00", "a TIFF image"),
     (0, b"MM\x00*", "a TIFF image"),
     (8, b"WAVE", "a WAV file"),
@@ -31,7 +37,12 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x47\x40", "an MPEG transport stream"),
     (0, b"PK\x03\x04", "a ZIP archive"),
     (0, b"%PDF", "a PDF document"),
+    (0, b"%!PS", "a PostScript document"),
+    (0, b"\xc5\xd0\xd3\xc6", "a PostScript document"),
 )
+_HEAD = 512  # bytes that are looked at to tell what a file holds
+_REASON = 300  # characters of a library's own message that are shown
+_URL = re.compile(r"[a-z][a-z0-9+.-]*(::.*)?://", re.IGNORECASE)
 
 
 class MediaError(ValueError):
@@ -48,14 +59,65 @@ class MediaError(ValueError):
         self.source, self.expected, self.got = source, expected, got
 
     def __str__(self) -> str:
-        if self.expected is None:
+        if self.expected is None:  # made again from its message alone, as a DataLoader does in the main process
             return self.source
         return f"{self.source}: expected {self.expected}, got {self.got}"
+
+
+class MediaWarning(UserWarning):
+    """A file is damaged, and was read nevertheless: the message says what was put in the place of what is broken."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be held in memory for one item; a file that asks for more is refused before it is decoded.
+
+    Attributes:
+        image_pixels: of a picture.
+        frame_pixels: of a video's frame; a decoder keeps up to some twenty of them.
+        clip_bytes: of the frames that are taken from a video, 3 bytes a pixel.
+        stream_bytes: of a file object that cannot seek, or a URL that is such; it is copied to a temporary file.
+    """
+
+    image_pixels: int = 120_000_000
+    frame_pixels: int = 40_000_000
+    clip_bytes: int = 1 << 30
+    stream_bytes: int = 4 << 30
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How media are read.
+
+    Attributes:
+        strict: refuse a damaged file of which most can be decoded.
+        allow_urls: open URLs, by fsspec.
+        limits: see Limits.
+    """
+
+    strict: bool = False
+    allow_urls: bool = False
+    limits: Limits = Limits()
 
 
 def is_path(item: Any) -> bool:
     """True for what names a file: a string or an os.PathLike."""
     return isinstance(item, str | os.PathLike)
+
+
+def is_readable(item: Any) -> bool:
+    """True for what holds an encoded file: a path or URL, bytes, or a file object."""
+    return is_path(item) or isinstance(item, bytes | bytearray | memoryview) or hasattr(item, "read")
+
+
+def name_of(item: Any) -> str:
+    """What messages call an item for which `is_readable` holds: the path or URL, or a description."""
+    if is_path(item):
+        return os.fspath(item)
+    if isinstance(item, bytes | bytearray | memoryview):
+        return f"bytes ({len(item)} of them)"
+    name = getattr(item, "name", None)
+    return name if isinstance(name, str) else f"file object ({type(item).__name__})"
 
 
 def check_file(path: PathLike, expected: str) -> str:
@@ -75,10 +137,137 @@ def check_file(path: PathLike, expected: str) -> str:
     return name
 
 
-def describe(path: PathLike) -> str:
-    """A guess of what the file holds, from its first bytes: "a PNG image", "text", "unrecognised data"."""
-    with open(path, "rb") as file:
-        head = file.read(512)
+class Source:
+    """An encoded file to read from its beginning. Use as a context manager; a caller's file object stays open.
+
+    Attributes:
+        name: the path or URL, or a description of what is in memory: what errors and warnings begin with.
+        expected: what it should hold, for errors.
+        path: of a local file; None for everything else.
+        file: the open file, at its beginning; it can seek.
+        size: bytes.
+        what: a guess of what it holds, from its first bytes: "a PNG image", "text", "unrecognised data".
+    """
+
+    def __init__(self, item: Any, expected: str, reading: Reading | None = None):
+        self.name, self.expected = name_of(item), expected
+        self.path: str | None = None
+        self.reading = reading or Reading()
+        with contextlib.ExitStack() as closing:  # closes what was opened where something below fails
+            self._closing = closing
+            self.file = self._open(item)
+            with self._readable():
+                self.size = self.file.seek(0, os.SEEK_END)
+                self.file.seek(0)
+                self.head = self.file.read(_HEAD)
+                self.file.seek(0)
+            if self.size == 0:
+                raise MediaError(self.name, expected, "an empty file (0 bytes)")
+            self._closing = closing.pop_all()
+        self.what = _guess(self.head)
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closing.close()
+
+    def error(self, got: str) -> MediaError:
+        """MediaError that begins with what the file holds: "PATH: expected an image, got a JPEG image " + got."""
+        return MediaError(self.name, self.expected, f"{self.what} {got}")
+
+    @contextlib.contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Inside the block, whatever a decoder raises becomes a MediaError with its reason."""
+        try:
+            yield
+        except MediaError:
+            raise
+        except Exception as error:
+            raise self.error(f"that cannot be decoded ({_reason(error)})") from error
+
+    def check_complete(self) -> None:
+        """Raises MediaError where a RIFF (WAV, AVI), AIFF or Matroska header promises more bytes than there are.
+
+        Their demuxers end a truncated file without a word. Sizes that say "unknown" promise nothing: those of live
+        recordings, and what SoX, arecord and FFmpeg write into a WAV header when they cannot go back to it.
+        """
+        promised = 0
+        if self.head[:4] in (b"RIFF", b"FORM"):
+            promised = int.from_bytes(self.head[4:8], "little" if self.head[:4] == b"RIFF" else "big")
+            if any(low <= promised <= high for low, high in _UNKNOWN_SIZES):
+                promised = 0
+        elif self.head[:4] == b"\x1aE\xdf\xa3":
+            begin, length = _ebml_size(self.head, 4)
+            begin += length
+            if self.head[begin : begin + 4] == b"\x18\x53\x80\x67":
+                begin, length = _ebml_size(self.head, begin + 4)
+                promised = begin + length if length >= 0 else 0
+        if promised > self.size:  # some writers count the header's own 8 bytes: a file may hold 8 more than promised
+            raise self.error(f"that is truncated: {self.size} of {promised} bytes")
+
+    def _open(self, item: Any) -> IO[bytes]:
+        if isinstance(item, bytes | bytearray | memoryview):
+            return io.BytesIO(item)
+        if not is_path(item):
+            return self._seekable(item)
+        if _URL.match(self.name) and not os.path.exists(self.name):
+            return self._open_url()
+        self.path = check_file(self.name, self.expected)
+        return self._closing.enter_context(open(self.path, "rb"))
+
+    def _open_url(self) -> IO[bytes]:
+        if not self.reading.allow_urls:
+            raise MediaError(self.name, f"{self.expected} in a local file", "a URL (allow_urls=True opens it)")
+        try:
+            import fsspec
+        except ImportError as error:
+            raise ImportError("URLs need fsspec: pip install fsspec") from error
+        try:
+            opened = self._closing.enter_context(fsspec.open(self.name, "rb"))
+        except ImportError:  # of the protocol's own package, which the message names
+            raise
+        except Exception as error:
+            raise MediaError(self.name, self.expected, f"a URL that cannot be opened ({_reason(error)})") from error
+        return self._seekable(opened)
+
+    def _seekable(self, item: Any) -> IO[bytes]:
+        """The file object itself, at its beginning; a copy of one that cannot seek."""
+        with self._readable():
+            if item.seekable() if hasattr(item, "seekable") else hasattr(item, "seek"):
+                item.seek(0)
+                self._check_binary(item.read(0))
+                return item
+            copy: IO[bytes] = tempfile.TemporaryFile(prefix="lbfast-")  # noqa: SIM115 (the stack closes it)
+            self._closing.enter_context(copy)
+            limit = self.reading.limits.stream_bytes
+            while chunk := item.read(1 << 20):
+                self._check_binary(chunk)
+                if copy.tell() + len(chunk) > limit:
+                    raise MediaError(self.name, f"at most {limit} bytes (limits.stream_bytes)", "a stream of more")
+                copy.write(chunk)
+            copy.seek(0)
+            return copy
+
+    def _check_binary(self, data: Any) -> None:
+        if not isinstance(data, bytes):
+            raise MediaError(self.name, f"{self.expected} opened in binary mode", "a file object that reads text")
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        """What goes wrong in reading, as an error that names the file."""
+        try:
+            yield
+        except MediaError:
+            raise
+        except Exception as error:
+            raise MediaError(self.name, self.expected, f"a file that cannot be read ({_reason(error)})") from error
+
+
+_UNKNOWN_SIZES = ((0x7FFFF000, 0x80000100), (0xFFFFFF00, 0xFFFFFFFF))  # RIFF's, with up to a header added or taken off
+
+
+def _guess(head: bytes) -> str:
     for offset, magic, name in _MAGIC:
         if head[offset : offset + len(magic)] == magic:
             return name
@@ -87,26 +276,13 @@ def describe(path: PathLike) -> str:
     return "unrecognised data"
 
 
-def check_complete(path: PathLike, expected: str) -> None:
-    """Raises MediaError where a RIFF (WAV, AVI), AIFF or Matroska header promises more bytes than the file has.
-
-    Their demuxers end a truncated file without a word. Sizes that say "unknown" (live recordings) promise nothing.
-    """
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        head = file.read(64)
-    promised = 0
-    if head[:4] in (b"RIFF", b"FORM"):
-        promised = int.from_bytes(head[4:8], "little" if head[:4] == b"RIFF" else "big")
-        promised = 0 if promised == 0xFFFFFFFF else promised
-    elif head[:4] == b"\x1aE\xdf\xa3":
-        begin, length = _ebml_size(head, 4)
-        begin += length
-        if head[begin : begin + 4] == b"\x18\x53\x80\x67":
-            begin, length = _ebml_size(head, begin + 4)
-            promised = begin + length if length >= 0 else 0
-    if promised > size:  # some writers count the header's own 8 bytes, so a RIFF file may hold 8 more than promised
-        raise MediaError(os.fspath(path), expected, f"{describe(path)} that is truncated: {size} of {promised} bytes")
+def _reason(error: Exception) -> str:
+    """A library's message in one printable line of bounded length, with the kind of error where that says more."""
+    kind = "" if isinstance(error, OSError | ValueError | SyntaxError) else type(error).__name__
+    text = "".join(c if c.isprintable() else " " for c in str(error)[: 4 * _REASON])
+    text = " ".join(text.split())
+    text = text if len(text) <= _REASON else text[:_REASON] + "..."
+    return ": ".join(part for part in (kind, text) if part) or type(error).__name__
 
 
 def _ebml_size(data: bytes, at: int) -> tuple[int, int]:
@@ -120,9 +296,9 @@ def _ebml_size(data: bytes, at: int) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def named(path: PathLike) -> Iterator[None]:
+def named(item: Any) -> Iterator[None]:
     """Inside the block, an error about data in memory names the file that the data came from."""
     try:
         yield
     except MediaError as error:
-        raise MediaError(os.fspath(path), error.expected, error.got) from error
+        raise MediaError(name_of(item), error.expected, error.got) from error

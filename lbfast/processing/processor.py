@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numbers
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch
 from PIL import Image
 
 from lbfast.processing import audio, depth, image, video
+from lbfast.processing.media import MediaError, Reading
 from lbfast.processing.transforms import Compose
+from lbfast.processing.values import plain
 
 
 @dataclass(frozen=True)
@@ -25,21 +28,25 @@ class Row:
         load: (item, transform, **options) -> pixel values of one item, a path or in memory.
         item_dims: dimensions of one item given as array or tensor; one more is a batch. 0: arrays alone are not items.
         options: names of the vision config that `load` takes as keyword arguments.
+        layouts: whether `load` takes the order of an array's axes.
     """
 
     transform: Callable[..., Any]
     load: Callable[..., torch.Tensor]
     item_dims: int
     options: tuple[str, ...] = ()
+    layouts: bool = False
 
 
-_PICTURE = Row(image.image_transform, image.load_and_transform_image, 3)
+_PICTURE = Row(image.image_transform, image.load_and_transform_image, 3, layouts=True)
 ROWS: dict[str, Row] = {
     "image": _PICTURE,
     "thermal": _PICTURE,
     "depth": Row(depth.depth_transform, depth.load_and_transform_depth, 2),
     "audio": Row(audio.audio_transform, audio.load_and_transform_audio, 0),
-    "video": Row(video.video_transform, video.load_and_transform_video, 4, ("video_decode_backend", "num_frames")),
+    "video": Row(
+        video.video_transform, video.load_and_transform_video, 4, ("video_decode_backend", "num_frames"), True
+    ),
 }
 
 
@@ -52,6 +59,7 @@ class Processor:
         antialias: smooth when shrinking images, thermal pictures and depth maps; False is what torchvision 0.14.1 did.
         training: clips are mirrored with probability 1/2, segments of long sounds are drawn.
         generator: seeds those draws; None takes torch's own.
+        reading: how files are read: damaged ones, URLs, and how large they may be.
 
     Attributes:
         transform: turns one item in memory into pixel values; for pictures `transform.transforms` is the list of steps.
@@ -68,8 +76,10 @@ class Processor:
         antialias: bool = True,
         training: bool = False,
         generator: torch.Generator | None = None,
+        reading: Reading | None = None,
     ):
         row = ROWS[self.modality]
+        self.reading = reading or Reading()
         self.config, self.tokenizer = config, tokenizer
         self.transform = row.transform(config.vision_config, antialias)
         self.image_processor = row.load
@@ -99,13 +109,17 @@ class Processor:
         raw: bool = False,
         clip_start_sec: float | None = None,
         clip_end_sec: float | None = None,
+        layout: str | None = None,
+        strict: bool | None = None,
+        allow_urls: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Prepares items, captions, or both.
 
         Args:
-            images: one item or a list: paths, or data in memory as the modality's transform takes it; an array with one
-                dimension more than an item is a batch.
+            images: one item or a list: paths, bytes or file objects of encoded files; data in memory as the modality's
+                transform takes it (a clip: as `to_cthw`); values of Hugging Face datasets, torchcodec's and decord's
+                readers and batches. An array with one dimension more than an item is a batch.
             text: a caption or a list of them.
             context_length: tokens a caption; shorter ones are padded.
             return_tensors: for the text, as tokenizers take it ("pt"); pixel values are always tensors.
@@ -113,6 +127,9 @@ class Processor:
             raw: pixel values as uint8 0..255, resized and cropped but not normalised, each rounded to the nearest level
                 (off by up to 0.5 / 255, 0.007 after normalisation; bicubic overshoot is clamped). Not for audio.
             clip_start_sec, clip_end_sec: seconds of a video file.
+            layout: the order of an array's axes: "THWC", "TCHW" or "CTHW" of a clip, "HW", "HWC" or "CHW" of a picture;
+                None takes the one that fits its shape.
+            strict, allow_urls: see `Reading`; None takes the processor's.
             kwargs: further arguments for the tokenizer.
 
         Returns:
@@ -120,7 +137,7 @@ class Processor:
             pixel_values: float32 (or uint8) (B, 3, H, W), video (B, 3, T, H, W).
 
         Raises:
-            FileNotFoundError, MediaError: see lbfast.processing.media.
+            FileNotFoundError, MediaError, TypeError: see lbfast.processing.media; of a batch, names the item.
             ValueError: nothing to do, an empty list, no tokenizer, a caption too long with truncation=False.
         """
         if text is None and images is None:
@@ -128,17 +145,26 @@ class Processor:
         encoding = None if text is None else self._tokenize(text, context_length, return_tensors, truncation, kwargs)
         if images is None:
             return encoding
-        given = {"clip_start_sec": clip_start_sec, "clip_end_sec": clip_end_sec}
-        clip = {name: value for name, value in given.items() if value is not None}
-        if clip and self.modality != "video":
-            raise ValueError(f"{', '.join(clip)}: expected for video only, got {self.modality}")
-        pixel_values = self._pixels(images, raw, clip)
+        given = {"clip_start_sec": clip_start_sec, "clip_end_sec": clip_end_sec, "layout": layout}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        self._check_options(options)
+        asked: dict[str, Any] = {"strict": strict, "allow_urls": allow_urls}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        options["reading"] = replace(self.reading, **asked)
+        pixel_values = self._pixels(images, raw, options)
         if encoding is None:
             return {"pixel_values": pixel_values}
         encoding["pixel_values"] = pixel_values
         return encoding
 
-    def _pixels(self, images: Any, raw: bool, clip: dict[str, float]) -> torch.Tensor:
+    def _check_options(self, options: dict[str, Any]) -> None:
+        row = ROWS[self.modality]
+        wrong = [name for name in options if not (row.layouts if name == "layout" else self.modality == "video")]
+        if wrong:
+            takers = ", ".join(name for name, row in ROWS.items() if row.layouts) if wrong == ["layout"] else "video"
+            raise ValueError(f"{', '.join(wrong)}: expected for {takers} only, got {self.modality}")
+
+    def _pixels(self, images: Any, raw: bool, options: dict[str, Any]) -> torch.Tensor:
         items = self._items(images)
         if not items:
             raise ValueError("images: expected at least one item, got an empty list")
@@ -147,8 +173,13 @@ class Processor:
             if not isinstance(transform, Compose):
                 raise ValueError(f"raw: expected a modality with pixels, got {self.modality}")
             transform = transform.raw()
-        options = {name: getattr(vision, name) for name in ROWS[self.modality].options if hasattr(vision, name)}
-        return torch.stack([self.image_processor(item, transform, **options, **clip) for item in items])
+        row = ROWS[self.modality]
+        options = {name: getattr(vision, name) for name in row.options if hasattr(vision, name)} | options
+        rows = []
+        for i, item in enumerate(items):
+            with _numbered(i, item, len(items)):
+                rows.append(self.image_processor(plain(item), transform, **options))
+        return torch.stack(rows)
 
     def _items(self, images: Any) -> list[Any]:
         """The items in `images`: a list, a batched array, or one item."""
@@ -255,6 +286,21 @@ transform_dict: dict[str, type[Processor]] = {
     "depth": LanguageBindDepthProcessor,
     "thermal": LanguageBindThermalProcessor,
 }
+
+
+@contextmanager
+def _numbered(i: int, item: Any, count: int) -> Iterator[None]:
+    """Inside the block, an error about an item of several that no path names says which one it is."""
+    try:
+        yield
+    except MediaError as error:
+        if count == 1 or isinstance(item, str | os.PathLike):
+            raise
+        raise MediaError(f"images[{i}]: {error.source}", error.expected, error.got) from error
+    except TypeError as error:
+        if count == 1:
+            raise
+        raise TypeError(f"images[{i}]: {str(error).removeprefix('images: ')}") from error
 
 
 def _is_frame(item: Any) -> bool:

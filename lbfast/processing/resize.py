@@ -87,11 +87,14 @@ def resized_crop(
     # A picture decoded as (..., H, W, C) and seen as (C, ..., H, W) keeps its layout until it is small.
     interleaved = image.dim() > 2 and image.stride(0) == 1 and image.stride(-1) == image.shape[0]
     x = image.detach().movedim(0, -1) if interleaved else image.detach().unsqueeze(-1)  # [..., H, W, C]
-    x = x[..., row0:row1, col0:col1, :].float()
+    x = x[..., row0:row1, col0:col1, :]
     h, w, c = x.shape[-3:]
+    x = x.reshape(-1, h, w, c)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        x = x.reshape(-1, h, w * c)
-        x = torch.cat([weight @ x[:, low:high] for low, high, weight in row_blocks], dim=1)  # [N, height, w * C]
+        bands = (
+            weight @ x[:, low:high].float().reshape(len(x), high - low, w * c) for low, high, weight in row_blocks
+        )  # a band of rows at a time: a large picture is never in floats as a whole
+        x = torch.cat(list(bands), dim=1)  # [N, height, w * C]
         x = x.reshape(-1, height, w, c).movedim(-1, 0).contiguous()  # [C, N, height, w]
         x = torch.cat([x[..., low:high] @ weight.T for low, high, weight in col_blocks], dim=-1)
     return x.reshape(*image.shape[:-2], height, width)

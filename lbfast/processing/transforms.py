@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lbfast.processing.layout import axes, resolve
 from lbfast.processing.media import MediaError
 from lbfast.processing.resize import resized_crop
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 _CHANNELS = (1, 3, 4)
+_LAYOUTS = ("HW", "HWC", "CHW")
 
 
 class Step:
@@ -55,22 +57,39 @@ class ToTensor(Affine):
     """A picture in memory -> float32 (3, H, W) in [0, 1].
 
     Takes a PIL image of any mode with 8 bits or fewer a channel (converted to RGB, transparency dropped); uint8 arrays
-    or tensors 0..255; float ones already in [0, 1]. Shapes: (H, W) grey, (H, W, C) or (C, H, W) with C of 1, 3 or 4;
-    where both readings fit, an array is (H, W, C) and a tensor (C, H, W).
+    or tensors 0..255; float ones already in [0, 1]. Shapes: (H, W) grey, (H, W, C) or (C, H, W) with C of 1, 3 or 4.
+
+    Args:
+        layout: "HW", "HWC" or "CHW"; None takes the one that fits the shape.
 
     Raises:
-        MediaError: 16-bit or float pictures, other shapes or dtypes, floats that are clearly not in [0, 1].
+        MediaError: 16-bit or float pictures, other shapes or dtypes, shapes that can be read in two ways, floats that
+            are clearly not in [0, 1].
     """
 
+    def __init__(self, layout: str | None = None):
+        if layout is not None:  # the repr shows what was asked for
+            self.layout = layout
+
     def pixels(self, x: Any) -> torch.Tensor:
-        return to_rgb(x)
+        t = to_rgb(x, getattr(self, "layout", None))
+        return t if t.dtype == torch.uint8 else _unit_floats(t, "picture in memory")
 
     def affine(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return x / 255 if dtype == torch.uint8 else x
 
 
 class ToFloat(Affine):
-    """Pixels 0..255 of any dtype -> float32 in [0, 1]."""
+    """Pixels 0..255 of any dtype, or floats in [0, 1] -> float32 in [0, 1].
+
+    Floats are in [0, 1] where none is above 1, and 0..255 where one is above 2 or all are whole numbers.
+
+    Raises:
+        MediaError: integers outside 0..255, floats that are neither (normalised ones, NaN) or could be both.
+    """
+
+    def pixels(self, x: Any) -> torch.Tensor:
+        return x if x.dtype == torch.uint8 else _levels(x)
 
     def affine(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return x / 255
@@ -215,48 +234,65 @@ class Compose:
         """The same list without normalisation, ending in uint8: for a patch embedding that folds it into its weight."""
         return Compose([*(s for s in self.transforms if not isinstance(s, Normalize)), ToUint8()])
 
+    def laid_out(self, layout: str) -> Compose:
+        """The same list for pictures whose axes are `layout`. ValueError where no step takes a picture in memory."""
+        if not any(isinstance(step, ToTensor) for step in self.transforms):
+            raise ValueError("layout: expected a transform that begins with ToTensor, got one without it")
+        return Compose([ToTensor(layout) if isinstance(step, ToTensor) else step for step in self.transforms])
+
     def __repr__(self) -> str:
         return "Compose(" + "".join(f"\n    {step!r}" for step in self.transforms) + "\n)"
 
 
-def to_rgb(x: Any) -> torch.Tensor:
-    """A picture in memory as (3, H, W): uint8 0..255, or float32 in [0, 1]. See ToTensor."""
+def to_rgb(x: Any, layout: str | None = None, source: str | None = None) -> torch.Tensor:
+    """A picture in memory as (3, H, W), its values as they are; see ToTensor for what it may be.
+
+    `source` is what errors call it; None: what it is.
+    """
     expected = "an 8-bit picture"
     if isinstance(x, Image.Image):
         if x.mode.startswith(("I", "F")):
             raise MediaError(
-                "PIL image",
+                source or "PIL image",
                 expected,
                 f"mode {x.mode} (more than 8 bits a channel; depth maps have their own processor)",
             )
         if 0 in x.size:
-            raise MediaError("PIL image", expected, f"no pixels ({x.size[0]} x {x.size[1]})")
+            raise MediaError(source or "PIL image", expected, f"no pixels ({x.size[0]} x {x.size[1]})")
         array = np.asarray(x if x.mode == "RGB" else x.convert("RGB"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the array is read-only, and nothing here writes: a copy would cost more
             return torch.from_numpy(array).permute(2, 0, 1)
-    kind = "tensor" if isinstance(x, torch.Tensor) else "array"
     if not isinstance(x, np.ndarray | torch.Tensor):
         raise TypeError(f"images: expected a path, PIL image, array or tensor, got {type(x).__name__}")
-    expected = "(H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4"
-    shape = tuple(x.shape)
+    kind = "tensor" if isinstance(x, torch.Tensor) else "array"
+    found = resolve(source or kind, x.shape, _LAYOUTS, _CHANNELS, layout)
     t = torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x)
-    if t.dim() == 2:
-        t = t.unsqueeze(0)
-    elif t.dim() == 3 and (shape[-1] in _CHANNELS) and (kind == "array" or shape[0] not in _CHANNELS):
-        t = t.permute(2, 0, 1)
-    if t.dim() != 3 or t.shape[0] not in _CHANNELS or 0 in shape:
-        raise MediaError(kind, expected, f"shape {shape}")
-    if t.dtype != torch.uint8:
-        t = _unit_floats(t, kind)
+    t = t.unsqueeze(0) if found == "HW" else t.permute(axes(found, "CHW"))
     return t.expand(3, -1, -1) if t.shape[0] == 1 else t[:3]
 
 
-def _unit_floats(t: torch.Tensor, kind: str) -> torch.Tensor:
+def _unit_floats(t: torch.Tensor, source: str) -> torch.Tensor:
     if not t.is_floating_point():
-        raise MediaError(kind, "uint8 0..255 or floats in [0, 1]", f"dtype {t.dtype}")
+        raise MediaError(source, "uint8 0..255 or floats in [0, 1]", f"dtype {t.dtype}")
     t = t.detach().float()
     low, high = t.min().item(), t.max().item()
     if not -1 <= low <= high <= 2:  # a bicubic resize overshoots a little; 0..255, normalised pixels or NaN do not pass
-        raise MediaError(kind, "floats in [0, 1]", f"values from {low:g} to {high:g}")
+        raise MediaError(source, "floats in [0, 1]", f"values from {low:g} to {high:g}")
     return t
+
+
+def _levels(t: torch.Tensor) -> torch.Tensor:
+    """Frames of any dtype but uint8, as floats 0..255."""
+    expected = "levels 0..255, or floats in [0, 1]"
+    if t.dtype == torch.bool or t.is_complex():
+        raise MediaError("frames", expected, f"dtype {t.dtype}")
+    integers, t = not t.is_floating_point(), t.detach().float()
+    low, high = t.min().item(), t.max().item()
+    if not integers and -1 <= low <= high <= 1:
+        return t * 255
+    whole = integers or (high <= 2 and bool((t == t.round()).all()))
+    if -0.5 * high <= low and high <= (255 if integers else 510) and (whole or high > 2):
+        return t
+    got = f"values from {low:g} to {high:g}"
+    raise MediaError("frames", expected, got + (" (floats: both readings fit)" if 1 < high <= 2 and low >= -1 else ""))

@@ -8,16 +8,18 @@ that decord gives, to the bit: index linspace(0, n - 1, num_frames), RGB by swsc
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
+from lbfast.processing.clip import evenly, to_cthw
+from lbfast.processing.container import opened
 from lbfast.processing.image import image_size
-from lbfast.processing.media import MediaError, check_complete, check_file, describe, is_path, named
+from lbfast.processing.media import MediaError, MediaWarning, Reading, Source, is_readable, named
 from lbfast.processing.transforms import (
     CenterCropVideo,
     Compose,
@@ -30,8 +32,6 @@ from lbfast.processing.transforms import (
 _VIDEO = "a video"
 _KEEP_BYTES = 64 << 20  # packets up to this much are kept from the first pass; a larger file is read twice
 _HIDDEN_FRAMES = ("vp8",)  # codecs with packets that show nothing: only decoding can count
-
-
 _BACKENDS = ("decord", "opencv", "pytorchvideo")  # names that configs carry; one decoder serves them all
 
 
@@ -43,11 +43,19 @@ class _File:
     """An open video. `scan` lists its packets; `at_times` and `by_counting` decode the frames that `choose` picks.
 
     `choose(times)` gets the time of every frame in seconds after the first, and returns the indices of the wanted ones.
+
+    Attributes:
+        damage: what was found broken and yet could be read; "" where nothing was.
     """
 
-    def __init__(self, name: str):
-        self.name = name
-        self.container, self.stream = self._open()
+    def __init__(self, source: Source):
+        self.source = source
+        self.limit = source.reading.limits.frame_pixels
+        self.damage = ""
+        self.threads = torch.get_num_threads()
+        self.size: tuple[int, int] | None = None  # of the pictures
+        self._opened = contextlib.ExitStack()
+        self._open()
         self.pts: list[int | None] = []  # of each packet, in the file's order; None: not said, or not to be shown
         self.keys: list[int] = []  # where decoding can begin
         self.shown = 0  # packets that show a frame
@@ -58,38 +66,47 @@ class _File:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.container.close()
+        self._opened.close()
 
-    def _open(self) -> tuple[Any, Any]:
+    def _open(self) -> None:
         import av
 
-        container = av.open(f"file:{self.name}", container_options={"protocol_whitelist": "file"})
-        cover = av.stream.Disposition.attached_pic
-        streams = [stream for stream in container.streams.video if not stream.disposition & cover]
-        if not streams or container.format.name in ("image2", "tty") or container.format.name.endswith("_pipe"):
-            container.close()
-            raise MediaError(self.name, _VIDEO, f"{describe(self.name)} without moving pictures")
-        best = container.streams.best("video")
-        stream: Any = best if best in streams else streams[0]
-        if stream.codec_context is None:
-            container.close()
-            raise MediaError(self.name, _VIDEO, f"{describe(self.name)} in a codec that FFmpeg cannot decode here")
-        stream.codec_context.thread_type = "AUTO"
-        stream.codec_context.thread_count = torch.get_num_threads()
-        return container, stream
-
-    def broken(self, why: str) -> MediaError:
-        return MediaError(self.name, _VIDEO, f"{describe(self.name)} {why}")
+        self._opened.close()
+        bound = {"max_pixels": str(self.limit)}  # for the decoders that look for the size, too
+        with contextlib.ExitStack() as opening:
+            container = opening.enter_context(opened(self.source, "moving pictures", bound))
+            cover = av.stream.Disposition.attached_pic
+            streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+            if not streams:
+                raise self.source.error("without moving pictures")
+            best = container.streams.best("video")
+            stream: Any = best if best in streams else streams[0]
+            codec = stream.codec_context
+            if codec is None:
+                raise self.source.error("in a codec that FFmpeg cannot decode here")
+            if codec.width * codec.height > self.limit:
+                got = f"of {codec.width} x {codec.height} pixels, more than {self.limit:,} (limits.frame_pixels)"
+                raise self.source.error(got)
+            codec.options = bound
+            codec.thread_type = "AUTO"
+            codec.thread_count = self.threads
+            self._opened = opening.pop_all()
+        self.container, self.stream = container, stream
 
     def scan(self) -> None:
-        """Reads every packet. Raises MediaError where the file ends too early or has broken packets."""
-        check_complete(self.name, _VIDEO)
+        """Reads every packet. Raises MediaError where the file ends too early.
+
+        A packet is marked as corrupt where the file ends in the middle of it; in transport streams also where the
+        counter of their small packets jumps, as it does where segments are joined: that says little, and is passed on.
+        """
+        self.source.check_complete()
+        joined = self.container.format.name.startswith("mpegts")
         size = 0
         for packet in self.container.demux(self.stream):
             if packet.size == 0:
                 continue  # PyAV's own, at the end
-            if packet.is_corrupt:
-                raise self.broken("that is truncated or has broken packets")
+            if packet.is_corrupt and not joined:
+                raise self.source.error("that is truncated or has broken packets")
             if packet.is_keyframe:
                 self.keys.append(len(self.pts))
             self.pts.append(None if packet.is_discard else packet.pts)
@@ -102,7 +119,7 @@ class _File:
                 if size > _KEEP_BYTES:
                     self.kept = None
         if self.shown == 0:
-            raise self.broken("without frames")
+            raise self.source.error("without frames")
 
     @property
     def timed(self) -> bool:
@@ -116,11 +133,11 @@ class _File:
         guessed = "avi" in self.container.format.name and codec.has_b_frames and len(self.delays) == 1
         return once and not guessed and bool(self.keys) and codec.name not in _HIDDEN_FRAMES
 
-    def at_times(self, choose: Callable[[Sequence[float]], list[int]]) -> list[np.ndarray]:
+    def at_times(self, choose: Callable[[Sequence[float]], list[int]]) -> np.ndarray:
         """Decodes from the key frame before each wanted frame; unwanted frames that nothing refers to are skipped.
 
         Raises:
-            _Missing: the decoder did not give a wanted frame.
+            _Missing: the decoder did not give a wanted frame, or calls one that it gave corrupt.
         """
         position = {p: i for i, p in enumerate(self.pts) if p is not None}
         order = sorted(position)
@@ -134,33 +151,76 @@ class _File:
                 runs[-1][1] = max(runs[-1][1], position[pts])
             else:
                 runs.append([begin, position[pts]])
-        frames = {}
+        clip = _Clip(wanted, self.source)
         for frame in self._decode(runs, set(wanted)):
-            if frame.pts in wanted and frame.pts not in frames:
-                frames[frame.pts] = self._picture(frame)
-        if set(wanted) - set(frames):
+            if frame is None or frame.is_corrupt:
+                raise _Missing
+            if frame.pts in clip.missing:
+                clip.put(frame.pts, self._picture(frame))
+        if clip.missing:
             raise _Missing
-        return [frames[pts] for pts in wanted]
+        return clip.frames
 
-    def by_counting(self, choose: Callable[[Sequence[float]], list[int]]) -> list[np.ndarray]:
-        """Decodes from first packet to last, and again where there turn out to be more or fewer frames than packets."""
+    def by_counting(self, choose: Callable[[Sequence[float]], list[int]]) -> np.ndarray:
+        """Decodes from first packet to last, and again where there turn out to be more or fewer frames than packets.
+
+        In the place of a frame that the decoder calls corrupt comes the last good one before it, else the first after.
+        """
         rate = self.stream.guessed_rate or Fraction(25)
         times = [float(i / rate) for i in range(self.shown)]
         for _ in range(2):
-            wanted, frames, seen = choose(times), {}, []
-            for i, frame in enumerate(self._decode([[0, len(self.pts) - 1]])):
-                if i in wanted:
-                    frames[i] = self._picture(frame)
-                seen.append(frame.pts)
+            wanted = choose(times)
+            clip = _Clip(wanted, self.source)
+            seen, corrupt, undecodable = self._collect(clip)
             if not seen:
-                raise self.broken("without a frame that can be decoded")
+                bound = f"{self.limit:,} pixels (limits.frame_pixels)"
+                raise self.source.error(f"without a frame of at most {bound} that can be decoded")
             if None in seen or seen != sorted(seen):
                 times = [float(i / rate) for i in range(len(seen))]
             else:
                 times = [float((pts - seen[0]) * self.stream.time_base) for pts in seen]
             if choose(times) == wanted:
-                return [frames[i] for i in wanted]
-        raise self.broken("that decodes differently each time")
+                self._judge(len(seen), corrupt, [i for i in corrupt if i in wanted], undecodable)
+                return clip.frames
+        raise self.source.error("that decodes differently each time")
+
+    def _collect(self, clip: _Clip) -> tuple[list[Any], list[int], int]:
+        """Puts the frames with the clip's numbers into it: the times of all, the corrupt ones, undecodable packets."""
+        self._open()  # a decoder that has seen other frames may hold them back longer
+        seen: list[Any] = []
+        corrupt: list[int] = []
+        orphans: list[int] = []  # corrupt, and nothing good came before
+        undecodable, good = 0, None
+        for frame in self._decode([[0, len(self.pts) - 1]]):
+            if frame is None:
+                undecodable += 1
+                continue
+            number = len(seen)
+            seen.append(frame.pts)
+            if frame.is_corrupt:
+                corrupt.append(number)
+            else:
+                good = frame
+            orphans.append(number)
+            if good is not None:
+                for i in clip.missing.intersection(orphans):
+                    clip.put(i, self._picture(good))
+                orphans = []
+        return seen, corrupt, undecodable
+
+    def _judge(self, frames: int, corrupt: list[int], replaced: list[int], undecodable: int) -> None:
+        """Says what is damaged; raises MediaError where that is most of it, or `strict` was asked for."""
+        said = []
+        if corrupt:
+            said.append(f"{len(corrupt)} of {frames} frames are broken")
+        if undecodable:
+            said.append(f"{undecodable} of {len(self.pts)} packets cannot be decoded")
+        damage = " and ".join(said)
+        if 2 * (len(corrupt) + undecodable) > frames + undecodable or (damage and self.source.reading.strict):
+            raise self.source.error(f"of which {damage}")
+        if replaced:
+            damage += f"; in the place of {', '.join(map(str, replaced))} their neighbours are used"
+        self.damage = damage
 
     def _pts(self, index: int) -> float:
         pts = self.pts[index]
@@ -170,12 +230,11 @@ class _File:
         if self.kept is not None:
             yield from self.kept
             return
-        self.container.close()
-        self.container, self.stream = self._open()
+        self._open()
         yield from (packet for packet in self.container.demux(self.stream) if packet.size)
 
     def _decode(self, runs: list[list[int]], wanted: set[int] | None = None) -> Iterator[Any]:
-        """Frames of the packets in `runs`, each decoded from a fresh state to its last frame."""
+        """Frames of the packets in `runs`, each decoded from a fresh state to its last frame; None: undecodable."""
         todo, codec = iter(runs), None
         begin, end = next(todo)
         for i, packet in enumerate(self._packets()):
@@ -186,99 +245,132 @@ class _File:
                 codec.open(strict=False)
             if wanted is not None:
                 codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
-            yield from self._sound(codec.decode(packet))
+            yield from self._tried(codec, packet)
             if i < end:
                 continue
-            yield from self._sound(codec.decode(None))
+            yield from self._tried(codec, None)
             codec.flush_buffers()
             begin, end = next(todo, (0, -1))
             if end < 0:
                 codec.skip_frame = "DEFAULT"
                 return
 
-    def _sound(self, frames: Iterable[Any]) -> Iterator[Any]:
-        for frame in frames:
-            if frame.is_corrupt:
-                raise self.broken("with frames that cannot be decoded")
-            yield frame
+    def _tried(self, codec: Any, packet: Any) -> list[Any]:
+        import av
+
+        try:
+            return codec.decode(packet)
+        except av.FFmpegError as error:
+            if isinstance(error, MemoryError):
+                raise
+            return [None]
 
     def _picture(self, frame: Any) -> np.ndarray:
-        """(H, W, 3) uint8, turned as the file says; the size is that of the stream, where single frames differ."""
-        codec = self.stream.codec_context
-        pixels = frame.to_ndarray(format="rgb24", width=codec.width, height=codec.height)
-        return np.rot90(pixels, round(frame.rotation / 90))
+        """(H, W, 3) uint8, turned and mirrored as the file says; of the stream's size, where single frames differ."""
+        if self.size is None:
+            codec = self.stream.codec_context
+            self.size = codec.width, codec.height
+        pixels = frame.to_ndarray(format="rgb24", width=self.size[0], height=self.size[1])
+        return _shown(pixels, _display_matrix(frame))
+
+
+class _Clip:
+    """The wanted frames, by what tells them (times or numbers), in one array that is made when the first one comes.
+
+    Attributes:
+        missing: the wanted ones that have not come yet. frames: (T, H, W, 3) uint8.
+    """
+
+    def __init__(self, wanted: Sequence[int], source: Source):
+        self._places: dict[int, list[int]] = {}
+        for place, key in enumerate(wanted):
+            self._places.setdefault(key, []).append(place)
+        self.missing, self._count, self._source = set(wanted), len(wanted), source
+        self.frames = np.empty((0, 0, 0, 3), np.uint8)
+
+    def put(self, key: int, picture: np.ndarray) -> None:
+        """Takes a frame. Raises MediaError where all of them would be more than may be held."""
+        if not len(self.frames):
+            size, limit = self._count * picture.size, self._source.reading.limits.clip_bytes
+            if size > limit:
+                got = f"of which {self._count} frames of {picture.shape[1]} x {picture.shape[0]} are {size:,} bytes"
+                raise self._source.error(f"{got}, expected at most {limit:,} (limits.clip_bytes)")
+            self.frames = np.empty((self._count, *picture.shape), np.uint8)
+        for place in self._places[key]:
+            self.frames[place] = picture
+        self.missing.discard(key)
+
+
+def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
+    """(a, b, c, d) of the frame's display matrix: a pixel at (x, y), y downwards, is shown at (ax + cy, bx + dy)."""
+    from av.sidedata.sidedata import Type
+
+    data = next((s for s in frame.side_data if s.type == Type.DISPLAYMATRIX), None)
+    if data is None:
+        return 1, 0, 0, 1
+    matrix = np.frombuffer(data, dtype=np.int32)
+    return int(matrix[0]), int(matrix[1]), int(matrix[3]), int(matrix[4])
+
+
+def _shown(pixels: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
+    """(H, W, 3) as a display matrix says, to the nearest quarter turn; mirrored where it mirrors."""
+    a, b, c, d = matrix
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def read_frames(
-    path: Any, num_frames: int = 8, clip_start_sec: float = 0.0, clip_end_sec: float | None = None
+    path: Any,
+    num_frames: int = 8,
+    clip_start_sec: float = 0.0,
+    clip_end_sec: float | None = None,
+    reading: Reading | None = None,
 ) -> torch.Tensor:
     """Decodes `num_frames` frames, evenly spaced from first to last: linspace(0, n - 1, num_frames), cut to integers.
 
+    A frame that the decoder calls corrupt is replaced by its neighbour, and the file is reported by one MediaWarning.
+
     Args:
-        path: video file.
+        path: video file, bytes, or a file object.
         num_frames: at least 1; more than the video has repeats frames.
         clip_start_sec, clip_end_sec: only frames shown in [start, end) seconds after the first (None: to the end).
+        reading: strict refuses damaged files; limits.frame_pixels and limits.clip_bytes; allow_urls.
 
     Returns:
         (num_frames, H, W, 3) uint8 RGB.
 
     Raises:
         FileNotFoundError: no such file.
-        MediaError: empty, broken, truncated, without moving pictures, or without a frame in the clip.
+        MediaError: empty, broken, truncated, too large, without moving pictures, or without a frame in the clip.
     """
-    import av
-
-    name = check_file(path, _VIDEO)
     if num_frames < 1:
         raise ValueError(f"num_frames: expected at least 1, got {num_frames}")
 
-    def choose(times: Sequence[float]) -> list[int]:
-        last = float("inf") if clip_end_sec is None else clip_end_sec
-        inside = [i for i, time in enumerate(times) if clip_start_sec <= time < last]
-        if not inside:
-            end = "the end" if clip_end_sec is None else f"{clip_end_sec:g} s"
-            asked = f"a video with frames from {clip_start_sec:g} s to {end}"
-            raise MediaError(name, asked, f"{len(times)} frames, the last at {times[-1]:.2f} s")
-        return [inside[i] for i in _evenly(len(inside), num_frames)]
+    with Source(path, _VIDEO, reading) as source:
 
-    try:
-        with _File(name) as video:
+        def choose(times: Sequence[float]) -> list[int]:
+            last = float("inf") if clip_end_sec is None else clip_end_sec
+            inside = [i for i, time in enumerate(times) if clip_start_sec <= time < last]
+            if not inside:
+                end = "the end" if clip_end_sec is None else f"{clip_end_sec:g} s"
+                asked = f"a video with frames from {clip_start_sec:g} s to {end}"
+                raise MediaError(source.name, asked, f"{len(times)} frames, the last at {times[-1]:.2f} s")
+            return [inside[i] for i in evenly(len(inside), num_frames)]
+
+        with source.decoding(), _File(source) as video:
             video.scan()
             frames = None
             if video.timed:
-                with contextlib.suppress(_Missing):
+                try:
                     frames = video.at_times(choose)
+                except _Missing:
+                    video.threads = 1  # what comes of broken packets may depend on how they are shared
             if frames is None:
                 frames = video.by_counting(choose)
-    except (av.FFmpegError, UnicodeDecodeError) as error:
-        raise MediaError(name, _VIDEO, f"{describe(name)} that cannot be decoded ({error})") from error
-    return torch.from_numpy(np.stack(frames))
-
-
-def _evenly(count: int, wanted: int) -> np.ndarray:
-    return np.linspace(0, count - 1, wanted, dtype=int)
-
-
-def to_cthw(frames: Any) -> torch.Tensor:
-    """Frames in memory as (3, T, H, W): an array (T, H, W, 3), a tensor (3, T, H, W), or a list of pictures (H, W, 3).
-
-    Where both readings fit, an array is (T, H, W, 3) and a tensor (3, T, H, W). Raises MediaError for anything else.
-    """
-    expected = "(T, H, W, 3) or (3, T, H, W)"
-    if isinstance(frames, list | tuple):
-        if not frames:
-            raise MediaError("frames", "a list of pictures", "an empty list")
-        if len({np.shape(frame) for frame in frames}) > 1:
-            raise MediaError("frames", "pictures of one size", f"sizes {sorted({np.shape(f) for f in frames})}")
-        frames = np.stack([np.asarray(f.convert("RGB") if isinstance(f, Image.Image) else f) for f in frames])
-    if not isinstance(frames, np.ndarray | torch.Tensor):
-        raise TypeError(f"images: expected a path, an array, tensor or list of frames, got {type(frames).__name__}")
-    shape = tuple(frames.shape)
-    if len(shape) != 4 or 0 in shape or 3 not in (shape[0], shape[-1]):
-        raise MediaError("frames", expected, f"shape {shape}")
-    array_first = isinstance(frames, np.ndarray)
-    frames = torch.as_tensor(frames)
-    return frames.permute(3, 0, 1, 2) if shape[-1] == 3 and (array_first or shape[0] != 3) else frames
+        if video.damage:
+            warnings.warn(f"{source.name}: {video.damage}", MediaWarning, stacklevel=2)
+        return torch.from_numpy(frames)
 
 
 def video_transform(vision_config: Any, antialias: bool = False) -> Compose:
@@ -295,18 +387,19 @@ def load_and_transform_video(
     clip_start_sec: float = 0.0,
     clip_end_sec: float | None = None,
     num_frames: int = 8,
+    layout: str | None = None,
+    reading: Reading | None = None,
 ) -> torch.Tensor:
-    """A path, or frames in memory (0..255), through `transform`; `num_frames` of them, evenly spaced.
+    """A file, or frames in memory (see `to_cthw`), through `transform`; `num_frames` of them, evenly spaced.
 
     `clip_start_sec` and `clip_end_sec` choose seconds of a file; frames in memory have no clock and raise ValueError.
     """
     if video_decode_backend not in _BACKENDS:
         raise ValueError(f"video_decode_backend: expected one of {', '.join(_BACKENDS)}, got {video_decode_backend!r}")
-    if is_path(video):
-        frames = read_frames(video, num_frames, clip_start_sec, clip_end_sec).permute(3, 0, 1, 2)
+    if is_readable(video):
+        frames = read_frames(video, num_frames, clip_start_sec, clip_end_sec, reading).permute(3, 0, 1, 2)
         with named(video):
             return transform(frames)
     if clip_start_sec or clip_end_sec is not None:
         raise ValueError("clip_start_sec, clip_end_sec: expected a file, got frames in memory")
-    frames = to_cthw(video)
-    return transform(frames[:, _evenly(frames.shape[1], num_frames)])
+    return transform(to_cthw(video, layout, num_frames, reading))

@@ -73,6 +73,7 @@ class Batches:
             text.
         media: the manifest's column of paths ("path"), or the suffix of a shard's member where samples have several
             ("depth.png").
+        split: at which dot of a member's name its sample's key ends, "first" or "last"; see `Shard`.
         raw: uint8 pixels, a quarter of the memory; see `Processor`. Not for audio.
         context_length: tokens a caption, padded or cut.
         prefetch: samples decoded before they are asked for, with workers; None: those of one step.
@@ -103,6 +104,7 @@ class Batches:
         training: bool = True,
         captions: Mapping[str, float] | None = None,
         media: str | None = None,
+        split: str = "first",
         raw: bool = False,
         context_length: int = 77,
         prefetch: int | None = None,
@@ -125,7 +127,7 @@ class Batches:
         check_views(captions)
         self.skipped: dict[str, str] = {}
         self._on_skip = on_skip
-        self._sources = open_sources(sources, processor.modality, captions=captions, media=media)
+        self._sources = open_sources(sources, processor.modality, captions=captions, media=media, split=split)
         self._skip_sources()
         self._ends = list(itertools.accumulate(map(len, self._sources)))
         if not len(self):

@@ -1,0 +1,225 @@
+"""Sounds that are decoded once and kept in parts: files of any length, and waveforms in memory, behind one face."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from lbfast.processing.container import opened
+from lbfast.processing.media import MediaError, MediaWarning, Source
+
+_RATES = (4_000, 768_000)  # Hz
+_LOUD = 100.0  # samples are in [-1, 1], some a little beyond; integers given as floats are far beyond
+_HEAD_SECONDS, _MARGIN_SECONDS = 30, 1  # kept in any case; kept around each part, as lengths are announced wrongly
+_DAMAGED = 10  # at most one packet in so many may be undecodable
+_FLAC_SECONDS = 0.01  # its header says how many samples there are; one that has fewer is truncated
+
+Span = tuple[int, int]
+"""[begin, end) in samples."""
+
+
+class Sound(Protocol):
+    """Channel 0 of a sound.
+
+    Attributes:
+        name: for errors. rate: Hz, known when `parts` asks for its plan.
+    """
+
+    name: str
+    rate: int
+
+    def parts(self, plan: Callable[[int], list[Span]]) -> tuple[int, list[torch.Tensor]]:
+        """How many samples there are, and those of the spans that `plan` chooses when told how many: float32."""
+        ...
+
+
+class SoundInMemory:
+    """`(waveform, sample_rate)`; see AudioTransform for what it may be."""
+
+    name = "waveform"
+
+    def __init__(self, audio: Any):
+        if not (isinstance(audio, tuple | list) and len(audio) == 2 and np.ndim(audio[1]) == 0):
+            raise TypeError(f"audio: expected a path or (waveform, sample_rate), got {type(audio).__name__}")
+        self._waveform = torch.as_tensor(audio[0]).detach()
+        rate = float(audio[1])
+        if not rate.is_integer():
+            raise MediaError(self.name, "a sample rate in whole Hz", f"{audio[1]!r}")
+        self.rate = int(rate)
+        check_rate(self.name, self.rate)
+        shape = tuple(self._waveform.shape)
+        if self._waveform.dim() == 1:
+            self._waveform = self._waveform.unsqueeze(0)
+        if self._waveform.dim() != 2 or self._waveform.numel() == 0:
+            raise MediaError(self.name, "shape (samples,) or (channels, samples)", f"shape {shape}")
+        if not self._waveform.is_floating_point() and self._waveform.dtype not in (torch.int16, torch.int32):
+            raise MediaError(self.name, "floats in [-1, 1], int16 or int32", f"dtype {self._waveform.dtype}")
+
+    def parts(self, plan: Callable[[int], list[Span]]) -> tuple[int, list[torch.Tensor]]:
+        """See Sound."""
+        samples = self._waveform.shape[1]
+        return samples, [_checked(self.name, floats(self._waveform[0, a:b])) for a, b in plan(samples)]
+
+
+class SoundFile:
+    """The first audio stream of a file (the sound of a video too). What is not kept is dropped as it is decoded.
+
+    Packets that cannot be decoded are passed over, as FFmpeg does, and reported once, unless they are more than a
+    tenth or `strict` was asked for: then MediaError, which is raised too where a file is broken off, has no sound,
+    changes its channels or rate on the way, or has a rate outside 4 to 768 kHz.
+    """
+
+    def __init__(self, source: Source):
+        self.source, self.name, self.rate = source, source.name, 0
+        source.check_complete()
+        self._announced = 0  # samples, before the file was decoded; 0: not said
+        self._damage = ""
+
+    def parts(self, plan: Callable[[int], list[Span]]) -> tuple[int, list[torch.Tensor]]:
+        """See Sound. Decodes once more where the announced length was so wrong that other parts were kept."""
+        spans: list[Span] | None = None
+        for _ in range(3):
+            kept: list[_Part] | None = None
+            samples = 0
+            for frame in self.frames():
+                if kept is None:
+                    kept = [_Part(*span) for span in (self._likely(plan) if spans is None else spans)]
+                for part in kept:
+                    part.take(frame, samples)
+                samples += frame.samples
+            spans = plan(samples)
+            found = [next((p for p in kept or [] if p.begin <= a and min(b, samples) <= p.end), None) for a, b in spans]
+            if None not in found:
+                self._report()
+                cut = [part.cut(a, b) for part, (a, b) in zip(found, spans) if part is not None]
+                return samples, [_checked(self.name, x) for x in cut]
+        raise self.source.error("that decodes differently each time")
+
+    def whole(self) -> torch.Tensor:
+        """(channels, samples) float32."""
+        waveform = floats(torch.from_numpy(np.concatenate([_channels(frame) for frame in self.frames()], axis=1)))
+        self._report()
+        return waveform
+
+    def frames(self) -> Iterator[Any]:
+        """What the decoder gives, from first to last: frames of one rate, form and number of channels."""
+        import av
+
+        # A WAV file's header says it all; by default 5 s are searched for other codecs.
+        more = {"probesize": "4096"} if self.source.what == "a WAV file" else {}
+        with opened(self.source, "sound", more=more) as container:
+            if not container.streams.audio:
+                raise self.source.error("without sound")
+            stream = container.streams.audio[0]
+            codec = stream.codec_context
+            if codec is None:
+                raise self.source.error("in a codec that FFmpeg cannot decode here")
+            self.rate = codec.sample_rate
+            check_rate(self.name, self.rate)
+            seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
+            self._announced = self.announced_by(seconds)
+            packets = bad = samples = 0
+            why = ""
+            kind: tuple[int, str, int] | None = None
+            for packet in container.demux(stream):
+                packets += 1
+                try:
+                    frames = codec.decode(packet)
+                except av.FFmpegError as error:
+                    if isinstance(error, MemoryError):
+                        raise
+                    frames, bad, why = [], bad + 1, why or str(error.strerror)
+                for frame in frames:
+                    bad, why = bad + frame.is_corrupt, "marked so by the decoder" if frame.is_corrupt else why
+                    form = (frame.sample_rate, frame.format.name, frame.layout.nb_channels)
+                    if form != (kind or form):
+                        raise self.source.error("whose channels or rate change on the way")
+                    kind, samples = form, samples + frame.samples
+                    yield frame
+            if samples == 0:
+                raise self.source.error(f"that cannot be decoded ({why})" if why else "without samples")
+            if container.format.name == "flac" and samples < (seconds - _FLAC_SECONDS) * self.rate:
+                raise self.source.error(f"that is truncated: {samples / self.rate:.2f} s of {seconds:.2f} s")
+            self._damage = f"{bad} of {packets} packets are broken ({why})" if bad else ""
+            if bad * _DAMAGED > packets or (bad and self.source.reading.strict):
+                raise self.source.error(f"of which {self._damage}")
+
+    def announced_by(self, seconds: float) -> int:
+        """Samples of the length that the container tells; 0: it does not."""
+        return max(0, int(seconds * self.rate))
+
+    def _likely(self, plan: Callable[[int], list[Span]]) -> list[Span]:
+        """The first seconds, and what is wanted if the file is about as long as it announces; none overlap."""
+        margin = _MARGIN_SECONDS * self.rate
+        spans = [(max(0, a - margin), b + margin) for a, b in plan(self._announced)] if self._announced else []
+        merged = [(0, _HEAD_SECONDS * self.rate)]
+        for begin, end in sorted(spans):
+            if end - begin > 4 * _HEAD_SECONDS * self.rate:
+                continue  # a plan for a length that is wrong
+            if begin <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+            else:
+                merged.append((begin, end))
+        return merged
+
+    def _report(self) -> None:
+        if self._damage:
+            warnings.warn(f"{self.name}: {self._damage}; they are passed over", MediaWarning, stacklevel=2)
+
+
+class _Part:
+    """Channel 0 from sample `begin` to `end`, collected while frames go by."""
+
+    def __init__(self, begin: int, end: int):
+        self.begin, self.end = begin, end
+        self._chunks: list[np.ndarray] = []
+
+    def take(self, frame: Any, at: int) -> None:
+        """What a frame whose first sample is number `at` has of it."""
+        a, b = max(self.begin - at, 0), min(self.end - at, frame.samples)
+        if a < b:
+            self._chunks.append(_channels(frame)[0, a:b].copy())
+
+    def cut(self, begin: int, end: int) -> torch.Tensor:
+        """float32 samples [begin, end), inside the part."""
+        if not self._chunks:
+            return torch.empty(0)
+        if len(self._chunks) > 1:
+            self._chunks = [np.concatenate(self._chunks)]
+        return floats(torch.from_numpy(self._chunks[0][begin - self.begin : end - self.begin]))
+
+
+def check_rate(name: str, rate: int) -> None:
+    """Raises MediaError for a rate that is none of recordings: resampling it could take hours, or all memory."""
+    low, high = _RATES
+    if not low <= rate <= high:
+        raise MediaError(name, f"a sample rate from {low} to {high} Hz", f"{rate} Hz")
+
+
+def floats(samples: torch.Tensor) -> torch.Tensor:
+    """Samples of any width as float32 in [-1, 1): integers over their range, unsigned bytes around 128."""
+    if samples.is_floating_point():
+        return samples.float()
+    if samples.dtype == torch.uint8:
+        return (samples.float() - 128) / 128
+    scale = -float(torch.iinfo(samples.dtype).min)
+    return (samples.double() / scale).float() if samples.element_size() > 2 else samples.float() / scale
+
+
+def _channels(frame: Any) -> np.ndarray:
+    """(channels, samples) of a decoded frame."""
+    samples = frame.to_ndarray()
+    return samples if frame.format.is_planar else samples.reshape(frame.samples, -1).T
+
+
+def _checked(name: str, samples: torch.Tensor) -> torch.Tensor:
+    peak = samples.abs().max().item() if samples.numel() else 0.0
+    if not np.isfinite(peak):  # the largest of anything and NaN is NaN
+        raise MediaError(name, "finite samples", "NaN or infinite values")
+    if peak > _LOUD:
+        raise MediaError(name, "samples in [-1, 1]", f"values up to {peak:g}")
+    return samples
