@@ -115,9 +115,15 @@ def product(
     factors[: len(scales)] = scales
     chunks = values.split(chunk or values.shape[1], dim=1)
     shifts = torch.zeros(len(chunks), len(ends))
-    for row, chunk in zip(shifts, chunks):
-        row[: len(chunk)] = scales * chunk.sum(1, dtype=torch.int32)
+    for row, part in zip(shifts, chunks):
+        row[: len(part)] = scales * torch.sum(part, 1, dtype=torch.int32)
     return [panels(values, room), ends, factors, shifts]
+
+
+def weight_of(layer: Product, outputs: int, inputs: int) -> torch.Tensor:
+    """The weight (outputs, inputs) that a product's panels stand for; of int8 in float32."""
+    rows = layer[0].permute(0, 2, 4, 1, 3, 5).reshape(padded(outputs), -1)[:outputs, :inputs]
+    return rows * layer[2][:outputs, None] if len(layer) == 4 else rows
 
 
 def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

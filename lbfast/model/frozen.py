@@ -154,13 +154,17 @@ class PanelLinear(FrozenLinear):
 
     def add_to(self, total: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         rows = self._rows(x).to(total.dtype)
-        return total + self._linear(rows, self.bias).view(total.shape), None
+        return total + self._linear(rows, self.bias.to(total.dtype)).view(total.shape), None
 
     def activated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        if _wants_gradients(x):
+            return super().activated(x, activation)
         rows = tokenwise.linear(self._rows(x), self.parts, self.out_features, activation)
         return rows.view(*x.shape[:-1], self.out_features)
 
     def _linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if _wants_gradients(x):  # of its input: slowly
+            return F.linear(x, tokenwise.weight_of(self.parts, self.out_features, self.in_features).to(x.dtype), bias)
         parts = self.parts if bias is not None else [self.parts[0], torch.zeros_like(self.parts[1]), *self.parts[2:]]
         return tokenwise.linear(x, parts, self.out_features)
 
@@ -238,6 +242,10 @@ def check_float8(device: torch.device) -> None:
             f"precision: fp8 on a GPU of compute capability 8.9 needs PyTorch 2.12 or later, got {torch.__version__}, "
             "whose product ignores the current stream (pytorch issue 177651)"
         )
+
+
+def _wants_gradients(x: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 def check_int8(device: torch.device, pack: bool) -> None:

@@ -166,10 +166,10 @@ def _replace_by_panels(encoder: Encoder, weights: torch.dtype) -> None:
     dtypes = [weights] * (len(encoder.layers) - 1) + [exact]
     room = tokenwise.Room(
         sum(
-            tokenwise.panel_bytes(*module.weight.shape, dtype)
+            tokenwise.panel_bytes(module.out_features, module.in_features, dtype)
             for layer, dtype in zip(encoder.layers, dtypes)
             for module in layer.modules()
-            if are_linear(module)
+            if isinstance(module, nn.Linear) and are_linear(module)
         )
     )
     for layer, dtype in zip(encoder.layers, dtypes):
