@@ -20,6 +20,7 @@ HEIGHTS = {
     "lbfast.dispatch": 1,
     "lbfast.float8": 1,
     "lbfast.products": 1,
+    "lbfast.tokenwise": 1,
     "lbfast.distributed": 1,
     "lbfast.ops": 2,
     "lbfast.losses": 3,

@@ -8,9 +8,9 @@ import torch
 from torch.torch_version import TorchVersion
 
 import lbfast
-from lbfast import testing
+from lbfast import testing, tokenwise
 from lbfast.model import graphs, inference
-from lbfast.model.frozen import Float8Linear, FrozenLinear, PackedLinear, check_float8
+from lbfast.model.frozen import Float8Linear, FrozenLinear, PackedLinear, PanelLinear, check_float8, check_int8
 from lbfast.ops.layer_norm import layer_norm_float8
 from lbfast.reference import languagebind as reference
 from tests.counted import launches
@@ -29,6 +29,11 @@ def features(model, tensors):
         }
 
 
+def widths(model):
+    config = model.config.vision_config
+    return config.hidden_size, config.intermediate_size
+
+
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_same_embeddings_in_float32(case, pack):
@@ -39,7 +44,8 @@ def test_same_embeddings_in_float32(case, pack):
     for name, value in want.items():
         assert testing.relative_error(got[name], value) <= 2e-6, name
     kinds = {type(m) for m in model.modules() if isinstance(m, FrozenLinear)}
-    assert kinds == {PackedLinear if pack else FrozenLinear}
+    spanned = tokenwise.kernels(torch.float32) and not tokenwise.why_not(*widths(model), torch.float32)
+    assert kinds == {FrozenLinear if not pack else PanelLinear if spanned else PackedLinear}
     assert not any(p.requires_grad for p in model.parameters())
     assert model.config.vision_config.lora_r == 0
 
@@ -110,6 +116,52 @@ def test_float8_keeps_the_direction():
     got = features(lbfast.optimize_for_inference(load("image"), precision="fp8"), tensors)
     for name in want:
         assert torch.cosine_similarity(got[name].float(), want[name], dim=-1).min() > 0.99
+
+
+needs_int8 = pytest.mark.skipif(not tokenwise.kernels(torch.int8), reason="no int8 products here")
+
+
+@needs_int8
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_keeps_the_direction(case, dtype):
+    """Pooled tokens and hidden states; the last layer, the embeddings and the projections keep the dtype."""
+    tensors, want = inputs(case), features(load(case), inputs(case))
+    model = lbfast.optimize_for_inference(load(case), dtype=dtype, precision="int8")
+    got = features(model, tensors)
+    for name in want:
+        assert torch.cosine_similarity(got[name].float(), want[name], dim=-1).min() > 0.999, name
+        assert not torch.equal(got[name].float(), want[name])
+    *layers, last = model.vision_model.encoder.layers
+    kinds = {m.parts[0].dtype for layer in layers for m in layer.modules() if isinstance(m, PanelLinear)}
+    assert kinds <= {torch.int8}
+    assert {m.parts[0].dtype for m in last.modules() if isinstance(m, PanelLinear)} == {getattr(torch, dtype)}
+    with torch.no_grad():
+        whole = model.get_image_features(tensors["pixel_values"], output_hidden_states=True, return_dict=True)
+    assert torch.cosine_similarity(whole.pooler_output.float(), want["image"], dim=-1).min() > 0.999
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.int8, 0.02)])
+def test_gradients_of_the_inputs_pass_through_panels(dtype, bound):
+    layer = torch.nn.Linear(48, 64)
+    panel, gelu = PanelLinear(layer, weights=dtype), torch.nn.functional.gelu
+    for function, plain in ((panel, layer), (lambda x: panel.activated(x, "gelu"), lambda x: gelu(layer(x)))):
+        x = torch.randn(5, 48, requires_grad=True)
+        (got,) = torch.autograd.grad(function(x).sin().sum(), x)
+        (want,) = torch.autograd.grad(plain(x).sin().sum(), x)
+        assert testing.relative_error(got, want) <= bound
+
+
+def test_int8_is_refused_where_it_cannot_be():
+    with pytest.raises(ValueError, match="pack_weights: expected True with precision int8"):
+        lbfast.optimize_for_inference(load("image"), precision="int8", pack_weights=False)
+    with pytest.raises(RuntimeError, match="int8 is for CPUs, got a model on cuda:0"):
+        check_int8(torch.device("cuda:0"), True)
+    model = load("image")
+    model.config.vision_config.intermediate_size = 40
+    with pytest.raises(RuntimeError, match=r"precision: int8 can't run here: .*intermediate_size of 32, got"):
+        lbfast.optimize_for_inference(model, precision="int8")
 
 
 @pytest.mark.parametrize("kind", [FrozenLinear, PackedLinear, Float8Linear])
@@ -200,7 +252,7 @@ def test_what_can_not_be_done_any_more_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"precision": "int8"}, "precision: expected None or one of fp8, got 'int8'"),
+        ({"precision": "int4"}, "precision: expected None or one of fp8, int8, got 'int4'"),
         ({"dtype": "int8"}, "floating"),
         ({"batch_sizes": ()}, "batch_sizes: expected positive numbers"),
         ({"batch_sizes": (0, 1)}, "batch_sizes: expected positive numbers"),

@@ -1,15 +1,15 @@
 """Layers in inference: the same as one after the other, rounded no more often, in as few launches as can be."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 from lbfast import dispatch, testing
+from lbfast.model import inference
 from lbfast.model.frozen import FrozenLinear
-from lbfast.model.inference import _replace_products
 from lbfast.model.layers import Encoder, Packing, Padded
-from lbfast.model.running import Running
 from tests.counted import launches
 
 FRAMES, WIDTH = 8, 128
@@ -36,10 +36,12 @@ def encoder(kind="image", layers=6, dtype=torch.bfloat16):
     return made.to(dtype).requires_grad_(False)
 
 
-def frozen(made, precision=None, pack=False):
-    """As on a GPU; with `pack` as on a CPU."""
-    _replace_products(made, precision, pack)
-    made.running = Running(made, FRAMES)
+def frozen(made, precision=None, pack=None):
+    """As on a GPU; with `pack` "spans" as on a CPU of ours, "oneDNN" as on others."""
+    reasons = {} if pack == "spans" else {"return_value": ["not asked for"]}
+    with mock.patch.object(inference, "_why_no_spans", wraps=inference._why_no_spans, **reasons):
+        made.running = inference._freeze(made, FRAMES, precision, pack is not None)
+    assert made.running is not None
     return made
 
 
@@ -52,7 +54,7 @@ def tokens(kind, dtype, count=20):
     return x, {"frames": FRAMES if "video" in kind else 1}
 
 
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("pack", [None, "oneDNN", "spans"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_as_one_layer_after_the_other(kind, pack):
     """In float64, which no CPU packs, and in float32, which it does."""
@@ -76,7 +78,7 @@ def test_the_same_by_triton(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("pack", [None, "oneDNN", "spans"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_within_the_budget_of_one_after_the_other(kind, pack, dtype):
     plain, exact = encoder(kind, dtype=dtype), encoder(kind, dtype=dtype).double()

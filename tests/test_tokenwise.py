@@ -69,7 +69,7 @@ class Case:
 @pytest.mark.parametrize("size", SIZES)
 @each_kernel
 def test_a_span_within_its_budget(dtype, kernel, size):
-    """int8: steps of 1/127 of the largest weight and 1/255 of a token's range err by 0.8 % rms each, of normal values."""
+    """int8: steps of 1/127 of the largest weight and 1/255 of a token's range err by 0.8 % rms each, where normal."""
     case = Case(*size)
     for activation in ("gelu", "quick_gelu"):
         exact, outside = case.plain(torch.float64, activation), torch.float32
