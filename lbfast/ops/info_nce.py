@@ -81,7 +81,14 @@ def info_nce(
     name = dispatch.choose("info_nce", impl, IMPLEMENTATIONS, image_embeds, text_embeds)
     world = distributed.world(group)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        shards = distributed.Shards.agree(image_embeds, group, world, scale.requires_grad, text_embeds.requires_grad)
+        same = {
+            "logit_scale.requires_grad": scale.requires_grad,
+            "text_embeds.requires_grad": text_embeds.requires_grad,
+            "ids given": ids is not None,
+            "label_smoothing": label_smoothing,
+            "gather='ring'": gather == "ring",
+        }
+        shards = distributed.Shards.agree(image_embeds, group, world, **same)
         if shards.total == 0:
             raise ValueError("info_nce: image_embeds: expected at least one row, got none")
         labels = None if ids is None else _labels(ids, shards)
