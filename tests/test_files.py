@@ -135,9 +135,7 @@ def test_claims(tmp_path):
         (folder / "x").write_text("ours")
     with files.claimed(folder, "run", ("x",)):
         pass
-    with pytest.raises(
-        FileExistsError, match="it has x, which no export of lbfast made; expected a new or empty"
-    ):
+    with pytest.raises(FileExistsError, match="it has x, which no export of lbfast made; expected a new or empty"):
         files.check_claim(folder, "export", None)
     with files.claimed(folder, "world", ("y",)):
         pass
