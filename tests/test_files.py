@@ -279,7 +279,7 @@ def test_results_replace_only_results(tmp_path):
         path.write_text(content)
         assert refused("eval", "zero-shot", "--model", "lbfast-mini/image", "--data", tmp_path, "--json", path)
         assert refused("eval", "retrieval", "--model", "lbfast-mini/image", "--data", tmp_path, "--json", path)
-        with pytest.raises(FileExistsError, match="or a bench.s results"):
+        with pytest.raises(FileExistsError, match="expected a new file, or a bench"):
             harness.Record("a bench", "cpu", path)
         assert path.read_text() == content
     path.unlink()
