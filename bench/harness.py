@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import errno
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 
+from lbfast import files
 from lbfast.profiling import machine
 
 HERE = Path(__file__).resolve().parent
@@ -78,6 +80,13 @@ def _commit() -> str:
     return commit.stdout.strip() + ("+" if dirty else "")
 
 
+def _is_result(path: Path) -> bool:
+    try:
+        return {"header", "rows"} <= json.loads(path.read_text()).keys()
+    except (ValueError, AttributeError):
+        return False
+
+
 class Record:
     """Rows of one bench, written to a file as they come, so that what ends early loses only what it had not done.
 
@@ -85,10 +94,16 @@ class Record:
         title: of the table.
         device: "cpu" or "cuda".
         out: the JSON file, or None: none is written.
+
+    Raises FileExistsError where there is a file that is no bench's.
     """
 
     def __init__(self, title: str, device: str, out: str | Path | None = None):
         self.title, self.device, self.out = title, device, Path(out) if out else None
+        if self.out is not None and self.out.is_file() and not _is_result(self.out):
+            raise FileExistsError(
+                errno.EEXIST, "expected a new file, or a bench's results: this is something else", str(out)
+            )
         self.header = {"title": title, **header(device)}
         self.rows: list[dict[str, Any]] = []
 
@@ -107,9 +122,7 @@ class Record:
         if self.out is None:
             return
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        written = self.out.with_suffix(".tmp")
-        written.write_text(json.dumps({"header": self.header, "rows": self.rows}, indent=1) + "\n")
-        os.replace(written, self.out)
+        files.write(self.out, json.dumps({"header": self.header, "rows": self.rows}, indent=1) + "\n")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> str:

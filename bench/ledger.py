@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import signal
 import tarfile
@@ -16,6 +15,8 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from lbfast import files
 
 from . import harness, story
 from .phases import Found, Job
@@ -146,10 +147,10 @@ class Ledger:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.out.mkdir(parents=True, exist_ok=True)
             content = json.dumps(self.results, indent=1) + "\n"
-            _replace(self.file, content.encode())
+            files.write(self.file, content)
             texts = {self.file.name: content, f"{self.file.stem}.log": "".join(self.logs.values())}
-            _replace(self.out / ARCHIVE, self._archive(texts))
-            _replace(self.out / SUMMARY, story.whole(self.results, self.rows).encode())
+            files.write(self.out / ARCHIVE, self._archive(texts))
+            files.write(self.out / SUMMARY, story.whole(self.results, self.rows))
 
     def _take_in(self) -> bool:
         new = False
@@ -173,9 +174,3 @@ class Ledger:
                 if path.stat().st_size < TRACE:
                     archive.add(path, f"{self.file.stem}-{path.name}")
         return packed.getvalue()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    written = path.with_name(path.name + ".tmp")
-    written.write_bytes(content)
-    os.replace(written, path)

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lbfast import files
+
 from . import harness, headline, phases, plot, resources, run as cpu
 
 ROOT = harness.HERE.parent
@@ -356,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in (*different, *stale):
         print(f"{path.relative_to(ROOT)}{' differs' if given.check else ''}")
         if not given.check:
-            path.write_text(made[path]) if path in made else path.unlink()
+            files.write(path, made[path]) if path in made else path.unlink()
     return int(given.check and bool(different or stale))
 
 

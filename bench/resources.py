@@ -36,6 +36,7 @@ from typing import Annotated, Any
 import typer
 
 from bench import sass
+from lbfast import files
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 
@@ -325,7 +326,7 @@ def main(
     rows = measure(plan(arch or list(ARCHS), kernel or kernel_names(), reduced), workers, counted)
     listed = [{**dataclasses.asdict(row), "fits": row.fits} for row in rows]
     if out:
-        out.write_text(json.dumps({"header": _header(), "rows": listed}, indent=1) + "\n")
+        files.write(out, json.dumps({"header": _header(), "rows": listed}, indent=1) + "\n")
     if as_json:
         print(json.dumps(listed, indent=1))
     else:

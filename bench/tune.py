@@ -34,7 +34,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lbfast import ops
+from lbfast import files, ops
 from lbfast.testing import relative_error
 
 from . import contest, harness
@@ -340,7 +340,7 @@ def run(
         print(f"{tunable.table}[{about['key']!r}]: {found.before:.4f} ms -> {found.after:.4f} ms, ", end="")
         print(f"{_launch(found.best)}{kept}", *found.rejected, sep="\n  ", flush=True)
         if path is not None:
-            path.write_text(written(path.read_text(), changes([row])))
+            files.write(path, written(path.read_text(), changes([row])))
 
 
 def changes(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -429,12 +429,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not chosen:
         parser.error(f"--only, --table: expected part of {', '.join(dict.fromkeys(t.table for t in TUNABLES))}")
     if given.take:
-        CONFIGS.write_text(written(CONFIGS.read_text(), changes(rows_of(json.loads(given.take.read_text())))))
+        files.write(CONFIGS, written(CONFIGS.read_text(), changes(rows_of(json.loads(given.take.read_text())))))
         return 0
     if given.plan:
         known = json.loads(PLAN.read_text()) if PLAN.exists() else {}
         known[given.plan] = {**known.get(given.plan, {}), **plan(chosen, given.plan, given.workers)}
-        PLAN.write_text(_lines(known))
+        files.write(PLAN, _lines(known))
         return 0
     if harness.device() != "cuda":
         print("error: launch tables are tuned on a GPU, and torch finds none", file=sys.stderr)

@@ -23,6 +23,7 @@ _WHERE = {
     "published_config": _CONFIG,
     "transform_dict": _PROCESSOR,
     "accelerate": "lbfast.model.accelerate",
+    "calibrate": "lbfast.model.calibration",
     "optimize_for_inference": "lbfast.model.inference",
     "CheckpointError": "lbfast.model.checkpoint",
     "MediaError": "lbfast.processing",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from lbfast.dispatch import use_impl as use_impl
     from lbfast.losses import InfoNCELoss as InfoNCELoss, LanguageBindLoss as LanguageBindLoss
     from lbfast.model.accelerate import accelerate as accelerate
+    from lbfast.model.calibration import calibrate as calibrate
     from lbfast.model.checkpoint import CheckpointError as CheckpointError
     from lbfast.model.config import (
         LanguageBindAudioConfig as LanguageBindAudioConfig,

@@ -31,27 +31,42 @@ class Shards:
 
     @classmethod
     def agree(
-        cls, x: torch.Tensor, y: torch.Tensor, group: Any, place: tuple[int, int], *flags: int
+        cls, x: torch.Tensor, y: torch.Tensor, group: Any, place: tuple[int, int], **arguments: bool | float
     ) -> tuple[Shards, Shards]:
         """Learns every rank's number of rows of x (b, D) and of y (c, D).
 
+        Args:
+            arguments: what must be the same on every rank besides, by the name that an error gives it.
+
         Raises:
-            ValueError: on every rank, when the ranks differ in D, in dtype or in `flags`.
+            ValueError: on every rank, when the ranks differ in D, in dtype or in `arguments`.
         """
         rank, ranks = place
         if ranks == 1:
             return cls(None, 0, (x.shape[0],)), cls(None, 0, (y.shape[0],))
-        mine = [len(x), len(y), x.shape[1], x.dtype.itemsize, x.dtype == torch.bfloat16, x.requires_grad, *flags]
-        facts = torch.tensor(mine, dtype=torch.int64, device=x.device)
+        alike = {
+            "D": x.shape[1],
+            "bytes of the dtype": x.dtype.itemsize,
+            "bfloat16": x.dtype == torch.bfloat16,
+            "image_embeds.requires_grad": x.requires_grad,
+            **arguments,
+        }
+        facts = torch.tensor([float(value) for value in (len(x), len(y), *alike.values())], dtype=torch.float64)
+        facts = facts.view(torch.int64).to(x.device)  # their bits: no device needs to have float64
         every = [torch.empty_like(facts) for _ in range(ranks)]
         dist.all_gather(every, facts, group=group)
-        table = torch.stack(every).tolist()
-        if any(row[2:] != table[0][2:] for row in table):
+        table = torch.stack(every).cpu().view(torch.float64).tolist()
+        differ = [
+            f"{name} {', '.join(f'{row[i]:g}' for row in table)}"
+            for i, name in enumerate(alike, start=2)
+            if any(row[i] != table[0][i] for row in table)
+        ]
+        if differ:
             raise ValueError(
-                "group: expected the same D, dtype and inputs that require a gradient on every rank, got "
-                + "; ".join(f"rank {i}: {row[2:]}" for i, row in enumerate(table))
+                f"group: expected the same D, dtype, arguments and inputs that require a gradient on every rank, got "
+                f"on ranks 0 to {ranks - 1}: {'; '.join(differ)}"
             )
-        return tuple(cls(group, rank, tuple(row[i] for row in table)) for i in (0, 1))  # type: ignore[return-value]
+        return tuple(cls(group, rank, tuple(int(row[i]) for row in table)) for i in (0, 1))  # type: ignore[return-value]
 
     @property
     def world(self) -> int:

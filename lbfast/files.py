@@ -107,7 +107,6 @@ def filling(folder: str | os.PathLike[str], last: str, stale: Collection[str] = 
                 flush(new / name)
             flush(new)
             _take_places(folder, new, old, names, sorted({*names, *stale}, key=lambda name: name != last))
-            flush(folder)
             _sweep(folder, last, spare_old=False)
         made = False
     except (ValueError, TypeError):  # of what was to be written
@@ -205,6 +204,7 @@ def _take_places(folder: Path, new: Path, old: Path, names: list[str], leaving: 
         for source, to in moves:
             os.rename(source, to)
             done.append((to, source))
+        flush(folder)
     except BaseException:
         for source, to in reversed(done):
             os.rename(source, to)

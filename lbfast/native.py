@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from lbfast import files
+
 # at::vec picks its width from these; AMX is reached through at::native's brgemm, which looks at the machine itself.
 _FLAGS = {
     "AVX512": [
@@ -38,6 +40,8 @@ _FLAGS = {
     "DEFAULT": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"],
 }
 _BUILD_TIMEOUT_S = 600
+_SEAL = b"lbfast sha256 "
+"""At the end of a library, where loaders do not look, with the hash of what is before it."""
 
 
 class BuildError(RuntimeError):
@@ -76,7 +80,7 @@ def library_name() -> str:
 
 
 def compile_library(target: Path) -> None:
-    """Compiles csrc/cpu into `target`, atomically. Raises BuildError with the compiler's last words."""
+    """Compiles csrc/cpu into `target`, whole or as it was. Raises BuildError with the compiler's last words."""
     compiler = _compiler()
     if compiler is None:
         raise BuildError("no C++ compiler was found (install g++, or set CXX)")
@@ -120,7 +124,21 @@ def compile_library(target: Path) -> None:
                 ]
             ]
         )
+        with open(library, "ab") as file:
+            file.write(_SEAL + hashlib.sha256(library.read_bytes()).digest())
+        files.flush(library)
         os.replace(library, target)
+        files.flush(target.parent)
+
+
+def is_whole(library: Path) -> bool:
+    """Whether a compiled library is as it was written. Loading one that a crash cut short is a SIGBUS."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    code, seal = content[: -len(_SEAL) - 32], content[-len(_SEAL) - 32 :]
+    return seal == _SEAL + hashlib.sha256(code).digest()
 
 
 def _run_all(commands: list[list[str]]) -> None:
@@ -161,27 +179,32 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LBFAST_CACHE") or Path(base, "lbfast"))
 
 
-def _library() -> Path:
-    """Where the library is, or will be: beside this file where it was shipped, else in the cache folder."""
-    shipped = Path(__file__).resolve().parent / library_name()
-    return shipped if shipped.exists() else cache_folder() / library_name()
+def _library() -> tuple[Path, bool]:
+    """Where the library is, or will be, and whether it is: beside this file where it was shipped, else in the cache."""
+    shipped, cached = Path(__file__).resolve().parent / library_name(), cache_folder() / library_name()
+    return (shipped, True) if shipped.exists() else (cached, is_whole(cached))
 
 
 def will_compile() -> bool:
     """Whether the first use is going to compile the kernels, which takes a minute."""
-    return bool(_sources()) and _compiler() is not None and not _library().exists()
+    return bool(_sources()) and _compiler() is not None and not _library()[1]
+
+
+def build() -> Path:
+    """The library's path, compiled into the cache folder where it is not there, or damaged. Raises BuildError."""
+    path, ready = _library()
+    if not ready:
+        with _only_one(path.with_suffix(".lock")):
+            if not is_whole(path):
+                compile_library(path)
+    return path
 
 
 @functools.lru_cache(maxsize=1)
 def _load() -> str:
     """Loads the library, compiling it where needed. Where it could not: a warning, once, and the reason comes back."""
-    path = _library()
     try:
-        if not path.exists():
-            with _only_one(path.with_suffix(".lock")):
-                if not path.exists():
-                    compile_library(path)
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(build()))
     except (BuildError, OSError) as error:
         reason = f"the native kernels could not be built: {error}"
         warnings.warn(f"lbfast: {reason}; on the CPU, PyTorch's own operators serve instead, slower", stacklevel=2)

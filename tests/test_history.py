@@ -136,9 +136,8 @@ def test_other_processes_hear_of_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine, "agreed", lambda value, place: 1)
     other = Place(1, 2, torch.device("cpu"), None)
-    refused = pytest.raises(TrainingError, match="the first process could not take the directory of the run")
-    with refused, trainer._held(tmp_path / "out", trainees.plan(), other):
-        pass
+    with pytest.raises(TrainingError, match="the first process could not take the directory of the run"):
+        trainer._held(tmp_path / "out", trainees.plan(), other).__enter__()
     assert not (tmp_path / "out").exists()
 
 

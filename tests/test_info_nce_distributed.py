@@ -75,6 +75,16 @@ def trains_as_one_process(group, rank, world, gather):
 def disagreement_raises(group, rank, world):
     with pytest.raises(ValueError, match="on every rank"):
         info_nce(torch.zeros(2, 3 + rank), torch.zeros(2, 3 + rank), 1.0, group=group)
+    x, odd = torch.zeros(2, 3), rank == world - 1
+    for name, options in (
+        ("gather='ring'", {"gather": "ring" if odd else "all"}),
+        ("ids given", {"ids": torch.arange(2) if odd else None}),
+        ("label_smoothing", {"label_smoothing": 0.1 if odd else 0.2}),
+        ("text_embeds.requires_grad", {}),
+    ):
+        y = x.clone().requires_grad_(odd and not options)
+        with pytest.raises(ValueError, match=f"on every rank, got on ranks 0 to {world - 1}: {name} "):
+            info_nce(x, y, 1.0, group=group, **options)
     with pytest.raises(ValueError, match="at least one row"):
         info_nce(torch.zeros(0, 3), torch.zeros(0, 3), 1.0, group=group)
 

@@ -47,9 +47,12 @@ def zero_shot(
     """
     from lbfast.checkpoints import open_checkpoints
     from lbfast.evaluation.prompts import templates_for
+    from lbfast.evaluation.report import check_place
     from lbfast.evaluation.zero_shot import classify_files
 
     with plain_errors():
+        if json is not None:
+            check_place(json)
         (checkpoint,) = open_checkpoints([model]).values()
         prompts = templates_for(checkpoint.modality, templates)
         named = None if classes is None else [line.strip() for line in classes.read_text("utf-8-sig").splitlines()]
@@ -91,9 +94,12 @@ def retrieval(
     it counts as before it.
     """
     from lbfast.checkpoints import open_checkpoints
+    from lbfast.evaluation.report import check_place
     from lbfast.evaluation.retrieval import pair_files, retrieve_files
 
     with plain_errors():
+        if json is not None:
+            check_place(json)
         opened = open_checkpoints(model)
         if len(opened) > 2:
             raise ValueError(f"model: expected one or two, got {len(opened)}")

@@ -17,7 +17,7 @@ mini = typer.Typer(
 )
 app.add_typer(mini, name="mini")
 
-Precision = Enum("Precision", {"fp8": "fp8"})  # type: ignore[misc]
+Precision = Enum("Precision", {"fp8": "fp8", "int8": "int8"})  # type: ignore[misc]
 
 
 @mini.command()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Mode = Enum("Mode", {name: name for name in ("inference", "train")})  # type: ignore[misc]
 Arch = Enum("Arch", {name: name for name in ("L/14", "H/14")})  # type: ignore[misc]
 
+MADE = ("trace.json", "profile.json", "roofline.png", "memory.png")
 TOP = 20
 WIDE = 110  # columns of a terminal that the whole table fits
 
@@ -47,9 +48,11 @@ def profile(
 ) -> None:
     import torch
 
+    from lbfast import files
     from lbfast.profiling import plot, power, subjects, trace
 
     with plain_errors():
+        files.check_claim(out, "profile", MADE)
         if (model is None) == (arch is None):
             raise ValueError("expected either --model or --arch")
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -71,13 +74,14 @@ def profile(
                 raise ValueError(f"--modality: expected {found.modality}, which {model} is of, got {name!r}")
             ready = model_dict[found.modality].from_pretrained(found.where, merge_lora=mode.value == "inference")
         call, used = subjects.subject(ready, name, mode.value, batch, place, wanted)
-        result = trace.run(call, batch, place, used, out, seconds)
-        result.header |= {"modality": name, "batch": batch, "mode": mode.value, "dtype": str(used)[6:]}
-        result.write(out / "profile.json")
-        missing = plot.why_not()
-        if not missing:
-            plot.roofline(result, out / "roofline.png")
-            plot.memory(result, out / "memory.png")
+        with files.claimed(out, "profile", MADE):
+            result = trace.run(call, batch, place, used, out, seconds)
+            result.header |= {"modality": name, "batch": batch, "mode": mode.value, "dtype": str(used)[6:]}
+            result.write(out / "profile.json")
+            missing = plot.why_not()
+            if not missing:
+                plot.roofline(result, out / "roofline.png")
+                plot.memory(result, out / "memory.png")
         show(result, Console())
         if missing:
             errors.print(f"no plots: {escape(missing)}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from lbfast.cli.app import INTERRUPTED, app, errors, plain_errors
+from lbfast.cli.app import app, errors, plain_errors
 
 if TYPE_CHECKING:
     from lbfast.training.recipes import Recipe
@@ -27,7 +27,8 @@ Style = Enum("Style", {name: name for name in ("upstream", "plain", "merged", "p
     "or killed goes on from its last checkpoint when the same command is given again. Several processes: "
     "[bold]torchrun --nproc-per-node N -m lbfast train ...[/]\n\n"
     "OUT gets checkpoints/, metrics.jsonl, tensorboard/, training.png and, at the end, model/ (as upstream writes it) "
-    "and adapter/ (as peft does). Exit status: 0, after SIGTERM too; 1 after an error; 130 after Ctrl-C."
+    "and adapter/ (as peft does). Exit status: 0, after SIGTERM too; 1 after an error; 130 after Ctrl-C, "
+    "129 after SIGHUP."
 )
 def train(
     recipe: Annotated[
@@ -125,8 +126,8 @@ def train(
         )
         if place.first:
             _summarise(summary, plan, len(batches.skipped))
-    if summary.stopped == signal.SIGINT:
-        raise typer.Exit(INTERRUPTED)
+    if summary.stopped in (signal.SIGINT, signal.SIGHUP):
+        raise typer.Exit(128 + int(summary.stopped))
 
 
 @app.command(

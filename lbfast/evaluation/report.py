@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lbfast import files
 from lbfast.evaluation.ranking import Ranking
 
 
@@ -34,7 +36,21 @@ class Report:
 
     def write(self, file: str | os.PathLike[str], **more: Any) -> None:
         """Writes it as JSON, with `more` fields."""
-        Path(file).write_text(json.dumps({**more, **self.as_dict()}, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        files.write(file, json.dumps({**more, **self.as_dict()}, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_place(file: str | os.PathLike[str]) -> None:
+    """Raises FileExistsError where `Report.write` would replace something else than an earlier report."""
+    path = Path(file)
+    if not path.is_file():  # nothing, or /dev/stdout
+        return
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if {"task", "results", "counts"} <= found.keys():
+            return
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    raise FileExistsError(errno.EEXIST, "expected a new file, or an earlier report: this is something else", str(file))
 
 
 def nothing_left(data: object, skipped: dict[str, str]) -> ValueError:

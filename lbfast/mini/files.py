@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lbfast.files import claimed, write
 from lbfast.mini import world
 from lbfast.mini.world import CAPTIONS, SEES, Scene
 
@@ -40,27 +41,31 @@ def write_world(
         processes: that write; with several, run this under `if __name__ == "__main__":`.
 
     Raises:
-        ValueError: an unknown sense or split, or no scenes. ImportError: video needs PyAV.
+        ValueError: an unknown sense or split, or no scenes. FileExistsError: there are files or folders of these names
+        that this has not made. ImportError: video needs PyAV.
     """
     unknown = [sense for sense in senses if sense not in WRITERS]
     if unknown or not senses:
         raise ValueError(f"senses: expected some of {', '.join(WRITERS)}, got {', '.join(unknown) or 'none'}")
     folder, made = Path(out), world.scenes(split, count, seed)
     tasks = [(folder, sense, made[i : i + _CHUNK], i) for sense in senses for i in range(0, count, _CHUNK)]
-    for sense in senses:
-        (folder / sense).mkdir(parents=True, exist_ok=True)
-    if processes == 1:
-        for task in tasks:
-            _write_some(task)
-    else:
-        with multiprocessing.get_context("spawn").Pool(processes) as pool:
-            pool.map(_write_some, tasks, chunksize=1)
     manifest = folder / MANIFEST
-    with open(manifest, "w", encoding="utf-8") as file:
+    with claimed(folder, "world", (MANIFEST, *WRITERS)):
+        for sense in senses:
+            (folder / sense).mkdir(exist_ok=True)
+        if processes == 1:
+            for task in tasks:
+                _write_some(task)
+        else:
+            with multiprocessing.get_context("spawn").Pool(processes) as pool:
+                pool.map(_write_some, tasks, chunksize=1)
+        os.sync()  # what the manifest names is on the disk before it is
+        lines = []
         for number, scene in enumerate(made):
             row = {sense: f"{sense}/{_name(number, sense)}" for sense in senses}
             row |= {f"{view}_caption": world.caption(scene, view) for view in CAPTIONS}
-            file.write(json.dumps(row) + "\n")
+            lines.append(json.dumps(row) + "\n")
+        write(manifest, "".join(lines))
     return manifest
 
 

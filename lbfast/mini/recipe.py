@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from lbfast import files
 from lbfast.mini import world
 from lbfast.mini.files import write_world
 from lbfast.mini.vocabulary import learn_merges
@@ -35,6 +36,7 @@ STAGES: dict[str, tuple[str, str | None]] = {
 """Runs in order: the modality, and the run it starts from."""
 
 PIXELS, PATCH = 48, 8
+_PARTS = ("start", "data", "runs", "weights")
 _FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 
 
@@ -122,7 +124,12 @@ def train(out: str | os.PathLike[str], console: Console, samples: Mapping[str, i
     Raises RuntimeError where a run ends without a model.
     """
     out, begin = Path(out), time.perf_counter()
-    if not (out / "start" / "model.safetensors").is_file():
+    with files.claimed(out, "mini", _PARTS):
+        return _train(out, console, samples, begin)
+
+
+def _train(out: Path, console: Console, samples: Mapping[str, int], begin: float) -> dict[str, Path]:
+    if not (out / "start" / "config.json").is_file():  # which is written last
         start(out / "start")
     for seed, (modality, count) in enumerate(samples.items()):
         folder = out / "data" / modality
@@ -147,5 +154,5 @@ def halve(modality: str, model: Path, folder: Path) -> Path:
     made = model_dict[modality].from_pretrained(model)
     made.half().save_pretrained(folder)
     for name in _FILES:
-        (folder / name).write_bytes((model / name).read_bytes())
+        files.write(folder / name, (model / name).read_bytes())
     return folder

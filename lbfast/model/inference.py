@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lbfast import tokenwise
+from lbfast.model.calibration import calibrate
 from lbfast.model.checkpoint import parse_dtype
 from lbfast.model.frozen import Float8Linear, FrozenLinear, PackedLinear, PanelLinear, check_float8, check_int8
 from lbfast.model.graphs import Graphs
@@ -66,7 +67,7 @@ def optimize_for_inference(
         precision: of the products of all layers but the last. "fp8": float8 e4m3, a scale for each row of both, summed
             in float32 (Hopper and later; emulated, slowly, on a CPU). "int8": on a CPU with AVX512-VNNI, AVX-VNNI or
             AMX, weights with a scale for each output, inputs with a scale and an offset for each token, found as they
-            are made; sums are exact. None: in `dtype`.
+            are made; sums are exact; channels are evened out before, by `calibrate`. None: in `dtype`.
         pack_weights: on a CPU, lay out the weights. False leaves them plain, as torch.compile wants them.
         cuda_graphs: on a GPU, record the towers. False for torch.compile, and where memory is short.
         batch_sizes: the sizes recorded; a batch is padded to the next, larger ones go in pieces.
@@ -100,6 +101,10 @@ def optimize_for_inference(
         if merge_lora(tower):
             tower.config.lora_r = 0
     model.eval().requires_grad_(False)
+    if precision == "int8":
+        for tower in towers:
+            if not tower.calibrated:
+                calibrate(tower)
     if wanted is not None:
         nn.Module.to(model, wanted)
     for tower in towers:

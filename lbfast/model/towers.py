@@ -169,6 +169,7 @@ class VisionTransformer(Freezable):
         self.encoder = Encoder(config, temporal_mlp=config.add_time_attn and modality.temporal_mlp)
         self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.graphs: Graphs | None = None  # by optimize_for_inference
+        self.calibrated = False  # by calibrate
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
         wrapped = f"{prefix}encoder.base_model.model."  # as upstream's adapters are saved
@@ -327,6 +328,7 @@ class TextTransformer(Freezable):
         self.encoder = Encoder(config)
         self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.graphs: Graphs | None = None  # by optimize_for_inference
+        self.calibrated = False  # by calibrate
 
     def forward(
         self,

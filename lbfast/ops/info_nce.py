@@ -89,8 +89,15 @@ def info_nce(
     name = dispatch.choose("info_nce", impl, IMPLEMENTATIONS, image_embeds, text_embeds)
     world = distributed.world(group)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        flags = (scale.requires_grad, text_embeds.requires_grad, DIRECTIONS.index(direction))
-        shards, texts = distributed.Shards.agree(image_embeds, text_embeds, group, world, *flags)
+        same = {
+            "logit_scale.requires_grad": scale.requires_grad,
+            "text_embeds.requires_grad": text_embeds.requires_grad,
+            "direction": DIRECTIONS.index(direction),
+            "ids given": ids is not None,
+            "label_smoothing": label_smoothing,
+            "gather='ring'": gather == "ring",
+        }
+        shards, texts = distributed.Shards.agree(image_embeds, text_embeds, group, world, **same)
         if shards.total == 0:
             raise ValueError("info_nce: image_embeds: expected at least one row, got none")
         if label_smoothing and shards.sizes != texts.sizes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from lbfast import files
 from lbfast.profiling.trace import Profile
 
 NAMED = 8  # operators with their names in the roofline
@@ -39,7 +40,8 @@ def roofline(profile: Profile, path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
     axes.set_title(f"{profile.header['device']}: {profile.ms:.1f} ms, {profile.of_matmul_rate:.0%} of the matmul rate")
     axes.grid(which="both", alpha=0.2)
-    figure.savefig(path)
+    with files.replacing(path) as staged:
+        figure.savefig(staged)
 
 
 def memory(profile: Profile, path: Path) -> None:
@@ -51,4 +53,5 @@ def memory(profile: Profile, path: Path) -> None:
     axes.fill_between([ms for ms, _ in profile.memory], [mib for _, mib in profile.memory], step="post", alpha=0.6)
     axes.set(xlabel="ms", ylabel="MiB", title="tensors made by the call")
     axes.grid(alpha=0.2)
-    figure.savefig(path)
+    with files.replacing(path) as staged:
+        figure.savefig(staged)

@@ -13,6 +13,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile as torch_profile
 
+from lbfast import files
 from lbfast.profiling import machine, power
 from lbfast.profiling.count import Counter, Work
 
@@ -67,7 +68,7 @@ class Profile:
         return self.flops / (self.ms / 1e3) / self.rates.flops
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps({**asdict(self), "of_matmul_rate": self.of_matmul_rate}, indent=1) + "\n")
+        files.write(path, json.dumps({**asdict(self), "of_matmul_rate": self.of_matmul_rate}, indent=1) + "\n")
 
 
 def run(
@@ -93,7 +94,8 @@ def run(
         call()
         _wait(kind)
     trace = out / "trace.json"
-    profiler.export_chrome_trace(str(trace))
+    with files.replacing(trace) as staged:
+        profiler.export_chrome_trace(str(staged))
     spent = _by_name(profiler.events(), kind, counter.work.keys())
     return Profile(
         machine.facts(kind), items, ms, operators(spent, counter.work, rates), rates, timeline(trace, kind), energy

@@ -1,0 +1,77 @@
+"""The compiled library in its cache: whole or compiled again, whatever a crash or a full disk left there."""
+
+from __future__ import annotations
+
+import pytest
+
+from lbfast import native
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder, and a compiler that takes no time; `made` counts its calls."""
+    monkeypatch.setenv("LBFAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "library_name", lambda: "library.so")
+    monkeypatch.setattr(native, "_compiler", lambda: "compiler")
+    made = []
+
+    def compiled(commands):
+        made.append(1)
+        for command in commands:
+            if "-o" in command:
+                with open(command[command.index("-o") + 1], "wb") as file:
+                    file.write(b"code" * 1000)
+
+    monkeypatch.setattr(native, "_run_all", compiled)
+    return tmp_path / "library.so", made
+
+
+def test_a_library_is_compiled_once(cache):
+    path, made = cache
+    assert native.will_compile() and native.build() == path
+    content = path.read_bytes()
+    assert content.startswith(b"code" * 1000) and native.is_whole(path) and not native.will_compile()
+    compiled = len(made)
+    assert native.build() == path and path.read_bytes() == content and len(made) == compiled
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:1000],
+        lambda content: content[:-1],
+        lambda content: bytes(len(content)),
+        lambda content: content[:2000] + b"!" + content[2001:],
+        lambda content: content + bytes(1),
+    ],
+)
+def test_a_damaged_library_is_compiled_again(cache, damage):
+    path, _ = cache
+    native.build()
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
+    assert not native.is_whole(path) and native.will_compile()
+    native.build()
+    assert path.read_bytes() == content
+
+
+def test_a_full_disk_leaves_the_library_that_was_there(cache, monkeypatch):
+    path, _ = cache
+    native.build()
+    content = path.read_bytes()
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(native.files, "flush", full)
+    with pytest.raises(OSError, match="No space left"):
+        native.compile_library(path)
+    assert path.read_bytes() == content
+    assert sorted(each.name for each in path.parent.iterdir()) == ["library.lock", "library.so"]
+
+
+def test_the_real_library_is_sealed_and_loads():
+    if native.why_not():
+        pytest.skip(native.why_not()[0])
+    assert native.is_whole(native.build())
