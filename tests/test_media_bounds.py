@@ -171,7 +171,7 @@ for path in sys.argv[1:]:
 
 
 def test_memory_does_not_follow_the_length(tmp_path):
-    """1 and 40 minutes: 3.8 and 154 MB as float32. docs/embed.md has hours."""
+    """1 and 40 minutes: 3.8 and 154 MB as float32. docs/files.md has hours."""
     if not Path("/proc/self/status").exists():
         pytest.skip("no /proc here")
     second = np.random.default_rng(0).integers(-3000, 3000, 16000).astype("<i2")

@@ -313,10 +313,12 @@ def test_files_of_other_modalities(tmp_path, av):
         (torch.zeros(1, 999, dtype=torch.int64), 16000),
         (torch.zeros(1, 999), 0),
         (torch.zeros(1, 999), 16000.5),
+        (torch.zeros(1, 999), None),
+        (torch.zeros(1, 999), float("inf")),
         (torch.zeros(1, 399), 16000),
         (torch.zeros(16000, 2), 16000),
     ],
-    ids=["empty", "3-D", "NaN", "int64", "rate 0", "half a hertz", "24.9 ms", "transposed"],
+    ids=["empty", "3-D", "NaN", "int64", "rate 0", "half a hertz", "no rate", "infinite", "24.9 ms", "transposed"],
 )
 def test_wrong_waveforms(knf, item):
     with pytest.raises(MediaError, match=r"waveform: expected .*, got "):

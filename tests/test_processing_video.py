@@ -113,6 +113,14 @@ def test_short_videos_repeat_frames(tmp_path, count):
     assert all(np.array_equal(a, frames[i]) for a, i in zip(actual, np.linspace(0, count - 1, 8, dtype=int)))
 
 
+def test_every_frame_where_no_number_is_asked(clip):
+    frames = np.stack(every_frame(clip))
+    assert np.array_equal(video.read_frames(clip, None), frames)
+    transform = video.video_transform(SMALL.vision_config)
+    for item in (clip, frames, list(frames)):
+        assert video.load_and_transform_video(item, transform, num_frames=None).shape == (3, 40, 28, 28)
+
+
 def test_a_large_file_is_read_twice_with_the_same_result(clip, monkeypatch):
     expected = video.read_frames(clip, 8)
     monkeypatch.setattr(video, "_KEEP_BYTES", 100)

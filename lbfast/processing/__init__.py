@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 _WHERE = {
-    "MediaError": "media",
+    **dict.fromkeys(("MediaError", "MediaWarning", "Reading", "Limits"), "media"),
     "Processor": "processor",
     "transform_dict": "processor",
     **{f"LanguageBind{name}Processor": "processor" for name in ("Image", "Video", "Audio", "Depth", "Thermal")},

@@ -16,9 +16,9 @@ from lbfast.processing.transforms import to_rgb
 LAYOUTS = ("THWC", "TCHW", "CTHW")
 
 
-def evenly(count: int, wanted: int) -> np.ndarray:
-    """`wanted` numbers from 0 to count - 1."""
-    return np.linspace(0, count - 1, wanted, dtype=int)
+def evenly(count: int, wanted: int | None) -> list[int]:
+    """`wanted` numbers from 0 to count - 1; None: all of them."""
+    return np.linspace(0, count - 1, count if wanted is None else wanted, dtype=int).tolist()
 
 
 def to_cthw(
@@ -39,10 +39,10 @@ def to_cthw(
     """
     layouts: Sequence[str] = LAYOUTS
     if hasattr(frames, "get_frames_at") and hasattr(frames, "__len__"):  # torchcodec's VideoDecoder
-        wanted = _wanted(len(frames), num_frames)
+        wanted = evenly(len(frames), num_frames)
         frames, num_frames = frames.get_frames_at(indices=wanted), None
     elif hasattr(frames, "get_batch") and hasattr(frames, "__len__"):  # decord's VideoReader
-        wanted = _wanted(len(frames), num_frames)
+        wanted = evenly(len(frames), num_frames)
         frames, num_frames = frames.get_batch(wanted), None
     if hasattr(frames, "pts_seconds") and hasattr(frames, "data"):  # torchcodec's FrameBatch
         frames, layouts = frames.data, ("THWC", "TCHW")
@@ -51,16 +51,12 @@ def to_cthw(
     if isinstance(frames, list | tuple):
         if not frames:
             raise MediaError("frames", "a list of pictures", "an empty list")
-        return _stacked(frames, _wanted(len(frames), num_frames), layout, reading)
+        return _stacked(frames, evenly(len(frames), num_frames), layout, reading)
     if not isinstance(frames, np.ndarray | torch.Tensor):
         raise TypeError(f"images: expected a path, an array, tensor or list of frames, got {type(frames).__name__}")
     found = resolve("frames", frames.shape, layouts, (3,), layout)
     clip = torch.as_tensor(frames).permute(axes(found, "CTHW"))
-    return clip[:, _wanted(clip.shape[1], num_frames)]
-
-
-def _wanted(count: int, num_frames: int | None) -> list[int]:
-    return list(range(count)) if num_frames is None else evenly(count, num_frames).tolist()
+    return clip[:, evenly(clip.shape[1], num_frames)]
 
 
 def _stacked(pictures: Sequence[Any], wanted: list[int], layout: str | None, reading: Reading | None) -> torch.Tensor:

@@ -26,12 +26,12 @@ class DepthNorm(Step):
         self.max_depth, self.min_depth = max_depth, min_depth
 
     def __call__(self, x: Any) -> torch.Tensor:
-        depth = _millimetres(x) / 1000.0
-        depth = depth.clamp(min=self.min_depth)
+        depth = _millimetres(x) / 1000.0  # a copy, changed in place from here on
+        depth.clamp_(min=self.min_depth)
         if self.max_depth:
-            depth = depth.clamp(max=self.max_depth) / self.max_depth
+            depth.clamp_(max=self.max_depth).div_(self.max_depth)
         else:
-            depth = depth / depth.max()
+            depth.div_(depth.max())
         return depth.expand(3, -1, -1)
 
 

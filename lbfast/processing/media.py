@@ -59,7 +59,7 @@ class MediaError(ValueError):
         self.source, self.expected, self.got = source, expected, got
 
     def __str__(self) -> str:
-        if self.expected is None:  # made again from its message alone, as a DataLoader does in the main process
+        if self.expected is None:
             return self.source
         return f"{self.source}: expected {self.expected}, got {self.got}"
 

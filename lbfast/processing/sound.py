@@ -46,10 +46,12 @@ class SoundInMemory:
         if not (isinstance(audio, tuple | list) and len(audio) == 2 and np.ndim(audio[1]) == 0):
             raise TypeError(f"audio: expected a path or (waveform, sample_rate), got {type(audio).__name__}")
         self._waveform = torch.as_tensor(audio[0]).detach()
-        rate = float(audio[1])
-        if not rate.is_integer():
+        try:
+            self.rate = int(audio[1])
+        except (TypeError, ValueError, OverflowError):
+            self.rate = 0
+        if self.rate != audio[1]:
             raise MediaError(self.name, "a sample rate in whole Hz", f"{audio[1]!r}")
-        self.rate = int(rate)
         check_rate(self.name, self.rate)
         shape = tuple(self._waveform.shape)
         if self._waveform.dim() == 1:

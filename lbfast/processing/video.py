@@ -322,7 +322,7 @@ def _shown(pixels: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
 
 def read_frames(
     path: Any,
-    num_frames: int = 8,
+    num_frames: int | None = 8,
     clip_start_sec: float = 0.0,
     clip_end_sec: float | None = None,
     reading: Reading | None = None,
@@ -333,7 +333,7 @@ def read_frames(
 
     Args:
         path: video file, bytes, or a file object.
-        num_frames: at least 1; more than the video has repeats frames.
+        num_frames: at least 1; more than the video has repeats frames. None: every frame.
         clip_start_sec, clip_end_sec: only frames shown in [start, end) seconds after the first (None: to the end).
         reading: strict refuses damaged files; limits.frame_pixels and limits.clip_bytes; allow_urls.
 
@@ -344,7 +344,7 @@ def read_frames(
         FileNotFoundError: no such file.
         MediaError: empty, broken, truncated, too large, without moving pictures, or without a frame in the clip.
     """
-    if num_frames < 1:
+    if num_frames is not None and num_frames < 1:
         raise ValueError(f"num_frames: expected at least 1, got {num_frames}")
 
     with Source(path, _VIDEO, reading) as source:
@@ -373,6 +373,12 @@ def read_frames(
         return torch.from_numpy(frames)
 
 
+def check_backend(name: str) -> None:
+    """Raises ValueError for a video_decode_backend that no config carries."""
+    if name not in _BACKENDS:
+        raise ValueError(f"video_decode_backend: expected one of {', '.join(_BACKENDS)}, got {name!r}")
+
+
 def video_transform(vision_config: Any, antialias: bool = False) -> Compose:
     """Clip in memory, 0..255 -> (3, T, size, size) float32, normalised. Bilinear, not antialiased, as upstream."""
     size = image_size(vision_config)
@@ -386,16 +392,15 @@ def load_and_transform_video(
     video_decode_backend: str = "decord",
     clip_start_sec: float = 0.0,
     clip_end_sec: float | None = None,
-    num_frames: int = 8,
+    num_frames: int | None = 8,
     layout: str | None = None,
     reading: Reading | None = None,
 ) -> torch.Tensor:
-    """A file, or frames in memory (see `to_cthw`), through `transform`; `num_frames` of them, evenly spaced.
+    """A file, or frames in memory (see `to_cthw`), through `transform`; `num_frames` of them, evenly spaced; None: all.
 
     `clip_start_sec` and `clip_end_sec` choose seconds of a file; frames in memory have no clock and raise ValueError.
     """
-    if video_decode_backend not in _BACKENDS:
-        raise ValueError(f"video_decode_backend: expected one of {', '.join(_BACKENDS)}, got {video_decode_backend!r}")
+    check_backend(video_decode_backend)
     if is_readable(video):
         frames = read_frames(video, num_frames, clip_start_sec, clip_end_sec, reading).permute(3, 0, 1, 2)
         with named(video):
