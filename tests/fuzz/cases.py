@@ -22,6 +22,7 @@ from lbfast.testing import ROUNDING
 from tests.fuzz.layouts import draw, generator
 
 HALF = (torch.float16, torch.bfloat16)
+PLAIN = torch.backends.cpu.get_cpu_capability() == "DEFAULT"  # where SDPA raises for 16 bits
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 31, 32, 33, 64, 65)
 
 
@@ -109,7 +110,7 @@ def attention(rng: random.Random, impl: str, small: bool = False) -> Case:
         tensors,
         lambda *x: ops.attention(*x, impl=impl, **options),
         lambda *x: attention_reference(*x, **options),
-        [plain, *([library] if impl == "torch" and padded is None else [])],
+        [plain, *([library] if impl == "torch" and padded is None and not (PLAIN and dtype in HALF) else [])],
         2 * d + 3 * m + n,
         floors=lambda *x: attention_floors(*x, used, causal, padded),
     )
