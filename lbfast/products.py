@@ -28,6 +28,7 @@ def linear(
         if plus is None:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise(x, plus, weight, bias, "add")
+    x, weight = _gapless(x), _gapless(weight)
     if plus is None:
         return F.linear(x, weight, bias)
     return plus.addmm_(x, weight.T) if bias is None else plus.add_(bias).addmm_(x, weight.T)
@@ -37,12 +38,25 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a (M, K) @ b (K, N). No autograd."""
     if _onednn(a, b) and len(a) * b.numel() >= _WORTH_COPIES:
         return linear(a, b.T)
-    return a @ b
+    return _gapless(a) @ _gapless(b)
 
 
 def trained_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """F.linear of these products, with autograd."""
-    return _Linear.apply(x, weight, bias) if _onednn(x, weight, bias) else F.linear(x, weight, bias)
+    if _onednn(x, weight, bias):
+        return _Linear.apply(x, weight, bias)
+    return F.linear(_gapless(x), _gapless(weight), bias)
+
+
+def _gapless(x: torch.Tensor) -> torch.Tensor:
+    """x (..., K) with nothing between its rows: on a CPU, of 16 bits, products read some, and NaN times 0 is NaN.
+
+    PyTorch 2.13 with AMX, where K is no multiple of 32.
+    """
+    if x.device.type != "cpu" or x.dtype not in (torch.float16, torch.bfloat16) or torch.compiler.is_compiling():
+        return x
+    turned = x.dim() == 2 and x.T.is_contiguous()
+    return x if turned or x.is_contiguous() else x.contiguous()
 
 
 def _onednn(*operands: torch.Tensor | None) -> bool:

@@ -71,6 +71,13 @@ def test_biases_and_weights_of_any_strides(impl, dtype):
         check(impl, [x, first, b1, second, b2])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_lies_between_the_rows_is_not_read(dtype):
+    x, w1, b1, w2, b2 = inputs((5, 3), d=3, dtype=dtype)
+    apart = torch.stack([x, torch.full_like(x, float("nan"))], 1)[:, 0]
+    check("torch", [apart, w1, b1, w2, b2])
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("wanted", [tuple(i == j for i in range(5)) for j in range(5)] + [(False,) * 5])

@@ -12,6 +12,9 @@ from lbfast import dispatch
 _GRID_LIMIT = 65535
 """SDPA's CUDA backends put the batch on a grid axis of this length."""
 
+_PLAIN = torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+"""No vector instructions, or none allowed (ATEN_CPU_CAPABILITY): SDPA packs 16 bits for AVX-512 even so, and raises."""
+
 _MOST_KEYS = 4096
 """The native kernel keeps the scores of 16 queries against all keys, and the keys, in a second-level cache."""
 
@@ -118,13 +121,14 @@ def _torch(
         return torch.cat([_torch(*part[:3], causal, part[3], scale) for part in parts])
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, D)
-    if padded is None and not (needs_grad and k.shape[2] == 1):
+    plainly = _PLAIN and q.device.type == "cpu" and q.dtype in (torch.float16, torch.bfloat16)
+    if padded is None and not plainly and not (needs_grad and k.shape[2] == 1):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
         return out.transpose(1, 2).contiguous()
     if padded is None:  # of one key the softmax is 1, and its gradient 0: SDPA's is a rounding error
-        padded = torch.zeros((len(k), 1), dtype=torch.bool, device=k.device)
+        padded = torch.zeros((len(k), k.shape[2]), dtype=torch.bool, device=k.device)
     mask = _additive_mask(padded, q.shape[2], causal, q.dtype)
-    if needs_grad or q.device.type != "cpu":
+    if needs_grad or q.device.type != "cpu" or plainly:
         # SDPA saves log(sum(exp)), which finfo.min absorbs: the gradient of a query with no key left would be wrong.
         # And its CUDA backends want the mask in q's dtype, where float16's finfo.min does not absorb a score.
         scores = (q * scale @ k.transpose(-2, -1)).to(mask.dtype) + mask

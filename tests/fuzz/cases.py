@@ -22,6 +22,7 @@ from lbfast.testing import ROUNDING
 from tests.fuzz.layouts import draw, generator
 
 HALF = (torch.float16, torch.bfloat16)
+PLAIN = torch.backends.cpu.get_cpu_capability() == "DEFAULT"  # where SDPA raises for 16 bits
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 31, 32, 33, 64, 65)
 
 
@@ -99,13 +100,17 @@ def attention(rng: random.Random, impl: str, small: bool = False) -> Case:
         scores = (q * used @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) + mask
         return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
 
+    def library(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q if used > 0 else -q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=abs(used) or 1.0).transpose(1, 2)
+
     return Case(
         "attention",
         f"{impl} causal={causal} scale={scale} padded={padded is not None}",
         tensors,
         lambda *x: ops.attention(*x, impl=impl, **options),
         lambda *x: attention_reference(*x, **options),
-        [plain],
+        [plain, *([library] if impl == "torch" and padded is None and not (PLAIN and dtype in HALF) else [])],
         2 * d + 3 * m + n,
         floors=lambda *x: attention_floors(*x, used, causal, padded),
     )
@@ -125,13 +130,18 @@ def temporal_attention(rng: random.Random, impl: str, small: bool = False) -> Ca
         scores = (q * used @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
         return (scores.softmax(-1).to(v.dtype) @ v).permute(0, 3, 1, 2, 4)
 
+    def library(q, k, v):
+        q, k, v = (x.permute(0, 2, 3, 1, 4).flatten(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, scale=used)
+        return out.unflatten(1, (n, h)).permute(0, 3, 1, 2, 4)
+
     return Case(
         "temporal_attention",
         f"{impl} scale={scale}",
         tensors,
         lambda *x: ops.temporal_attention(*x, scale=scale, impl=impl),
         lambda *x: temporal_reference(*x, scale=scale),
-        [plain],
+        [plain, *([library] if impl == "torch" else [])],
         2 * d + 4 * t,
         floors=lambda *x: attention_floors(*(y.transpose(1, 2).flatten(0, 1) for y in x), used),
     )
@@ -249,19 +259,14 @@ def layer_norm(rng: random.Random, impl: str, small: bool = False) -> Case:
         return (y, total) if residual is not None and keep else y
 
     def floors(x, weight, bias, residual=None):
-        """A residual that broadcasts has a sum of gradients, which is 0 along D where only y is used."""
+        """A row's gradient has its mean taken away, all of it where D is 1; a residual's is a sum of such gradients."""
         outs = 2 if residual is not None and keep else 1
-        total = (x.double() if residual is None else x.double() + residual.double()).requires_grad_()
-        y = F.layer_norm(total, (d,), weight.double(), bias.double())
-        along = torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-        (grad,) = torch.autograd.grad(y, total, along)
-        flow = float((grad.square() + 1).sum().sqrt() * (weight.double().abs().max() + 1))
-        total = total.detach()
-        spread = total.std(-1, unbiased=False, keepdim=True)
-        flow *= (
-            float((total.abs().mean(-1, keepdim=True) / (spread + 3e-3)).clamp(min=1).max()) if total.numel() else 1.0
-        )
-        return [0.0] * outs + [0.0] * 3 + ([flow * math.sqrt(d)] if residual is not None else [])
+        total = x.double() if residual is None else x.double() + residual.double()
+        along = torch.randn(total.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        flow = along * weight.double() / (total.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        flow = 3 * float(flow.norm() + (along.numel() ** 0.5 if outs == 2 else 0.0))
+        repeats = 1.0 if residual is None else (total.numel() / max(1, residual.numel())) ** 0.5
+        return [0.0] * outs + [flow, 0.0, 0.0] + ([flow * repeats] if residual is not None else [])
 
     return Case(
         "layer_norm",
@@ -306,6 +311,17 @@ def mlp(rng: random.Random, impl: str, small: bool = False) -> Case:
         h = F.linear(x, w1, b1)
         return F.linear(F.gelu(h) if activation == "gelu" else h * torch.sigmoid(1.702 * h), w2, b2)
 
+    def floors(x, w1, b1, w2, b2):
+        """What is added up in each gradient was rounded before, and may cancel."""
+        x, w1, b1, w2 = (t.double() for t in (x, w1, b1, w2))
+        x, rows = x.reshape(-1, d), math.prod(shape)
+        h = x @ w1.T + b1
+        along = torch.randn((*shape, e), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        along = along.reshape(rows, e).square()
+        dh = 1.3 * (along @ w2.square())  # squares; the activations' slopes are at most 1.13
+        squares = (dh @ w1.square(), dh.T @ x.square(), dh, along.T @ h.square(), along)
+        return [0.0, *(float(s.sum().sqrt()) for s in squares)]
+
     return Case(
         "mlp",
         f"{impl} {tuple(shape)} D={d} F={f} E={e} {activation}",
@@ -314,6 +330,7 @@ def mlp(rng: random.Random, impl: str, small: bool = False) -> Case:
         lambda *x: mlp_reference(*x, activation=activation),
         [plain, lambda *x: mlp_reference(*x, activation=activation)],
         3 * (d + f + e) + 2 * math.prod(shape),
+        floors=floors,
     )
 
 
