@@ -141,6 +141,56 @@ def test_int8_keeps_the_direction(case, dtype):
     assert torch.cosine_similarity(whole.pooler_output.float(), want["image"], dim=-1).min() > 0.999
 
 
+def with_outliers(case):
+    """Four channels of the running sum 60 to 100 times the rest, in every token."""
+    model = load(case)
+    tower = model.vision_model
+    torch.manual_seed(0)
+    channels = torch.randperm(tower.config.hidden_size)[:4]
+    with torch.no_grad():
+        tower.pre_layrnorm.bias[channels] += torch.tensor([60.0, -90.0, 75.0, 100.0])
+        tower.post_layernorm.weight[channels] = 0.01
+    return model
+
+
+@needs_int8
+@pytest.mark.parametrize("case", ["image", "video_ft", "audio"])
+def test_outlier_channels_are_evened_out(case):
+    tensors = inputs(case)
+    model = with_outliers(case)
+    want = features(model, tensors)["image"]
+    lbfast.calibrate(model, [{"pixel_values": tensors["pixel_values"]}])
+    assert testing.relative_error(features(model, tensors)["image"], want) <= 1e-5  # nothing changed
+    assert model.vision_model.calibrated and not model.vision_model.training
+
+    def error(made):
+        got = features(lbfast.optimize_for_inference(made, dtype="float32", precision="int8"), tensors)["image"]
+        assert torch.cosine_similarity(got, want, dim=-1).min() > 0.99
+        return testing.relative_error(got, want)
+
+    left = with_outliers(case)
+    left.vision_model.calibrated = left.text_model.calibrated = True
+    assert max(error(model), error(with_outliers(case))) < 0.7 * error(left)  # by inputs, and by made up ones
+
+
+def test_calibration_asks_for_batches_and_a_model():
+    with pytest.raises(ValueError, match="batches: expected at least one, got none"):
+        lbfast.calibrate(load("image"), [])
+    with pytest.raises(TypeError, match="expected a LanguageBind model or one of its towers, got Linear"):
+        lbfast.calibrate(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="expected one that is not optimized yet"):
+        lbfast.calibrate(lbfast.optimize_for_inference(load("image"), dtype=None))
+    bound = lbfast.LanguageBind.from_models({"image": load("image")})
+    tensors = inputs("image")
+    batch = {"image": {"pixel_values": tensors["pixel_values"]}, "language": {"input_ids": tensors["input_ids"]}}
+    with torch.no_grad():
+        want = bound(batch)
+        lbfast.calibrate(bound, [batch])
+        got = bound(batch)
+    for name in want:
+        assert testing.relative_error(got[name], want[name]) <= 1e-5
+
+
 @needs_int8
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.int8, 0.02)])
 def test_gradients_of_the_inputs_pass_through_panels(dtype, bound):

@@ -40,6 +40,8 @@ errors = Console(stderr=True, soft_wrap=True)
 
 Modality = Enum("Modality", {name: name for name in ORDER})  # type: ignore[misc]
 Precision = Enum("Precision", {name: name for name in ("auto", "float32", "bfloat16", "float16")})  # type: ignore[misc]
+Products = Enum("Products", {name: name for name in ("int8", "fp8")})  # type: ignore[misc]
+"""Of the layers: `precision` of `optimize_for_inference`."""
 
 
 @contextlib.contextmanager

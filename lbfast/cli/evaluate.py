@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lbfast.cli.app import Precision, app, errors, plain_errors
+from lbfast.cli.app import Precision, Products, app, errors, plain_errors
 from lbfast.cli.embed import progress_bars
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ app.add_typer(evaluate, name="eval")
 BatchSize = Annotated[int, typer.Option(min=1, help="Files, clips or captions at a time.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode ahead. 0: none.")]
 Dtype = Annotated[Precision, typer.Option(help="Of the weights. auto: bfloat16 where it is fast, else float32.")]
+OfProducts = Annotated[
+    Products | None, typer.Option("--precision", help="Of the layers' products: int8 on a CPU, fp8 on a GPU.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results there too.")]
 
@@ -36,6 +39,7 @@ def zero_shot(
     batch_size: BatchSize = 32,
     workers: Workers = 0,
     dtype: Dtype = Precision["auto"],
+    precision: OfProducts = None,
     device: Device = "auto",
     json: Json = None,
 ) -> None:
@@ -57,7 +61,7 @@ def zero_shot(
         prompts = templates_for(checkpoint.modality, templates)
         named = None if classes is None else [line.strip() for line in classes.read_text("utf-8-sig").splitlines()]
         with progress_bars() as (progress, _):
-            encoder = _open(checkpoint, batch_size, workers, dtype, device, progress)
+            encoder = _open(checkpoint, batch_size, workers, dtype, precision, device, progress)
             report = classify_files(
                 encoder, data, templates=prompts, classes=None if named is None else [name for name in named if name]
             )
@@ -83,6 +87,7 @@ def retrieval(
     batch_size: BatchSize = 32,
     workers: Workers = 0,
     dtype: Dtype = Precision["auto"],
+    precision: OfProducts = None,
     device: Device = "auto",
     json: Json = None,
 ) -> None:
@@ -108,7 +113,7 @@ def retrieval(
         with progress_bars() as (progress, _):
 
             def encoder(modality: str) -> Encoder:
-                return _open(opened[modality], batch_size, workers, dtype, device, progress)
+                return _open(opened[modality], batch_size, workers, dtype, precision, device, progress)
 
             if len(opened) == 2:
                 report = pair_files(list(opened), encoder, data[0])
@@ -119,7 +124,13 @@ def retrieval(
 
 
 def _open(
-    checkpoint: Checkpoint, batch_size: int, workers: int, dtype: Precision, device: str, progress: Progress
+    checkpoint: Checkpoint,
+    batch_size: int,
+    workers: int,
+    dtype: Precision,
+    precision: Products | None,
+    device: str,
+    progress: Progress,
 ) -> Encoder:
     from lbfast import native
     from lbfast.evaluation.encoder import Encoder
@@ -127,7 +138,13 @@ def _open(
     if native.will_compile():
         errors.print("compiling the native CPU kernels, once for each version: this takes a minute")
     return Encoder.open(
-        checkpoint, device=device, dtype=dtype.value, batch_size=batch_size, workers=workers, progress=progress
+        checkpoint,
+        device=device,
+        dtype=dtype.value,
+        precision=precision.value if precision else None,
+        batch_size=batch_size,
+        workers=workers,
+        progress=progress,
     )
 
 

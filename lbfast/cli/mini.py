@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from lbfast.cli.app import Modality, app, errors, plain_errors
+from lbfast.cli.app import Modality, Products, app, errors, plain_errors
 from lbfast.cli.evaluate import evaluate
 
 mini = typer.Typer(
     no_args_is_help=True, help="The small model that comes with lbfast, and the world it was trained in."
 )
 app.add_typer(mini, name="mini")
-
-Precision = Enum("Precision", {"fp8": "fp8", "int8": "int8"})  # type: ignore[misc]
 
 
 @mini.command()
@@ -64,7 +61,7 @@ def table(
     ] = None,
     draws: Annotated[int, typer.Option(min=1, help="Of 100 scenes each.")] = 5,
     precision: Annotated[
-        Precision | None, typer.Option(help="Beside float32, by products in float8. On a CPU they are emulated.")
+        Products | None, typer.Option(help="Beside float32: int8 on a CPU; fp8, which a CPU emulates.")
     ] = None,
 ) -> None:
     """Prints a table of retrieval among unseen scenes: with text, and between senses never trained together.

@@ -62,6 +62,7 @@ def embed_files(
     batch_size: int = 8,
     workers: int = 0,
     dtype: str = "auto",
+    precision: str | None = None,
     device: str = "auto",
     strict: bool = False,
     overwrite: bool = False,
@@ -90,6 +91,7 @@ def embed_files(
             under `if __name__ == "__main__":`, as multiprocessing asks.
         dtype: "float32", "bfloat16", "float16" or "auto": bfloat16 where the device computes in it, else float32 (see
             `lbfast.model.inference.best_dtype`). Embeddings are normalised and written in float32.
+        precision: None, or "int8" or "fp8": of the layers' products, as `lbfast.optimize_for_inference` takes it.
         device: "auto" (a GPU where there is one), or of torch.
         strict: stop at the first file that cannot be embedded.
         overwrite: replace `out`, and throw away rows of an unfinished run with other settings.
@@ -109,7 +111,7 @@ def embed_files(
         raise ValueError("inputs: expected at least one file or folder, got none")
     out = _check_out(Path(out))
     target = pick_device(device)
-    precision = pick_dtype(dtype, target)
+    weights = pick_dtype(dtype, target)
     checkpoints = open_checkpoints(models, cache_dir=cache_dir, revision=revision, token=token)
     summary = Summary()
 
@@ -129,7 +131,8 @@ def embed_files(
     last = list(checkpoints.values())[-1]
     settings = {
         "lbfast": lbfast.__version__,
-        "dtype": str(precision).removeprefix("torch."),
+        "dtype": str(weights).removeprefix("torch."),
+        "precision": precision,
         "models": {name: [c.name, c.fingerprint()] for name, c in checkpoints.items()},
         "language": [last.name, last.fingerprint(), last.tokenizer_fingerprint()],
     }
@@ -147,7 +150,9 @@ def embed_files(
     try:
         if signature(out) != before:  # by a run that held the journal until now
             raise FileExistsError(errno.EEXIST, CHANGED, str(out))
-        run = _Run(checkpoints, journal, batch_size, workers, precision, target, failed, progress or (lambda *_: None))
+        run = _Run(
+            checkpoints, journal, batch_size, workers, weights, precision, target, failed, progress or (lambda *_: None)
+        )
         summary.resumed = sum(item in journal for item in listing.items)
         run.embed(listing.items)
         finished = [item for item in listing.items if item in journal]
@@ -199,6 +204,7 @@ class _Run:
     batch_size: int
     workers: int
     dtype: torch.dtype
+    precision: str | None
     device: torch.device
     failed: Callable[[Failure], None]
     progress: Progress
@@ -222,7 +228,10 @@ class _Run:
                 checkpoint = list(self.checkpoints.values())[-1] if name == LANGUAGE else self.checkpoints[name]
                 if model is None or checkpoint is not loaded:
                     model = None  # the memory of the one before, before there is another
-                    model, loaded = checkpoint.load(self.dtype, self.device, self.batch_size), checkpoint
+                    model, loaded = (
+                        checkpoint.load(self.dtype, self.device, self.batch_size, self.precision),
+                        checkpoint,
+                    )
                 tokenizer = checkpoint.tokenizer() if name == LANGUAGE else None
                 for batch in self._batches(item for item in items if item.modality == name):
                     try:
