@@ -125,6 +125,72 @@ def test_groups_and_smoothing(dtype):
             check(pairs(b, 80, dtype), 14.3, impls(dtype), ids=ids, label_smoothing=smoothing)
 
 
+def oneway(x, y, s, direction, ids=None):
+    """Cross-entropies of the first len(x) texts' pairs, in the inputs' dtype."""
+    z, b = s * x @ y.T, len(x)
+    if ids is not None:
+        z = z.masked_fill((ids[:b, None] == ids) & ~torch.eye(b, len(y), dtype=torch.bool, device=z.device), -1e30)
+    target = torch.arange(b, device=z.device)
+    halves = {
+        "image": torch.nn.functional.cross_entropy(z, target),
+        "text": torch.nn.functional.cross_entropy(z.T[:b], target),
+    }
+    return halves.get(direction, sum(halves.values()) / 2)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("direction", ["both", "image", "text"])
+@pytest.mark.parametrize("b, extra", [(5, 0), (5, 3), (70, 61), (1, 4)])
+def test_one_direction_and_more_texts_than_images(b, extra, direction, impl):
+    """What follows the b-th text is everyone's negative and nobody's positive; each half is a loss by itself."""
+    x, y = unit(b, 32), unit(b + extra, 32, seed=1)
+    for ids in (None, torch.arange(b + extra, device=DEVICE) % max(2, b // 2)):
+        given = [t.double() for t in (x, y, torch.tensor(14.3, device=DEVICE))]
+        want = run(oneway, *given, direction=direction, ids=ids)
+        got = run(info_nce, x, y, torch.tensor(14.3, device=DEVICE), impl=impl, direction=direction, ids=ids)
+        for mine, exact in zip(got, want):
+            torch.testing.assert_close(mine.double(), exact, rtol=2e-5, atol=2e-6)
+        alone = run(
+            info_nce, x, y, torch.tensor(14.3, device=DEVICE), (False, True, False), impl=impl, direction=direction
+        )
+        if ids is None:
+            torch.testing.assert_close(alone[2], got[2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", [name for name in IMPLS if name != "torch"])
+@pytest.mark.parametrize("room", [0, 1 << 30])
+@pytest.mark.parametrize("direction", ["both", "image", "text"])
+def test_one_direction_in_bfloat16(direction, room, impl, monkeypatch):
+    """The same where exp(logits) are kept, and where one weight of a row and one of a column make the tile."""
+    monkeypatch.setattr(module, "_memory", lambda *about: (1 << 20, room))
+    x, y = unit(70, 40, dtype=torch.bfloat16), unit(131, 40, seed=1, dtype=torch.bfloat16)
+    want = run(oneway, x.double(), y.double(), torch.tensor(14.3, device=DEVICE).double(), direction=direction)
+    got = run(info_nce, x, y, torch.tensor(14.3, device=DEVICE), impl=impl, direction=direction)
+    for mine, exact in zip(got, want):
+        assert float((mine.double() - exact).norm() / exact.norm()) < 4 * ROUNDING[torch.bfloat16]
+
+
+def test_one_direction_gradcheck():
+    x, y, s = unit(3, 4, dtype=torch.float64), unit(5, 4, seed=1, dtype=torch.float64), torch.tensor(3.0).double()
+    given = [t.requires_grad_() for t in (x, y, s.to(DEVICE))]
+    for direction in ("both", "image", "text"):
+        assert torch.autograd.gradcheck(lambda x, y, s, d=direction: info_nce(x, y, s, direction=d), given)
+
+
+def test_dense_under_torch_func():
+    """grad and vmap of grad are those of the tiles, masks and smoothing included."""
+    x, y, s = unit(2, 5, 8), unit(2, 5, 8, seed=1), torch.tensor(5.0, device=DEVICE)
+    ids = torch.tensor([0, 1, 0, 2, 3], device=DEVICE)
+    for options in ({}, {"ids": ids}, {"label_smoothing": 0.3}, {"ids": ids, "label_smoothing": 0.3}):
+        gradient = torch.func.grad(lambda x, y, o=options: info_nce(x, y, s, **o), (0, 1))
+        each = torch.func.vmap(gradient)(x, y)
+        for i in range(2):
+            want = run(info_nce, x[i], y[i], s, **options)[1:3]
+            for found in (gradient(x[i], y[i]), [g[i] for g in each]):
+                for mine, theirs in zip(found, want):
+                    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
 def test_gradcheck():
     x, y = unit(7, 5, dtype=torch.float64), unit(7, 5, seed=1, dtype=torch.float64)
     s = torch.tensor(3.0, dtype=torch.float64, device=DEVICE)
@@ -290,6 +356,18 @@ def test_same_embeds_on_both_sides():
     [
         ({"image_embeds": torch.zeros(3)}, ValueError, r"image_embeds: expected \(B, D\)"),
         ({"text_embeds": torch.zeros(3, 5)}, ValueError, "text_embeds: expected image_embeds' shape"),
+        (
+            {"text_embeds": torch.zeros(2, 4)},
+            ValueError,
+            r"text_embeds: expected image_embeds' shape \(3, 4\), or more",
+        ),
+        ({"direction": "left"}, ValueError, "direction: expected one of both, image, text, got 'left'"),
+        ({"direction": "text", "label_smoothing": 0.1}, ValueError, "label_smoothing: expected 0 with one direction"),
+        (
+            {"text_embeds": torch.zeros(4, 4), "label_smoothing": 0.1},
+            ValueError,
+            "label_smoothing: expected 0 where there are more texts",
+        ),
         ({"image_embeds": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "image_embeds: expected a floating"),
         ({"image_embeds": torch.zeros(0, 4), "text_embeds": torch.zeros(0, 4)}, ValueError, "at least one row"),
         ({"logit_scale": torch.ones(2)}, ValueError, "logit_scale: expected one element"),

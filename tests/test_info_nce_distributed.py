@@ -50,6 +50,21 @@ def equals_one_process(group, rank, sizes, gather, impl, dtype, needs=(True, Tru
             assert error <= 8 * ROUNDING[dtype], f"{where}: {error:.1e}"
 
 
+def hard_negatives_equal_one_process(group, rank, sizes, gather, direction):
+    """Rank r has r more texts than images; of one process, all of them follow all pairs."""
+    x, y, s, ids = batch(sum(sizes) + sum(range(len(sizes))), torch.float32)
+    x, pairs, world = x[: sum(sizes)], sum(sizes), range(len(sizes))
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    extra = slice(pairs + sum(world[:rank]), pairs + sum(world[: rank + 1]))
+    mine = torch.cat([y[own], y[extra]]), torch.cat([ids[own], ids[extra]])
+    one = grads_of(x, y, s, ids=ids, direction=direction)
+    ours = grads_of(x[own], mine[0], s, ids=mine[1], direction=direction, group=group, gather=gather)
+    wanted = (one[0], one[1][own], torch.cat([one[2][own], one[2][extra]]), one[3])
+    for what, a, b in zip(("loss", "image", "text", "scale"), ours, wanted):
+        where = f"{what}: rank {rank} of {sizes}, {gather}, {direction}"
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda text, w=where: f"{w}\n{text}")
+
+
 def trains_as_one_process(group, rank, world, gather):
     """DistributedDataParallel with InfoNCELoss: every parameter's gradient is that of one process."""
 
@@ -101,6 +116,8 @@ def every_check(rank, folder):
                 equals_one_process(group, rank, sizes, gather, None, torch.float32, smoothing=0.1)
                 equals_one_process(group, rank, sizes, gather, None, torch.float32, groups=True, smoothing=0.1)
         for gather in ("all", "ring"):
+            for direction in ("both", "image", "text"):
+                hard_negatives_equal_one_process(group, rank, SIZES[1][:world], gather, direction)
             trains_as_one_process(group, rank, world, gather)
         if world > 1:
             disagreement_raises(group, rank, world)

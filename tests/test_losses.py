@@ -1,5 +1,8 @@
 """InfoNCELoss and LanguageBindLoss: the calls that training loops make."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,6 +34,35 @@ def test_open_clip_call():
     assert list(losses) == ["contrastive_loss"]
     torch.testing.assert_close(sum(losses.values()), clip_loss(**out))
     torch.testing.assert_close(loss(out["image_features"], out["text_features"], out["logit_scale"]), clip_loss(**out))
+
+
+def test_open_clips_attributes_and_loss():
+    """Constructed as open_clip's, it has its attributes, and on one process its loss and gradients."""
+    loss = lbfast.InfoNCELoss(True, True, True, 1, 2)
+    read = (loss.local_loss, loss.gather_with_grad, loss.cache_labels, loss.rank, loss.world_size, loss.use_horovod)
+    assert read == (True, True, True, 1, 2, False)
+    package = importlib.util.find_spec("open_clip")
+    if package is None:
+        pytest.skip("open_clip is not installed")
+    where = Path(str(package.origin)).with_name("loss.py")  # the package itself imports torchvision
+    spec = importlib.util.spec_from_file_location("open_clip_loss", where)
+    peer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(peer)
+    x, y, s = (t.double().requires_grad_() for t in (unit(0, 7, 6), unit(1, 7, 6), torch.tensor(4.0)))
+    for options in ({}, {"local_loss": True, "gather_with_grad": True, "cache_labels": True}):
+        results = []
+        for kind in (lbfast.InfoNCELoss, peer.ClipLoss):
+            value = kind(**options)(x, y, s, output_dict=True)["contrastive_loss"]
+            results.append((value, *torch.autograd.grad(value, (x, y, s))))
+        torch.testing.assert_close(results[0], results[1])
+
+
+def test_one_direction_and_hard_negatives_reach_the_op():
+    x, y = unit(0, 4, 6), unit(1, 6, 6)
+    halves = [lbfast.InfoNCELoss(direction=side)(x, y, torch.tensor(3.0)) for side in ("image", "text")]
+    torch.testing.assert_close(lbfast.InfoNCELoss()(x, y, torch.tensor(3.0)), sum(halves) / 2)
+    want = torch.nn.functional.cross_entropy(3 * x @ y.T, torch.arange(4))
+    torch.testing.assert_close(halves[0], want)
 
 
 def test_logit_bias_changes_nothing():
