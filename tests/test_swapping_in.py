@@ -104,7 +104,7 @@ def test_accelerate(tmp_path):
 def test_peft(targets, tmp_path):
     peft = pytest.importorskip("peft")
     model = tiny.model("image").train()
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets))
+    adapted = peft.get_peft_model(model, peft.LoraConfig("FEATURE_EXTRACTION", r=4, target_modules=targets))
     batch = collate([Pairs()[i] for i in range(4)])
     optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=1e-2)
     for _ in range(5):

@@ -234,8 +234,10 @@ def test_tokenizers(tmp_path):
         assert tokenizer("a cat")["input_ids"] == [49406, 320, 2368, 49407]
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "encoder"])
 @pytest.mark.parametrize("modality", ["depth", "video"])
-def test_peft_loads_our_adapters(tmp_path, modality):
+def test_peft_loads_our_adapters(tmp_path, modality, whole, recwarn):
+    """On the encoder, as upstream has them, or on the whole model, whose text tower stays without."""
     peft = pytest.importorskip("peft")
     plan = trainees.plan(modality, lora_r=4)
     model = trainees.trainee(plan).eval()
@@ -246,9 +248,14 @@ def test_peft_loads_our_adapters(tmp_path, modality):
     pixels = trainees.rows(modality, 2).pixel_values
     with torch.no_grad():
         before = base.get_image_features(pixels)
-        base.vision_model.encoder = peft.PeftModel.from_pretrained(
-            base.vision_model.encoder, str(tmp_path / "adapter")
-        ).get_base_model()
+        if whole:
+            base = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).get_base_model()
+            assert not any("lora_" in name for name, _ in base.text_model.named_parameters())
+        else:
+            base.vision_model.encoder = peft.PeftModel.from_pretrained(
+                base.vision_model.encoder, str(tmp_path / "adapter")
+            ).get_base_model()
+        assert not [w for w in recwarn if "missing" in str(w.message)]
         adapted = base.get_image_features(pixels)
         torch.testing.assert_close(adapted, model.get_image_features(pixels), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(before, adapted, atol=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,20 +20,19 @@ from lbfast import ops
 from lbfast.model import checkpoint, config as configs, saving
 from lbfast.model.config import LanguageBindConfig
 from lbfast.model.frozen import Freezable
-from lbfast.model.layers import MLP, Attention, EncoderLayer
+from lbfast.model.initial import initialise
 from lbfast.model.lora import add_lora, merge_lora
 from lbfast.model.towers import (
-    TextEmbeddings,
     TextTransformer,
-    VisionEmbeddings,
     VisionTransformer,
     output_flags,
     pooled,
-    resize_position_embedding,
     tower_in,
 )
 
 Self = TypeVar("Self", bound="LanguageBindModel")
+
+_NAMED_ADAPTER = re.compile(r"\.(lora_[AB])\.\w+\.weight$")
 
 
 @dataclass
@@ -87,6 +87,15 @@ class LanguageBindModel(Freezable, PreTrainedModel):
                 self.vision_model.encoder, vision.lora_r, vision.lora_alpha, vision.lora_dropout, vision.add_time_attn
             )
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        encoders = [key for key in state_dict if key.startswith(f"{prefix}layers.")]
+        if encoders:  # peft's adapters of the vision encoder, put on the whole model; of several names it has the last
+            names = {_NAMED_ADAPTER.sub(r".\1.weight", name): name for name, _ in self.named_parameters()}
+            for key in encoders:
+                name = f"vision_model.encoder.{key.removeprefix(prefix)}"
+                state_dict[prefix + names.get(name, name)] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """CLIP's initialisation; parts before what they are parts of, which know more of what they are for."""
@@ -95,38 +104,10 @@ class LanguageBindModel(Freezable, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Of one module, scaled by initializer_factor."""
-        factor = self.config.initializer_factor
-        if isinstance(module, TextEmbeddings):
-            nn.init.normal_(module.token_embedding.weight, std=0.02 * factor)
-            nn.init.normal_(module.position_embedding.weight, std=0.02 * factor)
-        elif isinstance(module, VisionEmbeddings):
-            spread = module.config.initializer_range * factor
-            nn.init.normal_(module.class_embedding, std=module.embed_dim**-0.5 * factor)
-            nn.init.normal_(module.patch_embedding.weight, std=spread)
-            rows, columns = module.grid
-            table = torch.empty((module.image_size // module.patch_size) ** 2 + 1, module.embed_dim).normal_(std=spread)
-            if module.position_embedding.weight.shape != table.shape or rows != columns:
-                table = resize_position_embedding(table, module.grid)
-            module.position_embedding.weight.copy_(table)
-        elif isinstance(module, Attention):
-            width, depth = module.config.hidden_size, module.config.num_hidden_layers
-            for projection in (module.q_proj, module.k_proj, module.v_proj):
-                nn.init.normal_(projection.weight, std=width**-0.5 * (2 * depth) ** -0.5 * factor)
-            nn.init.normal_(module.out_proj.weight, std=width**-0.5 * factor)
-        elif isinstance(module, MLP):
-            width, depth = module.config.hidden_size, module.config.num_hidden_layers
-            nn.init.normal_(module.fc1.weight, std=(2 * width) ** -0.5 * factor)
-            nn.init.normal_(module.fc2.weight, std=width**-0.5 * (2 * depth) ** -0.5 * factor)
-        elif isinstance(module, EncoderLayer) and module.add_time_attn:
-            nn.init.normal_(module.temporal_embedding, std=module.temporal_embedding.shape[-1] ** -0.5)
-        elif isinstance(module, LanguageBindModel):
-            nn.init.normal_(module.text_projection.weight, std=module.text_projection.in_features**-0.5 * factor)
-            nn.init.normal_(module.visual_projection.weight, std=module.visual_projection.in_features**-0.5 * factor)
-        if isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+        initialise(module, self.config.initializer_factor)
+        if isinstance(module, LanguageBindModel):
+            for projection in (module.text_projection, module.visual_projection):
+                nn.init.normal_(projection.weight, std=projection.in_features**-0.5 * module.config.initializer_factor)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -288,11 +269,15 @@ class LanguageBindModel(Freezable, PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        inputs_embeds: None = None,
     ) -> LanguageBindOutput | tuple[Any, ...]:
         """Embeds pixels and captions and compares them; the arguments are those of the two towers.
 
-        With return_loss, the symmetric InfoNCE loss of as many pixels as captions.
+        With return_loss, the symmetric InfoNCE loss of as many pixels as captions. inputs_embeds: only None, which peft
+        hands over.
         """
+        if inputs_embeds is not None:
+            raise ValueError("inputs_embeds: expected None: captions are token ids, got embeddings")
         output_attentions, output_hidden_states, return_dict = output_flags(
             self.config, output_attentions, output_hidden_states, return_dict
         )

@@ -7,6 +7,7 @@ import copy
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -158,7 +159,8 @@ def _export_adapter(model: LanguageBindModel, folder: Path, write: bool) -> None
         "r": fields.lora_r,
         "lora_alpha": fields.lora_alpha,
         "lora_dropout": fields.lora_dropout,
-        "target_modules": sorted(targets),
+        # of a vision encoder, or of all of its model, whose text tower has layers of the same names
+        "target_modules": rf"(vision_model\.encoder\.)?layers\.\d+\.({'|'.join(map(re.escape, sorted(targets)))})",
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
