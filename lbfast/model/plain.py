@@ -35,8 +35,15 @@ def plain(*modules: nn.Module) -> bool:
 
 
 def wholly_plain(root: nn.Module) -> bool:
-    """Whether a module and all that is in it are plain."""
-    return plain(*root.modules())
+    """Whether a module and all that is in it are plain: asked at every call, so without the generators of modules()."""
+    pending: list[Any] = [root]
+    while pending:
+        module = pending.pop()
+        if module is not None:
+            if not _is_plain(module):
+                return False
+            pending.extend(module._modules.values())
+    return plain()
 
 
 def product(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -52,13 +59,17 @@ def are_linear(*layers: nn.Module) -> bool:
 
 
 def _is_plain(module: Any) -> bool:
-    return (
-        type(module) in _KINDS
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and module._compiled_call_impl is None
-        and "forward" not in module.__dict__
-        and all(p is None or type(p) in _TENSORS for p in module._parameters.values())
-    )
+    if (
+        type(module) not in _KINDS
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
+    ):
+        return False
+    for parameter in module._parameters.values():
+        if parameter is not None and type(parameter) not in _TENSORS:
+            return False
+    return True
