@@ -9,11 +9,12 @@ apart. Text is captions of 5 to 20 tokens, padded to 77 as tokenizers are asked 
 casting them is inside what is timed.
 
 Candidates: lbfast as a change of the import gives it ("drop-in"), and after `optimize_for_inference` in float32, in the
-shorter dtype and, on a GPU that has it, in float8; the eager reference, which is upstream's arithmetic, in float32 and
-under autocast of float32 weights, which is how upstream runs in a shorter dtype; PyPI's `languagebind` where it can be
-imported; the latter two under torch.compile (--compile layers: layer by layer, which compiles one of them; whole: the
-encoder at once, minutes; max-autotune: that, with its products tuned); and what a user can have of PyTorch alone, the
-reference with SDPA and weights in the shorter dtype under torch.compile. They take turns, in one run.
+shorter dtype and, on a GPU that has it, in float8, on a CPU that has it in int8; the eager reference, which is upstream's
+arithmetic, in float32 and under autocast of float32 weights, which is how upstream runs in a shorter dtype; PyPI's
+`languagebind` where it can be imported; the latter two under torch.compile (--compile layers: layer by layer, which
+compiles one of them; whole: the encoder at once, minutes; max-autotune: that, with its products tuned); what a user can
+have of PyTorch alone, the reference with SDPA and weights in the shorter dtype under torch.compile; and on a CPU
+OpenVINO and ONNX Runtime, where they are installed (bench/exported.py). They take turns, in one run.
 MFU: FLOP that the embeddings need (no padding, the last layer for the pooled token) over time, as a part of the rate of
 the library's matrix product, measured in the same run. Peak memory: on a CPU the resident size of a process that does
 nothing else, libraries and weights included; on a GPU weights and what the call allocates.
@@ -40,7 +41,7 @@ from lbfast.model.languagebind import LanguageBindModel, model_dict, normalised
 from lbfast.profiling.count import Counter
 from lbfast.reference import languagebind as reference
 
-from . import contest, harness, peers
+from . import contest, exported, harness, peers
 
 ARCHS = {"L/14": "large", "H/14": "huge"}
 MODALITIES = ("image", "video", "audio", "text")
@@ -49,7 +50,7 @@ BATCHES = {  # what fits a CPU's time, and a GPU's
     "cuda": {"image": [1, 8, 64, 256], "video": [1, 8, 32], "audio": [1, 8, 64], "text": [1, 64, 1024]},
 }
 COMPILED = ("layers", "whole", "max-autotune")
-LEAST_COSINE = {"float32": 0.99999, "float16": 0.999, "bfloat16": 0.999, "fp8": 0.98}
+LEAST_COSINE = {"float32": 0.99999, "float16": 0.999, "bfloat16": 0.999, "fp8": 0.98, "int8": 0.9}
 
 Inputs = Mapping[str, torch.Tensor]
 Embed = Callable[[Inputs], torch.Tensor]
@@ -173,6 +174,32 @@ def _fp8(about: Subject) -> LanguageBindModel:
     return about.optimized(about.short, precision="fp8")
 
 
+def _int8(about: Subject) -> LanguageBindModel:
+    if harness.device() != "cpu":
+        raise RuntimeError("absent: int8 is for CPUs")
+    return about.optimized(about.short, precision="int8")
+
+
+def _exported(export: Callable[..., Embed], dtype: str) -> Callable[[Subject], Embed]:
+    """Another runtime's, made at its first call for the shapes that come."""
+
+    def build(about: Subject) -> Embed:
+        if harness.device() != "cpu":
+            raise RuntimeError("absent: measured on CPUs")
+        wanted = str(about.short).removeprefix("torch.") if dtype == "short" else dtype
+        made: list[Embed] = []
+
+        def embed(given: Inputs) -> torch.Tensor:
+            if not made:
+                with torch.inference_mode(False):
+                    made.append(export(about.eager(), about.method, given, wanted))
+            return made[0](given)
+
+        return embed
+
+    return build
+
+
 def _autocast(method: Callable[..., torch.Tensor], short: torch.dtype) -> Embed:
     def embed(given: Inputs) -> torch.Tensor:
         with torch.autocast(next(iter(given.values())).device.type, dtype=short):
@@ -226,6 +253,12 @@ CANDIDATES: dict[str, Callable[[Subject], Embed]] = {
     "lbfast float32": _ours(lambda about: about.optimized(torch.float32)),
     "lbfast short": _ours(lambda about: about.optimized(about.short)),
     "lbfast fp8": _ours(_fp8),
+    "lbfast int8": _ours(_int8),
+    "openvino float32": _exported(exported.openvino, "float32"),
+    "openvino short": _exported(exported.openvino, "short"),
+    "openvino int8": _exported(exported.openvino, "int8"),
+    "onnxruntime float32": _exported(exported.onnxruntime, "float32"),
+    "onnxruntime int8": _exported(exported.onnxruntime, "int8"),
     "reference torch.compile float32": _theirs(Subject.eager, compiled=True, short=False),
     "reference torch.compile autocast": _theirs(Subject.eager, compiled=True, short=True),
     "sdpa torch.compile short": _theirs(_sdpa, compiled=True, short=True),
@@ -237,7 +270,7 @@ CANDIDATES: dict[str, Callable[[Subject], Embed]] = {
 
 
 def dtype_of(name: str, short: str) -> str:
-    return next((dtype for dtype in ("float32", "fp8") if name.endswith(dtype)), short)
+    return next((dtype for dtype in ("float32", "fp8", "int8") if name.endswith(dtype)), short)
 
 
 def once(name: str, modality: str, arch: str, layers: int | None, short: str, batch: int) -> Callable[[], torch.Tensor]:
@@ -289,7 +322,7 @@ def measure(modality: str, batch: int, record: harness.Record, given: argparse.N
         dtype = row["dtype"]
         row["items_s"] = round(1e3 * batch / timing.median_ms, 2)
         row["tflops"] = round(work / timing.median_ms / 1e9, 3)
-        rate = record.rates(about.short if dtype == "fp8" else getattr(torch, dtype)).flops
+        rate = record.rates(about.short if dtype in ("fp8", "int8") else getattr(torch, dtype)).flops
         row["mfu"] = round(work / (timing.median_ms / 1e3) / rate, 3)
         row["cosine"] = round(cosines[name], 6)
         rows.append(row)

@@ -19,6 +19,14 @@ def missing(package: str) -> str:
     return "" if torch.cuda.is_available() else f"absent: {package} needs a GPU"
 
 
+def absent(package: str) -> Any:
+    """A package; raises ImportError, with the word that a bench looks for, where it cannot be imported."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"absent: {package}: {error}") from error
+
+
 def clip_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """open_clip's ClipLoss on one process, its arithmetic: two dense logit products, two cross-entropies."""
     labels = torch.arange(image.shape[0], device=image.device)
