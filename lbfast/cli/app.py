@@ -78,11 +78,13 @@ class Signals:
             self._unraisable, sys.unraisablehook = sys.unraisablehook, self._lost
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._unraisable is not None:
             sys.unraisablehook = self._unraisable
+        if self._seen and isinstance(error, Exception):  # a library has made an error of its own of it
+            raise Stopped(self._seen) from None
 
     def check(self) -> None:
         """Raises Stopped again where the first was raised in a place that no exception leaves."""

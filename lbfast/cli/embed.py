@@ -63,7 +63,7 @@ def embed(
     revision: Annotated[str | None, typer.Option(help="Of the checkpoints on the hub.")] = None,
 ) -> None:
     try:
-        with Signals() as signals, plain_errors(), progress_bars(signals.check) as (progress, on_failure):
+        with plain_errors(), Signals() as signals, progress_bars(signals.check) as (progress, on_failure):
             from lbfast import native
             from lbfast.embedding import embed_files
 
