@@ -8,12 +8,12 @@ Random weights, the same in every candidate. Depth and thermal pictures run imag
 apart. Text is captions of 5 to 20 tokens, padded to 77 as tokenizers are asked to. Pixels come as float32, and
 casting them is inside what is timed.
 
-Candidates: lbfast as a change of the import gives it ("drop-in"), and after `optimize_for_inference` in float32, in the
-shorter dtype, in float8 on a GPU and int8 on a CPU that have it; the eager reference, which is upstream's arithmetic, in
-float32 and under autocast of float32 weights, which is how upstream runs in a shorter dtype; PyPI's
+Candidates: lbfast as a change of the import gives it ("drop-in"), and after `optimize_for_inference` in float32, in
+the shorter dtype, in float8 on a GPU and int8 on a CPU that have it; the eager reference, which is upstream's
+arithmetic, in float32 and under autocast of float32 weights, which is how upstream runs in a shorter dtype; PyPI's
 `languagebind` where it can be imported; the latter two under torch.compile (--compile layers: layer by layer, which
-compiles one of them; whole: the encoder at once, minutes; max-autotune: that, with its products tuned); what a user can
-have of PyTorch alone, the reference with SDPA and weights in the shorter dtype under torch.compile; and on a CPU
+compiles one of them; whole: the encoder at once, minutes; max-autotune: that, with its products tuned); what a user
+can have of PyTorch alone, the reference with SDPA and weights in the shorter dtype under torch.compile; and on a CPU
 OpenVINO and ONNX Runtime, where they are installed (bench/exported.py). They take turns, in one run.
 MFU: FLOP that the embeddings need (no padding, the last layer for the pooled token) over time, as a part of the rate of
 the library's matrix product, measured in the same run. Peak memory: on a CPU the resident size of a process that does
