@@ -106,6 +106,18 @@ def _positive(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
     return (q * 0.0, 1.0) if scale < smallest else (q, scale)
 
 
+def apart(x: torch.Tensor) -> torch.Tensor:
+    """x, copied on a CPU where its numbers share memory: SDPA's backends raise there in 16 bits, or read others."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return x
+    span = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size > 1):
+        if stride < span:
+            return x.contiguous()
+        span += (size - 1) * stride
+    return x
+
+
 def _torch(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -119,6 +131,7 @@ def _torch(
         masks = [None] * len(q.split(_GRID_LIMIT)) if padded is None else padded.split(_GRID_LIMIT)
         parts = zip(q.split(_GRID_LIMIT), k.split(_GRID_LIMIT), v.split(_GRID_LIMIT), masks)
         return torch.cat([_torch(*part[:3], causal, part[3], scale) for part in parts])
+    q, k, v = apart(q), apart(k), apart(v)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, D)
     plainly = _PLAIN and q.device.type == "cpu" and q.dtype in (torch.float16, torch.bfloat16)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lbfast import dispatch
+from lbfast.ops.attention import apart
 
 _GRID_LIMIT = 65535
 _INT32_LIMIT = 2**31
@@ -68,6 +69,7 @@ def _torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
     """SDPA with (position, head) as its heads: no copies where the two fold, as in separate projections."""
     if q.numel() == 0:  # SDPA of PyTorch 2.11 divides by zero on the CPU
         return (q + k + v).contiguous()
+    q, k, v = apart(q), apart(k), apart(v)
     if scale < 0:  # CUDA backends take the largest score before they scale
         q, scale = -q, -scale
     if q.device.type != "cpu":  # SDPA's CUDA backends index in 32 bits, and pad T to 128 in their backward

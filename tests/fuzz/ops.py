@@ -153,7 +153,10 @@ def compare(made: Case, rng: random.Random) -> str:
         if any(not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(got, again)):
             return f"results change with the threads, {threads} and {threads % 3 + 1}"
     exact = results(made.reference, [t.double() if t.is_floating_point() else t for t in made.tensors], wanted)
-    plain = [results(function, made.tensors, wanted) for function in made.plain]
+    plain = []
+    for function in made.plain:
+        with contextlib.suppress(RuntimeError):  # SDPA takes no overlapping bfloat16, and without AVX-512 no 16 bits
+            plain.append(results(function, made.tensors, wanted))
     moved = [results(made.reference, nudged(made, rng), wanted) for _ in range(3)]
     floors = [0.0] * len(exact)
     if made.floors is not None:
