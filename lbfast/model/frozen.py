@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -93,6 +94,19 @@ class FrozenLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.dtype}"
 
 
+@functools.cache
+def _onednn_has_bfloat16() -> bool:
+    """Tried: under a limit (ONEDNN_MAX_CPU_ISA) it says so of the machine, and has none."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    try:
+        x = torch.ones(16, 16, dtype=torch.bfloat16)
+        weight = torch.ops.mkldnn._reorder_linear_weight(x)
+        return bool((torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "") == 16).all())
+    except Exception:
+        return False
+
+
 @ours
 class PackedLinear(FrozenLinear):
     """On the CPU, with the weight in the layout of oneDNN's products; the GELU is their end, in float32."""
@@ -102,7 +116,7 @@ class PackedLinear(FrozenLinear):
         """Whether oneDNN has products of this dtype here."""
         if not torch.backends.mkldnn.is_available():
             return False
-        return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return dtype == torch.float32 or (dtype == torch.bfloat16 and _onednn_has_bfloat16())
 
     def _hold(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)

@@ -146,10 +146,10 @@ def _freeze(encoder: Encoder, frames: int, precision: str | None, pack: bool) ->
         if precision == "int8":
             raise RuntimeError(f"precision: int8 can't run here: {'; '.join(reasons)}")
         spanned = False
+    exact = PackedLinear if pack and PackedLinear.takes(dtype) else FrozenLinear
     if spanned:
-        _replace_by_panels(encoder, weights)
+        _replace_by_panels(encoder, weights, exact)
     else:
-        exact = PackedLinear if pack and PackedLinear.takes(dtype) else FrozenLinear
         for layer in encoder.layers:
             kind = Float8Linear if precision == "fp8" and layer is not encoder.layers[-1] else exact
             _replace_products(encoder, layer, partial(_made, kind))
@@ -159,26 +159,31 @@ def _freeze(encoder: Encoder, frames: int, precision: str | None, pack: bool) ->
 
 
 def _why_no_spans(encoder: Encoder, weights: torch.dtype) -> list[str]:
-    """Reasons, each once, why an encoder can't run in spans with `weights` and, in its last layer, its own dtype."""
-    sizes = encoder.config.hidden_size, encoder.config.intermediate_size
-    dtypes = (weights, next(encoder.parameters()).dtype)
-    return list(dict.fromkeys(reason for dtype in dtypes for reason in tokenwise.why_not(*sizes, dtype)))
+    return tokenwise.why_not(encoder.config.hidden_size, encoder.config.intermediate_size, weights)
 
 
-def _replace_by_panels(encoder: Encoder, weights: torch.dtype) -> None:
-    """PanelLinear, of `weights` in all layers but the last, which keeps its dtype; all of them on large pages."""
-    exact = next(encoder.parameters()).dtype
-    dtypes = [weights] * (len(encoder.layers) - 1) + [exact]
+def _replace_by_panels(encoder: Encoder, weights: torch.dtype, exact: type[FrozenLinear]) -> None:
+    """PanelLinear, of `weights` in all layers but the last, which keeps its dtype; all of them on large pages.
+
+    Where panels have not that dtype the last layer is `exact`.
+    """
+    dtype = next(encoder.parameters()).dtype
+    *layers, last = encoder.layers
+    dtypes = dict.fromkeys(layers, weights)
+    if not _why_no_spans(encoder, dtype):
+        dtypes[last] = dtype
     room = tokenwise.Room(
         sum(
             tokenwise.panel_bytes(module.out_features, module.in_features, dtype)
-            for layer, dtype in zip(encoder.layers, dtypes)
+            for layer, dtype in dtypes.items()
             for module in layer.modules()
             if isinstance(module, nn.Linear) and are_linear(module)
         )
     )
-    for layer, dtype in zip(encoder.layers, dtypes):
+    for layer, dtype in dtypes.items():
         _replace_products(encoder, layer, partial(_in_panels, dtype, room))
+    if last not in dtypes:
+        _replace_products(encoder, last, partial(_made, exact))
 
 
 def _made(kind: type[FrozenLinear], name: str, *linears: nn.Linear) -> FrozenLinear:

@@ -49,6 +49,7 @@ class Spans:
         self.config, self.frames = encoder.config, frames
         self.spans = list(_spans(layers, frames))
         self.last = Running(encoder, frames, [last])
+        self.wide = isinstance(last.mlp.fc1, PanelLinear)  # whose sum may be float32, whatever its inputs are
 
     def pooled(self, x: torch.Tensor, packing: Packing | Padded | None = None) -> torch.Tensor:
         """As `Encoder.pooled` without gradients; x is overwritten."""
@@ -74,7 +75,8 @@ class Spans:
                 if isinstance(span.attention, TemporalAttention):
                     qkv = qkv.unflatten(0, (-1, self.frames))
                 attended = span.attention.attend(qkv, packing).reshape(-1, width)
-        return self.last.pooled(total.view(x.shape), packing).to(x.dtype)
+        total = total.view(x.shape) if self.wide else total.view(x.shape).to(x.dtype)
+        return self.last.pooled(total, packing).to(x.dtype)
 
 
 def _spans(layers: list[EncoderLayer], frames: int) -> Iterator[Span]:
