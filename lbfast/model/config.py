@@ -47,6 +47,7 @@ MODALITIES: dict[str, Modality] = {
 class CheckedConfig(PretrainedConfig):
     """A configuration whose fields, where they come from a file, are checked before anything is made of them."""
 
+    base_config_key: ClassVar[str] = ""  # of a tower, in the whole's; transformers 4.46 has none
     rules: ClassVar[Mapping[str, schema.Rule]] = {}
 
     def __init_subclass__(cls, **kwargs: Any):
