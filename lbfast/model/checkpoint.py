@@ -15,7 +15,6 @@ import contextlib
 import os
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +34,7 @@ from lbfast.model.hub import (
     shard_names,
 )
 from lbfast.model.lora import lora_modules
+from lbfast.model.pickles import check_pickle, is_zip
 
 _ENCODER = "vision_model.encoder."
 _WRAPPED = f"{_ENCODER}base_model.model."
@@ -88,10 +88,8 @@ def _read_file(file: Path) -> dict[str, torch.Tensor]:
 
             loaded = load_file(file)
         else:
-            zipped = _is_zip(file)
-            if zipped:
-                _check_stored(file)
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+            check_pickle(file)
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip(file))
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -124,20 +122,6 @@ def _why_no_weight(value: torch.Tensor) -> str:
     there = value.untyped_storage().nbytes()
     needed = value.numel() * value.element_size()
     return f"{needed} bytes of {there} that are there" if needed > there else ""
-
-
-def _is_zip(file: Path) -> bool:
-    with open(file, "rb") as handle:
-        return handle.read(4) == b"PK\x03\x04"
-
-
-def _check_stored(file: Path) -> None:
-    """Raises CheckpointError where a zip file would grow when it is read: torch.save compresses nothing."""
-    with zipfile.ZipFile(file) as archive:
-        size = sum(entry.file_size for entry in archive.infolist())
-        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-    if packed or size > file.stat().st_size:
-        raise CheckpointError(f"{file}: expected a state dict as torch.save writes it, got a compressed archive")
 
 
 def _describe(loaded: object) -> str:
@@ -218,22 +202,27 @@ def assign(
 
     Raises CheckpointError where `dtype` cannot hold their values.
     """
+    if dtype is not None:
+        check_fits(state, dtype, where)
     owned = {key: value.to(dtype=dtype or value.dtype, copy=True).contiguous() for key, value in state.items()}
-    narrowed = {key: v for key, v in owned.items() if torch.finfo(v.dtype).max < torch.finfo(state[key].dtype).max}
-    check_finite(narrowed, where)
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.load_state_dict(owned, strict=True, assign=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable[name])
 
 
-def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """Raises CheckpointError naming those that were finite and are not in the dtype that they have now."""
-    lost = {key: value.dtype for key, value in tensors.items() if not torch.isfinite(value).all()}
+def check_fits(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None, where: str) -> None:
+    """Raises CheckpointError naming the tensors with values that are not finite in `dtype` (None: their own)."""
+    lost = []
+    for key, value in tensors.items():
+        wanted = dtype or value.dtype
+        narrower = torch.finfo(wanted).max < torch.finfo(value.dtype).max
+        if (narrower or dtype is None) and not torch.isfinite(value.detach().to(wanted)).all():
+            lost.append(key)
     if lost:
-        dtypes = ", ".join({str(dtype).removeprefix("torch.") for dtype in lost.values()})
+        name = str(dtype or tensors[lost[0]].dtype).removeprefix("torch.")
         raise CheckpointError(
-            f"{where}: the weights do not fit into {dtypes}, not finite: {listing(lost)}; "
+            f"{where}: the weights do not fit into {name}, not finite: {listing(lost)}; "
             "bfloat16 and float32 reach further"
         )
 

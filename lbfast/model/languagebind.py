@@ -177,7 +177,7 @@ class LanguageBindModel(Freezable, PreTrainedModel):
         checkpoint.assign(model, state, wanted, where)
         if rank and merge_lora:
             model.merge_lora()
-            checkpoint.check_finite(model.state_dict(), where)
+            checkpoint.check_fits(model.state_dict(), None, where)
         nn.Module.to(model, loading.device).eval()
         return (model, loading_info()) if loading.with_info else model  # type: ignore[return-value]
 
