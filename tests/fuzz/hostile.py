@@ -242,13 +242,13 @@ def spoil_weights(folder: Path, dice: Random) -> str:
             value = [value]
         content[key] = value
     elif kind == "tuple key":
-        content = {_laughs(): torch.ones(1)} if dice.random() < 0.3 else {(1, 2): torch.ones(1)}
+        content = {(1, 2): torch.ones(1)}
     if kind == "plain":
         plain = dice.choice([{"a": Code()}, Code(), [1], {"a": 1}])
         pickled.write_bytes(pickle.dumps(plain, protocol=dice.choice([0, 2, 4])))
         return "pickle: plain"
-    if kind == "tuple key" or (isinstance(content, dict) and kind == "laughs"):
-        pickled.write_bytes(_shared_pickle(content))
+    if kind == "tuple key" and dice.random() < 0.5:
+        pickled.write_bytes(laughing_key())
     else:
         torch.save(content, pickled, _use_new_zipfile_serialization=not legacy)
     if kind == "damage":
@@ -258,12 +258,13 @@ def spoil_weights(folder: Path, dice: Random) -> str:
     return f"pickle: {key} {kind}{' legacy' * legacy}"
 
 
-def _shared_pickle(content: Any) -> bytes:
-    """{laughs: 1}, written by hand: pickle itself would hash the key for ever."""
+def laughing_key() -> bytes:
+    """The pickle of {laughs: 1}, written by hand: Python would hash the key for ever."""
     body = b"\x80\x02}X\x02\x00\x00\x00haq\x00"
     for number in range(40):
         body += b"\x86" if number else b"h\x00\x86"
-        body += b"r" + (number + 1).to_bytes(4, "little") + b"j" + (number + 1).to_bytes(4, "little")
+        name = (number + 1).to_bytes(4, "little")
+        body += b"r" + name + (b"j" + name if number < 39 else b"")
     return body + b"K\x01s."
 
 
