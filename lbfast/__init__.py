@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lbfast import paths as _paths
+
 __version__ = "0.1.0"
 
 _MODALITIES = ("Image", "Video", "Audio", "Depth", "Thermal")
@@ -24,6 +26,9 @@ _WHERE = {
     "transform_dict": _PROCESSOR,
     "accelerate": "lbfast.model.accelerate",
     "calibrate": "lbfast.model.calibration",
+    "fuse": "lbfast.model.fusion",
+    "install_as_languagebind": "lbfast.languagebind",
+    "register": "lbfast.auto",
     "optimize_for_inference": "lbfast.model.inference",
     "CheckpointError": "lbfast.model.checkpoint",
     "MediaError": "lbfast.processing",
@@ -36,18 +41,22 @@ _WHERE = {
     **{f"LanguageBind{name}Tokenizer": "lbfast.processing.text" for name in _MODALITIES},
 }
 
-_ROOMS = ("data", "embedding", "evaluation", "ops", "processing", "training")
+_ROOMS = ("data", "embedding", "evaluation", "languagebind", "mini", "ops", "processing", "training")
 
 if TYPE_CHECKING:
     from lbfast import (
         data as data,
         embedding as embedding,
         evaluation as evaluation,
+        languagebind as languagebind,
+        mini as mini,
         ops as ops,
         processing as processing,
         training as training,
     )
+    from lbfast.auto import register as register
     from lbfast.dispatch import use_impl as use_impl
+    from lbfast.languagebind import install_as_languagebind as install_as_languagebind
     from lbfast.losses import InfoNCELoss as InfoNCELoss, LanguageBindLoss as LanguageBindLoss
     from lbfast.model.accelerate import accelerate as accelerate
     from lbfast.model.calibration import calibrate as calibrate
@@ -61,6 +70,7 @@ if TYPE_CHECKING:
         config_dict as config_dict,
         published_config as published_config,
     )
+    from lbfast.model.fusion import fuse as fuse
     from lbfast.model.inference import optimize_for_inference as optimize_for_inference
     from lbfast.model.languagebind import (
         LanguageBind as LanguageBind,
@@ -90,6 +100,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [*_WHERE, "__version__"]
+
+_paths.install()
 
 
 def __getattr__(name: str) -> Any:

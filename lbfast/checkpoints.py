@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,19 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lbfast.data.suffixes import MODALITY_NAMES
+from lbfast.messages import shown
+from lbfast.processing.vocabulary import FILES as TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from lbfast.model.config import LanguageBindConfig
     from lbfast.model.languagebind import LanguageBindModel
 
-TOKENIZER_FILES = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -61,13 +54,20 @@ class Checkpoint:
         return optimize_for_inference(model.to(device), dtype=None, precision=precision, batch_sizes=sizes)  # type: ignore[arg-type]
 
     def tokenizer(self) -> Any:
-        """The tokenizer beside the weights, or CLIP's own, which every published checkpoint has."""
-        from lbfast.processing.text import TOKENIZERS, default_tokenizer
+        """The tokenizer beside the weights; CLIP's own where there is none and the model's vocabulary is CLIP's.
 
-        own = Path(self.where)
-        if own.is_dir() and not (own / "vocab.json").is_file() and not (own / "tokenizer.json").is_file():
-            return default_tokenizer(TOKENIZERS[self.modality])
-        return TOKENIZERS[self.modality].from_pretrained(self.where, **self.hub)
+        Raises what its `from_pretrained` raises, and CheckpointError where it has tokens that the model has not.
+        """
+        from lbfast.model.checkpoint import CheckpointError
+        from lbfast.processing.text import TOKENIZERS
+
+        tokenizer = TOKENIZERS[self.modality].from_pretrained(self.where, **self.hub)
+        known = self.config.text_config.vocab_size
+        if len(tokenizer) > known:
+            raise CheckpointError(
+                f"{self.where}: expected a tokenizer of at most the {known} tokens of the model, got {len(tokenizer)}"
+            )
+        return tokenizer
 
     def tokenizer_fingerprint(self) -> str:
         """Changes with the files of `tokenizer`; empty where it is CLIP's own, or of the hub, with its weights."""
@@ -131,21 +131,16 @@ def _open(name: str, hub: dict[str, Any]) -> Checkpoint:
 
 def _modality_of(where: str, hub: dict[str, Any]) -> str:
     """The modality that config.json's model_type names."""
-    from lbfast.model import checkpoint
+    from lbfast.model import hub as hub_files
     from lbfast.model.config import config_dict
 
-    folder = Path(where)
-    file = folder / "config.json" if folder.is_dir() else checkpoint.fetch_file(where, "config.json", **hub)
-    if not file.is_file():
-        raise FileNotFoundError(f"{where}: expected a config.json in this directory, found none")
-    try:
-        written = json.loads(file.read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: expected a configuration with a model_type, cannot read it: {error!r}") from error
+    file = hub_files.find_file(where, "config.json", **hub)
+    fields = hub_files.read_json(file)
+    written = fields.get("model_type") if isinstance(fields, dict) else None
     by_type = {config.model_type: modality for modality, config in config_dict.items()}
-    if written not in by_type:
-        raise ValueError(
-            f"{file}: expected a model_type of {', '.join(by_type)}, got {written!r}; "
+    if not isinstance(written, str) or written not in by_type:
+        raise hub_files.CheckpointError(
+            f"{file}: expected a model_type of {', '.join(by_type)}, got {shown(written)}; "
             "where the weights are LanguageBind's all the same, say which: MODALITY=DIRECTORY"
         )
     return by_type[written]

@@ -16,6 +16,8 @@ SHARED_KERNELS = ("lbfast.kernels.primitives", "lbfast.kernels.configs")
 # Imports run downwards: from a module to modules of its own height or below. What is not named is an application.
 HEIGHTS = {
     "lbfast.files": 0,
+    "lbfast.messages": 0,
+    "lbfast.paths": 0,
     "lbfast.native": 0,
     "lbfast.dispatch": 1,
     "lbfast.float8": 1,

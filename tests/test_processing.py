@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import BatchFeature
 
 import lbfast
 from lbfast import processing
@@ -63,7 +64,7 @@ def test_files_and_captions(samples, tokenizer, modality):
     assert torch.isfinite(both["pixel_values"]).all() and both["pixel_values"].std() > 0.1
     assert both["input_ids"].shape == both["attention_mask"].shape == (2, 77)
     pixels = processor(images=[str(file) for file in files])
-    assert type(pixels) is dict and torch.equal(pixels["pixel_values"], both["pixel_values"])
+    assert isinstance(pixels, BatchFeature) and torch.equal(pixels["pixel_values"], both["pixel_values"])
     assert torch.equal(processor(files[1])["pixel_values"], both["pixel_values"][1:])
     text = processor(text=captions, return_tensors="pt")
     assert set(text) == {"input_ids", "attention_mask"} and torch.equal(text["input_ids"], both["input_ids"])

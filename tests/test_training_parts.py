@@ -224,10 +224,20 @@ def test_starts_that_fail(tmp_path):
 def test_tokenizers(tmp_path):
     from lbfast.processing.text import write_clip_vocabulary
 
-    tokenizer, files = tokenizer_of(tmp_path, "depth")
-    assert not files and tokenizer("a cat")["input_ids"] == [49406, 320, 2368, 49407]
+    with pytest.raises(
+        FileNotFoundError, match=r"expected a tokenizer, vocab\.json and merges\.txt or tokenizer\.json"
+    ):
+        tokenizer_of(tmp_path, "depth")
+    config = tmp_path / "config.json"
+    config.write_text('{"text_config": {"vocab_size": 1000}}')
+    for where in (tmp_path, config):
+        with pytest.raises(FileNotFoundError, match="expected a tokenizer"):
+            tokenizer_of(where, "depth")
+    config.write_text('{"text_config": {"vocab_size": 49408}}')
+    for where in (tmp_path, config):  # a model with CLIP's vocabulary
+        tokenizer, files = tokenizer_of(where, "depth")
+        assert not files and tokenizer("a cat")["input_ids"] == [49406, 320, 2368, 49407]
     write_clip_vocabulary(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
     for where in (tmp_path, tmp_path / "config.json"):
         tokenizer, files = tokenizer_of(where, "depth")
         assert {file.name for file in files} == {"vocab.json", "merges.txt", "tokenizer_config.json"}

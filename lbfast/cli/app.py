@@ -17,6 +17,7 @@ from rich.markup import escape
 
 import lbfast
 from lbfast.embedding.items import ORDER
+from lbfast.messages import plain
 
 INTERRUPTED = 130
 
@@ -55,7 +56,7 @@ def plain_errors() -> Iterator[None]:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the reader of a pipe left; nothing more can be said there)
         raise typer.Exit(1) from None
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        errors.print(f"[bold red]error:[/] {escape(_message(error))}")
+        errors.print(f"[bold red]error:[/] {escape(plain(_message(error)))}")
         raise typer.Exit(1) from error
 
 

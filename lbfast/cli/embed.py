@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from lbfast.cli.app import Modality, Precision, Products, Signals, Stopped, app, errors, plain_errors
+from lbfast.messages import plain
 
 if TYPE_CHECKING:
     from lbfast.embedding import Failure, Summary
@@ -44,6 +45,10 @@ def embed(
     modality: Annotated[
         Modality | None, typer.Option(help="What every file is, whatever its type; language: one caption a line.")
     ] = None,
+    fuse: Annotated[
+        str | None,
+        typer.Option(metavar="MODALITY+MODALITY", help="A row more for files of one stem, as video+audio."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Files, clips or captions at a time.")] = 8,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that decode. Default: one less than the cores, at most 8.")
@@ -74,6 +79,7 @@ def embed(
                 model,
                 out,
                 modality=modality.value if modality else None,
+                fuse=fuse,
                 batch_size=batch_size,
                 workers=min(8, max(1, (os.cpu_count() or 1) - 1)) if workers is None else workers,
                 dtype=dtype.value,
@@ -141,7 +147,7 @@ def progress_bars(
 
     def on_failure(failure: Failure) -> None:
         reason = failure.reason if failure.path in failure.reason else f"{failure.path}: {failure.reason}"
-        errors.print(f"[yellow]skipped[/] {escape(reason)}", highlight=False)
+        errors.print(f"[yellow]skipped[/] {escape(plain(reason))}", highlight=False)
 
     with bars:
         yield progress, on_failure

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from lbfast.cli.app import Precision, Products, app, errors, plain_errors
 from lbfast.cli.embed import progress_bars
+from lbfast.messages import plain
 
 if TYPE_CHECKING:
     from lbfast.checkpoints import Checkpoint
@@ -154,7 +155,7 @@ def _show(report: Report, json: Path | None, **more: object) -> None:
 
     for key, reason in report.skipped.items():
         said = reason if key in reason else f"{key}: {reason}"
-        errors.print(f"[yellow]skipped[/] {escape(said)}", highlight=False)
+        errors.print(f"[yellow]skipped[/] {escape(plain(said))}", highlight=False)
     counts = ", ".join(f"{count} {name}" for name, count in report.counts.items())
     table = Table(title=report.task, caption=f"{counts}, {len(report.skipped)} skipped")
     classified = report.task == "zero-shot"

@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from lbfast.cli.app import app, errors, plain_errors
+from lbfast.messages import plain
 
 if TYPE_CHECKING:
     from lbfast.training.recipes import Recipe
@@ -82,7 +83,7 @@ def train(
 
         def skipped(key: str, reason: str) -> None:
             errors.print(
-                f"[yellow]skipped[/] {escape(reason if key in reason else f'{key}: {reason}')}", highlight=False
+                f"[yellow]skipped[/] {escape(plain(reason if key in reason else f'{key}: {reason}'))}", highlight=False
             )
 
         batches = Batches(

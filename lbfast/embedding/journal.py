@@ -206,6 +206,13 @@ class Journal:
             self._synced = time.monotonic()
         return frame
 
+    def embeddings(self, items: Sequence[Item]) -> np.ndarray:
+        """(n, size) float32 of finished items, in this order."""
+        read = functools.lru_cache(maxsize=256)(self._again)
+        places = [self._places[item.id] for item in items]
+        rows = [read(place.frame).column("embedding")[place.row].values.to_numpy() for place in places]
+        return np.stack(rows) if rows else np.empty((0, self._size), np.float32)
+
     def finish(self, items: Sequence[Item], run: Mapping[str, Any], replaces: Signature | None = None) -> None:
         """Writes `out` with the rows of `items`, all of them finished, in this order; then removes the journal.
 

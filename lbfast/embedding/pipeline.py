@@ -19,12 +19,15 @@ import lbfast
 from lbfast.checkpoints import Checkpoint, open_checkpoints, pick_device, pick_dtype
 from lbfast.data.decode import Decoder, Processors, Task, Undecodable, plain_fields
 from lbfast.data.suffixes import LANGUAGE
+from lbfast.embedding.fused import Group, find_groups, fused_rows, modalities_of
 from lbfast.embedding.items import Failure, Item, find_items
 from lbfast.embedding.journal import CHANGED, Journal, differences, partial_path, read_finished, signature
 from lbfast.model.languagebind import LanguageBindModel
 
 Progress = Callable[[str, int, int], None]
 """progress(modality, done, total) after each batch; rows done in an earlier run count as done."""
+
+_FUSED_AT_ONCE = 4096
 
 
 class BadFileError(ValueError):
@@ -59,6 +62,7 @@ def embed_files(
     out: str | os.PathLike[str],
     *,
     modality: str | None = None,
+    fuse: str | Sequence[str] | None = None,
     batch_size: int = 8,
     workers: int = 0,
     dtype: str = "auto",
@@ -86,6 +90,8 @@ def embed_files(
         models: checkpoints, each optionally as "MODALITY=DIR_OR_NAME"; else config.json says the modality.
         out: Parquet file. Complete or absent; finished rows wait in OUT.partial.
         modality: of every file whose input names none; "language" for captions.
+        fuse: "video+audio": a row more, of that modality, for every two files of one stem (the path below the folder
+            given, without its suffix); their embeddings as `lbfast.fuse` makes them one. Of three or more as well.
         batch_size: files or captions at a time. For videos, that many clips.
         workers: processes that decode files while the model computes; 0: none. With workers, call this from a script
             under `if __name__ == "__main__":`, as multiprocessing asks.
@@ -113,6 +119,7 @@ def embed_files(
     target = pick_device(device)
     weights = pick_dtype(dtype, target)
     checkpoints = open_checkpoints(models, cache_dir=cache_dir, revision=revision, token=token)
+    fused = () if fuse is None else modalities_of(fuse, checkpoints.keys())
     summary = Summary()
 
     def failed(failure: Failure) -> None:
@@ -136,6 +143,11 @@ def embed_files(
         "models": {name: [c.name, c.fingerprint()] for name, c in checkpoints.items()},
         "language": [last.name, last.fingerprint(), last.tokenizer_fingerprint()],
     }
+    groups = find_groups(listing.items, inputs, fused)
+    if fused:
+        settings["fuse"] = list(fused)
+    for reason, count in groups.ignored.items():
+        summary.ignored[reason] = count
     size = last.config.projection_dim
     before, inputs = signature(out), _digest(listing.items)
     if before is not None and not overwrite:
@@ -146,6 +158,8 @@ def embed_files(
         return summary
     if not os.access(out.parent, os.W_OK):
         raise PermissionError(errno.EACCES, "out: cannot write in this folder", str(out.parent))
+    for failure in groups.failures:
+        failed(failure)
     journal = Journal(out, size, settings, restart=overwrite)
     try:
         if signature(out) != before:  # by a run that held the journal until now
@@ -155,7 +169,9 @@ def embed_files(
         )
         summary.resumed = sum(item in journal for item in listing.items)
         run.embed(listing.items)
-        finished = [item for item in listing.items if item in journal]
+        run.fuse(groups.whole)
+        items = [*listing.items, *(group.item for group in groups.whole)]
+        finished = [item for item in items if item in journal]
         for item in finished:
             summary.embedded[item.modality] = summary.embedded.get(item.modality, 0) + 1
         if finished:
@@ -256,6 +272,24 @@ class _Run:
         while batch := list(itertools.islice(items, self.batch_size)):
             if left := [item for item in batch if item not in self.journal]:
                 yield left
+
+    def fuse(self, groups: Sequence[Group]) -> None:
+        """Makes one row of the rows of each group whose parts are all finished."""
+        todo = [group for group in groups if group.item not in self.journal]
+        todo = [group for group in todo if all(part in self.journal for part in group.parts)]
+        for start in range(0, len(todo), _FUSED_AT_ONCE):
+            some = todo[start : start + _FUSED_AT_ONCE]
+            modalities = range(len(some[0].parts))
+            rows = [self.journal.embeddings([group.parts[i] for group in some]) for i in modalities]
+            model = "+".join(self.checkpoints[part.modality].name for part in some[0].parts)
+            good = []
+            for group, row in fused_rows(some, rows):
+                if row is None:
+                    self.failed(Failure(group.item.id, "the embeddings of its files point in opposite directions"))
+                else:
+                    good.append((group.item, row))
+            if good:
+                self.journal.append([item for item, _ in good], np.stack([row for _, row in good]), model)
 
     def _files(
         self, model: LanguageBindModel, decoded: Iterator[np.ndarray | Undecodable], batch: list[Item]

@@ -12,131 +12,36 @@ and finite. Keys on disk come in three styles, which `canonical_keys` folds into
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from lbfast.messages import listing, named, shown
 from lbfast.model.config import LanguageBindConfig
+from lbfast.model.hub import (
+    WEIGHTS,
+    CheckpointError as CheckpointError,
+    NotCachedError as NotCachedError,
+    fetch_file as fetch_file,
+    find_files as find_files,
+    full_name as full_name,
+    shard_names,
+)
 from lbfast.model.lora import lora_modules
+from lbfast.model.pickles import check_pickle, is_zip
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-_MINI = Path(__file__).parents[1] / "mini" / "weights"
 _ENCODER = "vision_model.encoder."
 _WRAPPED = f"{_ENCODER}base_model.model."
 _ADAPTER = re.compile(r"\.lora_([AB])\.(\w+)\.weight$")
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file or the keys."""
-
-
-class NotCachedError(OSError):
-    """A file of the hub that is not in the cache, while the hub cannot be reached."""
-
-
-def find_files(
-    name_or_path: str | os.PathLike[str],
-    *,
-    cache_dir: str | os.PathLike[str] | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-) -> list[Path]:
-    """The weight files of a local directory or of a repository on the hub: one, or the shards of an index.
-
-    Raises:
-        FileNotFoundError: a local directory, or a repository, without weights.
-        OSError: a hub name that is neither cached nor reachable.
-        CheckpointError: a broken index, or one that names a missing shard.
-    """
-    path = Path(name_or_path)
-    if path.is_dir():
-        found = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
-        if found is None:
-            raise FileNotFoundError(f"{path}: expected one of {', '.join(WEIGHTS)} in this directory, found none")
-        shards = [found.parent / name for name in _shard_names(found)] if found.suffix == ".json" else [found]
-        missing = [shard.name for shard in shards if not shard.is_file()]
-        if missing:
-            raise CheckpointError(f"{found}: names files that are not there: {', '.join(missing)}")
-        return shards
-
-    def fetch(name: str) -> Path:
-        return fetch_file(
-            str(name_or_path),
-            name,
-            cache_dir=cache_dir,
-            revision=revision,
-            token=token,
-            local_files_only=local_files_only,
-            force_download=force_download,
-        )
-
-    from huggingface_hub.errors import EntryNotFoundError
-
-    absent: NotCachedError | None = None
-    for name in WEIGHTS:
-        try:
-            found = fetch(name)
-        except EntryNotFoundError:
-            continue
-        except NotCachedError as error:  # offline: the repository may be cached with another of the files
-            absent = absent or error
-            continue
-        return [fetch(shard) for shard in _shard_names(found)] if found.suffix == ".json" else [found]
-    if absent is not None:
-        raise absent
-    raise FileNotFoundError(f"{name_or_path}: expected one of {', '.join(WEIGHTS)} in this repository, found none")
-
-
-def fetch_file(
-    repo_id: str,
-    name: str,
-    *,
-    cache_dir: str | os.PathLike[str] | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-) -> Path:
-    """A file of a hub repository, from the cache or the network.
-
-    Raises:
-        huggingface_hub.errors.EntryNotFoundError: the repository has no such file.
-        NotCachedError: the hub cannot be reached and the file is not cached. OSError: the name is no repository.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            hf_hub_download(
-                repo_id,
-                name,
-                cache_dir=None if cache_dir is None else Path(cache_dir),
-                revision=revision,
-                token=token,
-                local_files_only=local_files_only,
-                force_download=force_download,
-            )
-        )
-    except LocalEntryNotFoundError as error:
-        raise NotCachedError(
-            f"{repo_id}: not a local directory, and {name} of the hub repository of that name is neither in the cache "
-            f"({cache_dir or 'default'}) nor can it be fetched (offline?)"
-        ) from error
-    except EntryNotFoundError:
-        raise
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise OSError(f"{repo_id}: not a local directory, and the hub answered: {error}") from error
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def load_config(
@@ -144,48 +49,9 @@ def load_config(
 ) -> LanguageBindConfig:
     """Reads config.json of a directory or hub repository, for the modality of `config_class`.
 
-    Raises FileNotFoundError, OSError, or ValueError for JSON that is broken or of another modality.
+    Raises what `config_class.from_pretrained` raises: FileNotFoundError, OSError, CheckpointError.
     """
-    path = Path(name_or_path)
-    if path.is_dir():
-        file = path / "config.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{path}: expected a config.json in this directory, found none")
-    else:
-        from huggingface_hub.errors import EntryNotFoundError
-
-        try:
-            file = fetch_file(str(name_or_path), "config.json", **hub)
-        except EntryNotFoundError as error:
-            raise FileNotFoundError(f"{name_or_path}: expected a config.json in this repository, found none") from error
-    try:
-        fields = json.loads(file.read_text())
-        written = fields.get("model_type", config_class.model_type)
-        config = config_class.from_dict(fields)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file}: expected a {config_class.model_type} configuration, cannot read it: {error}"
-        ) from error
-    if written not in (config_class.model_type, "clip"):
-        raise ValueError(f"{file}: expected model_type {config_class.model_type}, got {written}")
-    return config
-
-
-def full_name(where: str | os.PathLike[str]) -> str:
-    """A local path or full repository id as it is; a bare name becomes one of the hub's LanguageBind organisation.
-
-    "lbfast-mini/video" and the like are the small models that come with the package. ValueError for others of them.
-    """
-    name = os.fspath(where)
-    if Path(name).is_dir():
-        return name
-    owner, _, modality = name.partition("/")
-    if owner == "lbfast-mini":
-        if not (_MINI / modality / "config.json").is_file():
-            known = ", ".join(sorted(f"lbfast-mini/{path.parent.name}" for path in _MINI.glob("*/config.json")))
-            raise ValueError(f"{name}: expected one of {known}")
-        return str(_MINI / modality)
-    return name if "/" in name or os.sep in name else f"LanguageBind/{name}"
+    return cast(LanguageBindConfig, config_class.from_pretrained(name_or_path, **hub))
 
 
 def parse_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
@@ -200,17 +66,6 @@ def parse_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def _shard_names(index: Path) -> list[str]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: expected an index of shards with a weight_map, got something else") from error
-    bad = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if bad or not names:
-        raise CheckpointError(f"{index}: expected plain file names in weight_map, got {bad or 'none'}")
-    return names
-
-
 def read_state_dict(files: list[Path]) -> dict[str, torch.Tensor]:
     """Reads weight files into one mapping; tensors are mapped from disk where the format allows it.
 
@@ -221,7 +76,7 @@ def read_state_dict(files: list[Path]) -> dict[str, torch.Tensor]:
         part = _read_file(file)
         repeated = state.keys() & part.keys()
         if repeated:
-            raise CheckpointError(f"{file}: repeats keys of another shard: {_listing(repeated)}")
+            raise CheckpointError(f"{file}: repeats keys of another shard: {listing(repeated)}")
         state |= part
     return state
 
@@ -233,31 +88,46 @@ def _read_file(file: Path) -> dict[str, torch.Tensor]:
 
             loaded = load_file(file)
         else:
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+            check_pickle(file)
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip(file))
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file}: expected a state dict of tensors; it holds other objects and was not run"
         ) from error
     except Exception as error:  # truncated or foreign files fail in many ways inside the readers
-        raise CheckpointError(f"{file}: expected a state dict of tensors, cannot read it: {error}") from error
+        raise CheckpointError(
+            f"{file}: expected a state dict of tensors, cannot read it: {named(error, 300)}"
+        ) from error
     if not isinstance(loaded, Mapping) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()
     ):
         raise CheckpointError(f"{file}: expected a state dict (names to tensors), got {_describe(loaded)}")
     if not loaded:
         raise CheckpointError(f"{file}: expected a state dict, got an empty one")
+    odd = {name: why for name, value in loaded.items() if (why := _why_no_weight(value))}
+    if odd:
+        few = ", ".join(f"{named(name)} ({odd[name]})" for name in sorted(odd)[:4])
+        raise CheckpointError(f"{file}: expected plain tensors, each with numbers of its own, got {few}")
     return dict(loaded)
 
 
-def _is_zip(file: Path) -> bool:
-    with open(file, "rb") as handle:
-        return handle.read(4) == b"PK\x03\x04"
+def _why_no_weight(value: torch.Tensor) -> str:
+    """Why a tensor is not numbers in memory, one after the other; an empty string where it is."""
+    if value.is_nested or value.layout is not torch.strided:
+        return "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+    if value.is_quantized or value.device.type != "cpu":
+        return "quantized" if value.is_quantized else f"on {value.device.type}"
+    there = value.untyped_storage().nbytes()
+    needed = value.numel() * value.element_size()
+    return f"{needed} bytes of {there} that are there" if needed > there else ""
 
 
 def _describe(loaded: object) -> str:
     if isinstance(loaded, Mapping):
         odd = next((k for k, v in loaded.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor)), None)
-        return f"a mapping whose {odd!r} is a {type(loaded[odd]).__name__}"
+        return f"a mapping whose {shown(odd)} is a {type(loaded[odd]).__name__}"
     return f"a {type(loaded).__name__}"
 
 
@@ -307,33 +177,54 @@ def check_state(model: nn.Module, state: Mapping[str, torch.Tensor], where: str)
     wanted = model.state_dict()
     problems = []
     if missing := wanted.keys() - state.keys():
-        problems.append(f"missing: {_listing(missing)}")
+        problems.append(f"missing: {listing(missing)}")
     if unexpected := state.keys() - wanted.keys():
-        problems.append(f"unexpected: {_listing(unexpected)}")
+        problems.append(f"unexpected: {listing(unexpected)}")
     shared = wanted.keys() & state.keys()
-    misshapen = [
-        f"{key} {tuple(state[key].shape)}, expected {tuple(wanted[key].shape)}"
-        for key in sorted(shared)
-        if state[key].shape != wanted[key].shape
-    ]
+    misshapen = {key for key in shared if state[key].shape != wanted[key].shape}
     if misshapen:
-        problems.append(f"misshapen: {_listing(misshapen)}")
-    foreign = [f"{key} ({state[key].dtype})" for key in shared if not state[key].is_floating_point()]
+        each = [f"{key} {tuple(state[key].shape)}, expected {tuple(wanted[key].shape)}" for key in misshapen]
+        problems.append(f"misshapen: {listing(each)}")
+    foreign = {key for key in shared if state[key].dtype not in _FLOATS}
     if foreign:
-        problems.append(f"not floating point: {_listing(foreign)}")
-    elif broken := [key for key in shared if not torch.isfinite(state[key]).all()]:
-        problems.append(f"not finite: {_listing(broken)}")
+        each = [f"{key} ({state[key].dtype})" for key in foreign]
+        problems.append(f"not floating point of 16 to 64 bits: {listing(each)}")
+    if broken := [key for key in shared - misshapen - foreign if not torch.isfinite(state[key]).all()]:
+        problems.append(f"not finite: {listing(broken)}")
     if problems:
         raise CheckpointError(f"{where}: the weights do not fit the model; " + "; ".join(problems))
 
 
-def assign(model: nn.Module, state: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> None:
-    """Makes the tensors of a checked mapping the parameters of a model built on the meta device."""
+def assign(
+    model: nn.Module, state: Mapping[str, torch.Tensor], dtype: torch.dtype | None, where: str = "the checkpoint"
+) -> None:
+    """Makes the tensors of a checked mapping the parameters of a model built on the meta device.
+
+    Raises CheckpointError where `dtype` cannot hold their values.
+    """
+    if dtype is not None:
+        check_fits(state, dtype, where)
     owned = {key: value.to(dtype=dtype or value.dtype, copy=True).contiguous() for key, value in state.items()}
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.load_state_dict(owned, strict=True, assign=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable[name])
+
+
+def check_fits(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None, where: str) -> None:
+    """Raises CheckpointError naming the tensors with values that are not finite in `dtype` (None: their own)."""
+    lost = []
+    for key, value in tensors.items():
+        wanted = dtype or value.dtype
+        narrower = torch.finfo(wanted).max < torch.finfo(value.dtype).max
+        if (narrower or dtype is None) and not torch.isfinite(value.detach().to(wanted)).all():
+            lost.append(key)
+    if lost:
+        name = str(dtype or tensors[lost[0]].dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{where}: the weights do not fit into {name}, not finite: {listing(lost)}; "
+            "bfloat16 and float32 reach further"
+        )
 
 
 def save_state_dict(
@@ -357,11 +248,5 @@ def weight_names(folder: Path) -> set[str]:
     found = {name for name in WEIGHTS if os.path.lexists(folder / name)}
     for index in sorted(name for name in found if name.endswith(".index.json")):
         with contextlib.suppress(CheckpointError, OSError):
-            found |= {name for name in _shard_names(folder / index) if name.endswith((".safetensors", ".bin"))}
+            found |= {name for name in shard_names(folder / index) if name.endswith((".safetensors", ".bin"))}
     return found
-
-
-def _listing(names: object, most: int = 8) -> str:
-    items = sorted(names)  # type: ignore[call-overload]
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more

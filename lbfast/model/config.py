@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from transformers import PretrainedConfig
+
+from lbfast.model import hub, schema
+
+C = TypeVar("C", bound="CheckedConfig")
 
 
 @dataclass(frozen=True)
@@ -38,9 +44,65 @@ MODALITIES: dict[str, Modality] = {
 }
 
 
-class LanguageBindTextConfig(PretrainedConfig):
+class CheckedConfig(PretrainedConfig):
+    """A configuration whose fields, where they come from a file, are checked before anything is made of them."""
+
+    base_config_key: ClassVar[str] = ""  # of a tower, in the whole's; transformers 4.46 has none
+    rules: ClassVar[Mapping[str, schema.Rule]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any):
+        # transformers 5 would make a dataclass, with an __init__ of its own, of a subclass that has none
+        cls.__init__ = cls.__init__  # type: ignore[method-assign]
+        super().__init_subclass__(**kwargs)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls: type[C], pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> C | tuple[C, dict[str, Any]]:
+        """Reads config.json of a directory or a repository of the hub; for one tower, its part of it.
+
+        Args:
+            pretrained_model_name_or_path: directory, name on the hub, or "lbfast-mini/...".
+            kwargs: cache_dir, revision, token, local_files_only, force_download, subfolder; fields to replace;
+                return_unused_kwargs=True for (configuration, the keywords that are none).
+
+        Raises:
+            FileNotFoundError, OSError: it is not there. CheckpointError: a field is not what it may be, or the
+            configuration is of another model; the message names the file and the field.
+        """
+        options = hub.hub_options(kwargs)
+        file = hub.find_file(hub.full_name(pretrained_model_name_or_path), "config.json", **options)
+        fields = hub.read_json(file)
+        try:
+            if isinstance(fields, dict):
+                fields = fields.get(cls.base_config_key, fields)
+            written = fields.get("model_type", cls.model_type) if isinstance(fields, dict) else cls.model_type
+            config = cls.from_dict(fields, **kwargs)
+        except hub.CheckpointError as error:
+            raise hub.CheckpointError(
+                f"{file}: expected a {cls.model_type} configuration, cannot read it: {error}"
+            ) from error
+        if written not in (cls.model_type, "clip"):
+            raise hub.CheckpointError(f"{file}: expected model_type {cls.model_type}, got {written}")
+        return config
+
+    @classmethod
+    def from_dict(cls: type[C], config_dict: dict[str, Any], **kwargs: Any) -> C:
+        """Fields as a file has them. Raises CheckpointError naming one that is not what it may be."""
+        config = super().from_dict(schema.checked(config_dict, cls.rules), **kwargs)
+        made = config[0] if isinstance(config, tuple) else config
+        for tower in made._towers():
+            schema.check_together(tower)
+        return config
+
+    def _towers(self) -> list[PretrainedConfig]:
+        return [self]
+
+
+class LanguageBindTextConfig(CheckedConfig):
     """Text tower. `vocab_size`, `max_position_embeddings` (77) and the widths are those of CLIP."""
 
+    rules = schema.TEXT
     model_type = "clip_text_model"
     base_config_key = "text_config"
 
@@ -81,12 +143,13 @@ class LanguageBindTextConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-class LanguageBindVisionConfig(PretrainedConfig):
+class LanguageBindVisionConfig(CheckedConfig):
     """Vision tower of any modality. `image_size` in pixels; for audio the pixels are num_mel_bins x target_length.
 
     `clip_type="vl_new"` with `add_time_attn` embeds tubes of `tube_size` frames, with a class embedding for each.
     """
 
+    rules = schema.VISION
     model_type = "clip_vision_model"
     base_config_key = "vision_config"
 
@@ -142,7 +205,7 @@ class LanguageBindVisionConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-class LanguageBindConfig(PretrainedConfig):
+class LanguageBindConfig(CheckedConfig):
     """One modality and its text tower; the base of LanguageBind{Image,Video,Audio,Depth,Thermal}Config.
 
     Args:
@@ -151,16 +214,12 @@ class LanguageBindConfig(PretrainedConfig):
         logit_scale_init_value: log of the initial temperature factor.
     """
 
+    rules = schema.WHOLE
     modality: ClassVar[Modality]
     sub_configs: ClassVar[dict[str, type]] = {
         "text_config": LanguageBindTextConfig,
         "vision_config": LanguageBindVisionConfig,
     }
-
-    def __init_subclass__(cls, **kwargs: Any):
-        # transformers 5 would make a dataclass, with an __init__ of its own, of a subclass that has none
-        cls.__init__ = LanguageBindConfig.__init__  # type: ignore[method-assign]
-        super().__init_subclass__(**kwargs)
 
     def __init__(
         self,
@@ -184,6 +243,9 @@ class LanguageBindConfig(PretrainedConfig):
         self.logit_scale_init_value = logit_scale_init_value
         self.initializer_factor = kwargs.pop("initializer_factor", 1.0)
         super().__init__(**kwargs)
+
+    def _towers(self) -> list[PretrainedConfig]:
+        return [self.text_config, self.vision_config]
 
     @classmethod
     def from_text_vision_configs(

@@ -12,7 +12,7 @@ from torch import nn
 
 from lbfast import tokenwise
 from lbfast.model.calibration import calibrate
-from lbfast.model.checkpoint import parse_dtype
+from lbfast.model.checkpoint import check_fits, parse_dtype
 from lbfast.model.frozen import Float8Linear, FrozenLinear, PackedLinear, PanelLinear, check_float8, check_int8
 from lbfast.model.graphs import Graphs
 from lbfast.model.languagebind import LanguageBind, LanguageBindModel
@@ -106,6 +106,7 @@ def optimize_for_inference(
             if not tower.calibrated:
                 calibrate(tower)
     if wanted is not None:
+        check_fits(dict(model.named_parameters()), wanted, "model")
         nn.Module.to(model, wanted)
     for tower in towers:
         frames = tower.frames if isinstance(tower, VisionTransformer) else 1

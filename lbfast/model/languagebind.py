@@ -20,8 +20,11 @@ from lbfast import ops
 from lbfast.model import checkpoint, config as configs, saving
 from lbfast.model.config import LanguageBindConfig
 from lbfast.model.frozen import Freezable
+from lbfast.model.hub import unexpected
 from lbfast.model.initial import initialise
+from lbfast.model.loading import Loading, loading_info
 from lbfast.model.lora import add_lora, merge_lora
+from lbfast.model.schema import check_weights
 from lbfast.model.towers import (
     TextTransformer,
     VisionTransformer,
@@ -124,41 +127,46 @@ class LanguageBindModel(Freezable, PreTrainedModel):
         revision: str | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
-        device_map: None = None,
+        device_map: Any = None,
+        **others: Any,
     ) -> Self:
         """Loads a checkpoint strictly, in eval mode.
 
         Args:
-            pretrained_model_name_or_path: directory, or name on the hub, with config.json and model.safetensors or
-                pytorch_model.bin, sharded or not.
+            pretrained_model_name_or_path: directory, name on the hub, or "lbfast-mini/...", with config.json and
+                model.safetensors or pytorch_model.bin, sharded or not.
             config: instead of the checkpoint's config.json.
             cache_dir, token, revision, local_files_only, force_download: of the download.
             torch_dtype: torch.float32 (default), a floating dtype or its name, or "auto" for the checkpoint's own.
                 `dtype` is the same under its newer name.
             return_dict: False makes forward return tuples by default.
             merge_lora: add LoRA adapters into the weights. False keeps them apart and trainable, the encoder frozen.
-            device_map: only None; move the model with `.to(device)`.
+            device_map: one device, or {"": device}; None: the CPU.
+            others: of Hugging Face's from_pretrained: subfolder, variant, use_safetensors, output_attentions,
+                output_hidden_states, output_loading_info=True for (model, what was not as expected: nothing);
+                attn_implementation, low_cpu_mem_usage, trust_remote_code and the like change nothing here.
 
         Raises:
             FileNotFoundError: no config.json or no weights there.
             OSError: a hub name that is neither cached nor reachable.
             CheckpointError: the weights do not fit, are not finite, or are no state dict.
+            ValueError: a keyword asks for what is not done here, such as several devices.
         """
-        if device_map is not None:
-            raise ValueError(f"device_map: expected None, got {device_map!r}; move the model with .to(device)")
         wanted = checkpoint.parse_dtype(torch_dtype if torch_dtype is not None else dtype)
-        where = str(pretrained_model_name_or_path)
-        hub: dict[str, Any] = {
-            "cache_dir": cache_dir,
-            "token": token,
-            "revision": revision,
-            "local_files_only": local_files_only,
-            "force_download": force_download,
-        }
-        config = checkpoint.load_config(cls.config_class, where, **hub) if config is None else copy.deepcopy(config)
-        if return_dict is not None:
-            config.return_dict = return_dict
-        state = checkpoint.canonical_keys(checkpoint.read_state_dict(checkpoint.find_files(where, **hub)))
+        others |= {"cache_dir": cache_dir, "token": token, "revision": revision}
+        others |= {"local_files_only": local_files_only, "force_download": force_download}
+        loading = Loading.of(others, device_map)
+        unexpected(f"{cls.__name__}.from_pretrained", others)
+        where = checkpoint.full_name(pretrained_model_name_or_path)
+        if config is None:
+            config = checkpoint.load_config(cls.config_class, where, **loading.hub)
+        else:
+            config = copy.deepcopy(config)
+        for name, value in {**loading.flags, "return_dict": return_dict}.items():
+            if value is not None:
+                setattr(config, name, value)
+        state = checkpoint.canonical_keys(checkpoint.read_state_dict(checkpoint.find_files(where, **loading.weights)))
+        check_weights(config, state, where)
         rank = checkpoint.lora_rank(state)
         config.vision_config.lora_r = rank
         with torch.device("meta"):
@@ -166,10 +174,12 @@ class LanguageBindModel(Freezable, PreTrainedModel):
         checkpoint.check_state(model, state, where)
         if wanted is None:
             wanted = state["visual_projection.weight"].dtype
-        checkpoint.assign(model, state, wanted)
+        checkpoint.assign(model, state, wanted, where)
         if rank and merge_lora:
             model.merge_lora()
-        return model.eval()
+            checkpoint.check_fits(model.state_dict(), None, where)
+        nn.Module.to(model, loading.device).eval()
+        return (model, loading_info()) if loading.with_info else model  # type: ignore[return-value]
 
     def merge_lora(self: Self) -> Self:
         """Adds the adapters into the weights, which become trainable again. In place; does nothing without adapters."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import numbers
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 
+from lbfast.messages import shown
 from lbfast.processing import audio, depth, image, video
 from lbfast.processing.media import MediaError, Reading
 from lbfast.processing.transforms import Compose
@@ -49,6 +52,8 @@ ROWS: dict[str, Row] = {
     ),
 }
 
+_CONFIG = "processor_config.json"
+
 
 class Processor:
     """Processor of one modality; use a subclass. Gives the same output for the same input, unless training.
@@ -81,6 +86,7 @@ class Processor:
         row = ROWS[self.modality]
         self.reading = reading or Reading()
         self.config, self.tokenizer = config, tokenizer
+        self.antialias = antialias
         self.transform = row.transform(config.vision_config, antialias)
         self.image_processor = row.load
         self.training = False
@@ -122,7 +128,7 @@ class Processor:
                 readers and batches. An array with one dimension more than an item is a batch.
             text: a caption or a list of them.
             context_length: tokens a caption; shorter ones are padded.
-            return_tensors: for the text, as tokenizers take it ("pt"); pixel values are always tensors.
+            return_tensors: "np" for NumPy's arrays; else of the text, as tokenizers take it ("pt"); pixels are tensors.
             truncation: cut longer captions; False raises instead.
             raw: pixel values as uint8 0..255, resized and cropped but not normalised, each rounded to the nearest level
                 (off by up to 0.5 / 255, 0.007 after normalisation; bicubic overshoot is clamped). Not for audio.
@@ -133,7 +139,8 @@ class Processor:
             kwargs: further arguments for the tokenizer.
 
         Returns:
-            {"pixel_values"} without text; a BatchEncoding with input_ids and attention_mask (and pixel_values) with it.
+            Of items a BatchFeature, with pixel_values, and input_ids and attention_mask where there are captions; of
+            captions alone a BatchEncoding. Both are mappings with attributes and .to(device).
             pixel_values: float32 (or uint8) (B, 3, H, W), video (B, 3, T, H, W).
 
         Raises:
@@ -142,6 +149,8 @@ class Processor:
         """
         if text is None and images is None:
             raise ValueError("text, images: expected at least one of them, got neither")
+        if return_tensors not in (None, "pt", "np"):
+            raise ValueError(f"return_tensors: expected 'pt', 'np' or None, got {return_tensors!r}")
         encoding = None if text is None else self._tokenize(text, context_length, return_tensors, truncation, kwargs)
         if images is None:
             return encoding
@@ -151,11 +160,12 @@ class Processor:
         asked: dict[str, Any] = {"strict": strict, "allow_urls": allow_urls}
         asked = {name: value for name, value in asked.items() if value is not None}
         options["reading"] = replace(self.reading, **asked)
-        pixel_values = self._pixels(images, raw, options)
-        if encoding is None:
-            return {"pixel_values": pixel_values}
-        encoding["pixel_values"] = pixel_values
-        return encoding
+        from transformers import BatchFeature
+
+        pixel_values: Any = self._pixels(images, raw, options)
+        if return_tensors == "np":
+            pixel_values = pixel_values.numpy()
+        return BatchFeature({**(encoding or {}), "pixel_values": pixel_values})
 
     def _check_options(self, options: dict[str, Any]) -> None:
         row = ROWS[self.modality]
@@ -219,6 +229,33 @@ class Processor:
         """The tokenizer's decode."""
         return self.tokenizer.decode(*args, skip_special_tokens=skip_special_tokens, **kwargs)
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False) -> list[str]:
+        """Writes processor_config.json, and the tokenizer's files where there is one; `from_pretrained` reads them.
+
+        Args:
+            save_directory: made if it does not exist. config.json and weights in it are left alone.
+            push_to_hub: only False; huggingface_hub.upload_folder(folder_path=...) does it.
+
+        Returns:
+            The files written.
+        """
+        if push_to_hub:
+            raise ValueError("push_to_hub: expected False; huggingface_hub.upload_folder(folder_path=...) does it")
+        folder = Path(save_directory)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"save_directory: expected a directory, got the file {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        vision = self.config.vision_config
+        fields = {
+            "processor_class": type(self).__name__,
+            "antialias": self.antialias,
+            "vision_config": vision.to_dict() if hasattr(vision, "to_dict") else dict(vars(vision)),
+        }
+        file = folder / _CONFIG
+        file.write_text(json.dumps(fields, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+        others = [] if self.tokenizer is None else self.tokenizer.save_pretrained(folder)
+        return [str(file), *others]
+
     @classmethod
     def from_pretrained(
         cls,
@@ -229,21 +266,56 @@ class Processor:
         token: str | bool | None = None,
         **kwargs: Any,
     ) -> Processor:
-        """The processor of a checkpoint: its config, and its tokenizer.
+        """The processor of a checkpoint, its config and its tokenizer; or one that `save_pretrained` wrote.
 
         Args:
-            pretrained_model_name_or_path: directory, or name on the hub.
+            pretrained_model_name_or_path: directory, name on the hub, or "lbfast-mini/...".
             cache_dir, revision, token: of the download.
-            kwargs: antialias, training, generator.
+            kwargs: antialias, training, generator; local_files_only, force_download, subfolder; use_fast,
+                trust_remote_code and the like change nothing.
+
+        Raises:
+            FileNotFoundError, OSError: it is not there. CheckpointError: a broken file, named with its field.
+            ValueError, TypeError: keywords that are not known.
         """
-        from lbfast.model.checkpoint import load_config
+        from lbfast.model import hub
         from lbfast.model.config import config_dict
         from lbfast.processing.text import TOKENIZERS
 
-        hub: dict[str, Any] = {"cache_dir": cache_dir, "revision": revision or "main", "token": token}
-        config = load_config(config_dict[cls.modality], pretrained_model_name_or_path, **hub)
-        tokenizer = TOKENIZERS[cls.modality].from_pretrained(pretrained_model_name_or_path, **hub)
-        return cls(config, tokenizer, **kwargs)
+        kwargs |= {"cache_dir": cache_dir, "revision": revision, "token": token}
+        options = hub.hub_options(kwargs)
+        where = hub.full_name(pretrained_model_name_or_path)
+        config_class, tokenizer_class = config_dict[cls.modality], TOKENIZERS[cls.modality]
+        saved = cls._saved(hub.find_some(where, (_CONFIG, "config.json"), **options))
+        if saved is None:
+            config: Any = config_class.from_pretrained(where, **options)
+            return cls(config, tokenizer_class.from_pretrained(where, **options), **kwargs)
+        try:
+            tokenizer = tokenizer_class.from_pretrained(where, **options)
+        except FileNotFoundError:
+            tokenizer = None  # it had none
+        return cls(config_class(vision_config=saved.pop("vision_config")), tokenizer, **{**saved, **kwargs})
+
+    @classmethod
+    def _saved(cls, files: Mapping[str, Path]) -> dict[str, Any] | None:
+        """What processor_config.json says, where it is one of ours."""
+        from lbfast.model.hub import CheckpointError, read_json
+        from lbfast.model.schema import VISION, checked
+
+        file = files.get(_CONFIG)
+        fields = None if file is None else read_json(file)
+        if not isinstance(fields, dict) or "vision_config" not in fields:
+            return None
+        name, antialias = fields.get("processor_class"), fields.get("antialias", True)
+        if name != cls.__name__:
+            raise CheckpointError(f"{file}: processor_class: expected {cls.__name__}, got {shown(name)}")
+        if not isinstance(antialias, bool):
+            raise CheckpointError(f"{file}: antialias: expected true or false, got {shown(antialias)}")
+        try:
+            vision = checked(fields["vision_config"], VISION, "vision_config.")
+        except CheckpointError as error:
+            raise CheckpointError(f"{file}: {error}") from None
+        return {"antialias": antialias, "vision_config": vision}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(transform={self.transform!r}, training={self.training})"

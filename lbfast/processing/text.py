@@ -1,23 +1,34 @@
 """CLIP's byte-pair tokeniser under LanguageBind's five names. Importing this module imports transformers.
 
 CLIP's vocabulary follows from its merges: 256 byte symbols, the same ending a word, one token a merge, two specials.
-The package carries the merges, so that `default_tokenizer` works offline; `from_pretrained` reads a checkpoint's files.
+The package carries the merges, so that `default_tokenizer` works offline; `from_pretrained` reads a checkpoint's files,
+checks them, and makes the tokeniser of what they say: transformers would make one of two tokens where they are missing.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import os
 import tempfile
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import CLIPTokenizer
+from transformers import AddedToken, CLIPTokenizer
+
+from lbfast.model import hub
+from lbfast.processing.vocabulary import END, FILES, SPECIAL, START, Vocabulary, is_whole, read_vocabulary
 
 CONTEXT_LENGTH = 77
-START, END = "<|startoftext|>", "<|endoftext|>"
+VOCABULARY = 49408
+"""Tokens of CLIP."""
+
 _MERGES = Path(__file__).parent / "clip_vocabulary" / "merges.txt.gz"
+
+
+T = TypeVar("T", bound="LanguageBindTokenizer")
 
 
 def _composed(text: str) -> str:
@@ -35,6 +46,76 @@ class LanguageBindTokenizer(CLIPTokenizer):
         super().__init__(*args, **kwargs)
         if hasattr(self, "fix_text"):
             self.fix_text = _composed
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls: type[T], pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> T:
+        """The tokeniser beside a checkpoint.
+
+        Where there is a model and no tokeniser, CLIP's own serves if the model's text configuration is CLIP's, as that
+        of every published one; a warning says so.
+
+        Args:
+            pretrained_model_name_or_path: directory, name on the hub, or "lbfast-mini/...", with vocab.json and
+                merges.txt, or tokenizer.json.
+            kwargs: cache_dir, revision, token, local_files_only, force_download, subfolder; settings of the tokeniser
+                that differ (model_max_length, padding_side, pad_token...).
+
+        Raises:
+            FileNotFoundError: there is no tokeniser. OSError: a hub name that is neither cached nor reachable.
+            CheckpointError: a file is broken; the message names it and the field.
+        """
+        options = hub.hub_options(kwargs)
+        where = hub.full_name(pretrained_model_name_or_path)
+        absent: OSError | None = None
+        files: dict[str, Path] = {}
+        try:
+            files = hub.find_some(where, FILES, **options)
+        except hub.NotCachedError as error:
+            absent = error
+        if is_whole(files):
+            return _built(cls, read_vocabulary(files), where, kwargs)
+        if _has_clips_vocabulary(where, options):
+            hub.said(
+                f"{where}: no tokenizer there ({', '.join(FILES[:3])}); its text configuration is CLIP's, so CLIP's "
+                "vocabulary, which comes with lbfast, is used"
+            )
+            return default_tokenizer(cls, **kwargs)
+        raise absent or FileNotFoundError(
+            f"{where}: expected a tokenizer, vocab.json and merges.txt or tokenizer.json, found none; CLIP's own, "
+            "lbfast.processing.default_tokenizer(), is for models with CLIP's vocabulary"
+        )
+
+
+def _has_clips_vocabulary(where: str, options: Mapping[str, Any]) -> bool:
+    """Whether there is a model there whose text tower has CLIP's vocabulary."""
+    try:
+        return has_clips_vocabulary(hub.find_file(where, "config.json", **options))
+    except OSError:
+        return False
+
+
+def has_clips_vocabulary(config: Path) -> bool:
+    """Whether a config.json is of a model whose text tower has CLIP's vocabulary, or does not say another."""
+    fields = hub.read_json(config)
+    text = fields.get("text_config") if isinstance(fields, dict) else None
+    return isinstance(text, dict) and text.get("vocab_size", VOCABULARY) == VOCABULARY
+
+
+def _built(cls: type[T], vocabulary: Vocabulary, where: str, settings: Mapping[str, Any]) -> T:
+    """A tokeniser of a checked vocabulary."""
+    with tempfile.TemporaryDirectory() as folder:
+        _write(Path(folder), vocabulary.tokens, vocabulary.merges, vocabulary.settings)
+        made = super(LanguageBindTokenizer, cls).from_pretrained(folder, local_files_only=True, **settings)
+    for number, token in enumerate(vocabulary.added, start=len(vocabulary.tokens)):
+        made.add_tokens([AddedToken(**token)], special_tokens=bool(token.get("special", False)))
+        if made.convert_tokens_to_ids(token["content"]) != number:
+            raise hub.CheckpointError(f"{where}: cannot add the token {token['content']!r} under its id {number}")
+    if len(made) != len(vocabulary.tokens) + len(vocabulary.added):
+        raise hub.CheckpointError(f"{where}: expected {len(vocabulary.tokens)} tokens, got a tokenizer of {len(made)}")
+    made.name_or_path = where
+    return made
 
 
 class LanguageBindImageTokenizer(LanguageBindTokenizer):
@@ -65,8 +146,6 @@ TOKENIZERS: dict[str, type[LanguageBindTokenizer]] = {
     "thermal": LanguageBindThermalTokenizer,
 }
 
-T = TypeVar("T", bound=CLIPTokenizer)
-
 
 def clip_vocabulary() -> tuple[dict[str, int], list[str]]:
     """CLIP's tokens with their ids (49408), and its merges (48894) in order."""
@@ -90,21 +169,21 @@ def write_clip_vocabulary(folder: str | Path) -> None:
 
 def write_vocabulary(folder: str | Path, merges: list[str]) -> None:
     """The same files for other merges."""
-    config = {
-        "bos_token": START,
-        "eos_token": END,
-        "unk_token": END,
-        "pad_token": END,
-        "model_max_length": CONTEXT_LENGTH,
-    }
-    folder = Path(folder)
-    folder.joinpath("vocab.json").write_text(json.dumps(vocabulary(merges), ensure_ascii=False), encoding="utf-8")
+    _write(Path(folder), vocabulary(merges), merges, {**SPECIAL, "model_max_length": CONTEXT_LENGTH})
+
+
+def _write(folder: Path, tokens: Mapping[str, int], merges: list[str], settings: Mapping[str, Any]) -> None:
+    kinds = {name: {"__type": "AddedToken", **v} if isinstance(v, dict) else v for name, v in settings.items()}
+    folder.joinpath("vocab.json").write_text(json.dumps(tokens, ensure_ascii=False), encoding="utf-8")
     folder.joinpath("merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    folder.joinpath("tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    folder.joinpath("tokenizer_config.json").write_text(json.dumps(kinds), encoding="utf-8")
 
 
-def default_tokenizer(cls: type[T] = LanguageBindImageTokenizer) -> T:  # type: ignore[assignment]
-    """CLIP's tokeniser from the merges in the package: that of every published LanguageBind checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_clip_vocabulary(folder)
-        return cls.from_pretrained(folder)
+def default_tokenizer(cls: type[T] = LanguageBindImageTokenizer, **settings: Any) -> T:  # type: ignore[assignment]
+    """CLIP's tokeniser from the merges in the package: that of every published LanguageBind checkpoint.
+
+    `settings` are those of the tokeniser that differ: model_max_length, padding_side...
+    """
+    tokens, merges = clip_vocabulary()
+    own = {**SPECIAL, "model_max_length": CONTEXT_LENGTH}
+    return _built(cls, Vocabulary(tokens, merges, own), "CLIP's vocabulary", settings)

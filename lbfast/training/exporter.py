@@ -16,10 +16,10 @@ from typing import Literal
 from torch import nn
 
 from lbfast import files as lbfast_files
-from lbfast.checkpoints import TOKENIZER_FILES
 from lbfast.model import checkpoint
 from lbfast.model.languagebind import LanguageBindModel
 from lbfast.model.lora import lora_modules
+from lbfast.processing.vocabulary import FILES
 from lbfast.training.checkpoints import load, newest
 from lbfast.training.engine import full
 from lbfast.training.parameters import trained
@@ -86,7 +86,7 @@ def export(
 def _made(folder: Path, last: str) -> Iterator[Path]:
     """A folder to fill, whose files then replace those of an earlier export."""
     with lbfast_files.claimed(folder, EXPORT):
-        stale = {*checkpoint.weight_names(folder), "config.json", *ADAPTER_FILES, *TOKENIZER_FILES}
+        stale = {*checkpoint.weight_names(folder), "config.json", *ADAPTER_FILES, *FILES}
         with lbfast_files.filling(folder, last, stale) as staged:
             yield staged
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from lbfast.checkpoints import TOKENIZER_FILES
-from lbfast.model import checkpoint
+from lbfast.messages import named, shown
+from lbfast.model import checkpoint, hub, schema
 from lbfast.model.config import LanguageBindConfig, config_dict
 from lbfast.model.languagebind import LanguageBindModel, model_dict
 from lbfast.model.lora import lora_modules
@@ -56,13 +56,13 @@ def initial_model(
 
     Raises ValueError, CheckpointError or OSError as `from_pretrained` does.
     """
-    hub = {"cache_dir": cache_dir, "revision": revision}
+    files: dict[str, Any] = {"cache_dir": cache_dir, "revision": revision}
     where = _resolved(where)
-    fields = _read_config(where, hub)
+    fields = _read_config(where, files)
     source = None
     if not random:
         kind = next((m for m in model_dict.values() if m.config_class.model_type == fields["model_type"]), None)
-        source = (kind or model_dict["image"]).from_pretrained(where, **hub)  # type: ignore[arg-type]
+        source = (kind or model_dict["image"]).from_pretrained(where, **files)
     config = _config_for(recipe, fields)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
@@ -70,7 +70,7 @@ def initial_model(
     if source is not None:
         _fill(model, source.state_dict(), str(where))
     if text is not None:
-        _take_text(model, text, hub)
+        _take_text(model, text, files)
     if recipe.temperature is not None:
         with torch.no_grad():
             model.logit_scale.copy_(torch.tensor(1 / recipe.temperature).log())
@@ -81,17 +81,16 @@ def initial_model(
 
 
 def tokenizer_of(where: str | os.PathLike[str], modality: str, **hub: Any) -> tuple[Any, list[Path]]:
-    """The tokenizer beside a checkpoint, with its files; CLIP's own, without any, where a directory has none."""
-    from lbfast.processing.text import TOKENIZERS, default_tokenizer
+    """The tokenizer beside a checkpoint, with its files where they are in a directory; see its `from_pretrained`."""
+    from lbfast.processing.text import TOKENIZERS, default_tokenizer, has_clips_vocabulary
+    from lbfast.processing.vocabulary import FILES, is_whole
 
-    where = _resolved(where)
-    path = Path(where)
-    if path.is_file():
-        path = path.parent
-    files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
-    if path.is_dir() and not {"vocab.json", "tokenizer.json"} & {file.name for file in files}:
+    path = Path(_resolved(where))
+    folder = path.parent if path.is_file() else path
+    files = {name: folder / name for name in FILES if (folder / name).is_file()}
+    if path.is_file() and not is_whole(files) and has_clips_vocabulary(path):
         return default_tokenizer(TOKENIZERS[modality]), []
-    return TOKENIZERS[modality].from_pretrained(path if files else where, **hub), files
+    return TOKENIZERS[modality].from_pretrained(folder if folder.is_dir() else where, **hub), [*files.values()]
 
 
 def _resolved(where: str | os.PathLike[str]) -> str | os.PathLike[str]:
@@ -99,21 +98,23 @@ def _resolved(where: str | os.PathLike[str]) -> str | os.PathLike[str]:
     return where if Path(where).is_file() else checkpoint.full_name(where)
 
 
-def _read_config(where: str | os.PathLike[str], hub: Mapping[str, Any]) -> dict[str, Any]:
-    path = Path(where)
-    if path.is_dir():
-        path = path / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path.parent}: expected a config.json in this directory, found none")
-    elif not path.is_file():
-        path = checkpoint.fetch_file(str(where), "config.json", **hub)
+def _read_config(where: str | os.PathLike[str], files: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json, checked."""
+    path = Path(where) if Path(where).is_file() else hub.find_file(where, "config.json", **files)
+    found = hub.read_json(path)
+    known = {config.model_type for config in config_dict.values()} | {"clip"}
+    written = found.get("model_type") if isinstance(found, dict) else None
+    if not isinstance(written, str) or written not in known:
+        raise checkpoint.CheckpointError(
+            f"{path}: expected the configuration of a LanguageBind or CLIP model: model_type is {shown(written)}"
+        )
     try:
-        fields = json.loads(path.read_text())
-        known = {config.model_type for config in config_dict.values()} | {"clip"}
-        if fields["model_type"] not in known:
-            raise ValueError(f"model_type is {fields['model_type']!r}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected the configuration of a LanguageBind or CLIP model: {error}") from None
+        fields = schema.checked(found, schema.WHOLE)
+        missing = [name for name in ("text_config", "vision_config") if name not in fields]
+        if missing:
+            raise checkpoint.CheckpointError(f"{missing[0]}: expected the fields of a tower, got none")
+    except checkpoint.CheckpointError as error:
+        raise checkpoint.CheckpointError(f"{path}: {error}") from None
     return fields
 
 
@@ -157,10 +158,10 @@ def _fitted(key: str, value: torch.Tensor, wanted: torch.Tensor, grid: tuple[int
     return value  # check_state names it
 
 
-def _take_text(model: LanguageBindModel, where: str | os.PathLike[str], hub: Mapping[str, Any]) -> None:
+def _take_text(model: LanguageBindModel, where: str | os.PathLike[str], files: Mapping[str, Any]) -> None:
     """Copies the text tower and its projection from another checkpoint."""
     name = checkpoint.full_name(where)
-    state = checkpoint.canonical_keys(checkpoint.read_state_dict(checkpoint.find_files(name, **hub)))
+    state = checkpoint.canonical_keys(checkpoint.read_state_dict(checkpoint.find_files(name, **files)))
     own = model.state_dict()
     taken = {key: value for key, value in state.items() if key.startswith(_TEXT)}
     checkpoint.check_state(model, {**own, **taken}, str(where))
@@ -182,10 +183,14 @@ def load_adapter(model: LanguageBindModel, folder: Path) -> None:
     if not files or not config_file.is_file():
         raise FileNotFoundError(f"{folder}: expected adapter_config.json and adapter_model.safetensors there")
     try:
-        config = json.loads(config_file.read_text())
+        config = hub.read_json(config_file)
         alpha, rank = float(config["lora_alpha"]), int(config["r"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise checkpoint.CheckpointError(f"{config_file}: expected a LoRA configuration of peft: {error}") from None
+        if not (math.isfinite(alpha) and rank > 0):
+            raise ValueError(f"lora_alpha {alpha}, r {rank}")
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise checkpoint.CheckpointError(
+            f"{config_file}: expected a LoRA configuration of peft: {named(error)}"
+        ) from None
     state = {
         ENCODER + key.removeprefix(ADAPTER_ROOT).removeprefix(ENCODER): value
         for key, value in checkpoint.read_state_dict(files[:1]).items()
