@@ -213,7 +213,8 @@ def spoil_weights(folder: Path, dice: Random) -> str:
         if dice.random() < 0.5:
             state[name] = state.pop(key)
         else:
-            state |= {f"{name}{i}": torch.ones(1) for i in range(dice.choice([1, 3000]))}
+            count = dice.choice([1, 3000]) if len(name) < 1000 else 1
+            state |= {f"{name}{i}": torch.ones(1) for i in range(count)}
         save_file(state, file)
         return f"weights: key {name[:20]!a}"
     file.unlink()
