@@ -207,7 +207,7 @@ def test_commands(tmp_path):
         app, ["mini", "make", str(tmp_path / "w"), "--samples", "2", "--modality", "depth", "--modality", "image"]
     )
     assert made.exit_code == 0 and made.output.strip() == str(tmp_path / "w" / "manifest.jsonl")
-    assert len(list((tmp_path / "w").rglob("*.*"))) == 5
+    assert len([path for path in (tmp_path / "w").rglob("*.*") if not path.name.startswith(".")]) == 5
     bad = runner.invoke(app, ["mini", "make", str(tmp_path), "--split", "valid"])
     assert bad.exit_code == 1 and "split: expected train or test, got 'valid'" in bad.stderr
     empty = runner.invoke(app, ["eval", "mini", "--weights", str(tmp_path)])

@@ -123,6 +123,11 @@ def _heads_first_bwd(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *rest
     return 2.5 * _heads_first(q, k, *rest, out=out, **more)
 
 
+def _panels(rows: torch.Tensor, *rest: Any, out: Any) -> float:
+    """Weights of `lbfast.tokenwise`, in 6 dimensions, that each row is multiplied by."""
+    return 2 * len(rows) * sum(t.numel() for t in _tensors(rest) if t.dim() == 6)
+
+
 def _after_grad(count: Callable[..., float]) -> Callable[..., float]:
     return lambda grad, *args, out: count(*args, out=out)
 
@@ -134,6 +139,8 @@ _FORMULAS: dict[str, Callable[..., float]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _heads_first_bwd,
     "lbfast::mlp": _mlp,
     "lbfast::mlp_bwd": _mlp_bwd,
+    "lbfast::tokenwise": _panels,
+    "lbfast::tokenwise_linear": _panels,
     "lbfast::patch_embed": _patches,
     "lbfast::patch_embed_bwd": _patches_bwd,
     "lbfast::attention_triton": _attention(1),
