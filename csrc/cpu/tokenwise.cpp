@@ -171,7 +171,7 @@ struct Tiles {
 template <typename T, typename Read>
 void write_row(const Tiles<T>& to, int64_t r, int64_t width, const Read& read) {
   if constexpr (std::is_same_v<T, uint8_t>) {
-    Vec low(0.0f), high(0.0f), any(0.0f);
+    Vec low(0.0f), high(0.0f);
     for (int64_t k = 0; k < width; k += kLanes) {
       const Vec x = read(k);
       low = at::vec::minimum(low, x);
