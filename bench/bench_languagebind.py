@@ -5,8 +5,8 @@
     python -m bench.bench_languagebind --arch H/14 --dtype bfloat16
 
 Random weights, the same in every candidate. Depth and thermal pictures run image's arithmetic, and are not measured
-apart. Text is captions of 5 to 20 tokens, padded to 77 as tokenizers are asked to. Pixels come as float32, and
-casting them is inside what is timed.
+apart. Text is captions of 5 to 20 tokens, padded to 77 as tokenizers are asked to (--tokens 20: to their longest).
+Pixels come as float32, and casting them is inside what is timed.
 
 Candidates: lbfast as a change of the import gives it ("drop-in"), and after `optimize_for_inference` in float32, in
 the shorter dtype, in float8 on a GPU and int8 on a CPU that have it; the eager reference, which is upstream's
@@ -14,7 +14,8 @@ arithmetic, in float32 and under autocast of float32 weights, which is how upstr
 `languagebind` where it can be imported; the latter two under torch.compile (--compile layers: layer by layer, which
 compiles one of them; whole: the encoder at once, minutes; max-autotune: that, with its products tuned); what a user
 can have of PyTorch alone, the reference with SDPA and weights in the shorter dtype under torch.compile; and on a CPU
-OpenVINO and ONNX Runtime, where they are installed (bench/exported.py). They take turns, in one run.
+torchao's int8 under torch.compile, OpenVINO and ONNX Runtime (bench/exported.py), where they are installed. They take
+turns, in one run.
 MFU: FLOP that the embeddings need (no padding, the last layer for the pooled token) over time, as a part of the rate of
 the library's matrix product, measured in the same run. Peak memory: on a CPU the resident size of a process that does
 nothing else, libraries and weights included; on a GPU weights and what the call allocates.
@@ -65,6 +66,7 @@ class Subject:
         model: in float32, in eval mode; the tower that is not looked at has one layer.
         short: the shorter dtype.
         compile: how torch.compile is used: one of COMPILED.
+        tokens: what captions are padded to.
         alone: there is one candidate, which may have `model` itself.
     """
 
@@ -72,6 +74,7 @@ class Subject:
     model: LanguageBindModel
     short: torch.dtype
     compile: str = "layers"
+    tokens: int = 77
     alone: bool = False
 
     @property
@@ -139,8 +142,8 @@ def inputs(about: Subject, batch: int, device: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     if about.modality == "text":
         lengths = torch.randint(5, 21, (batch, 1), generator=generator)
-        columns = torch.arange(77)
-        ids = torch.randint(320, 49000, (batch, 77), generator=generator)
+        columns = torch.arange(about.tokens)
+        ids = torch.randint(320, 49000, (batch, about.tokens), generator=generator)
         ids = ids.masked_fill(columns >= lengths - 1, 49407)
         ids[:, 0] = 49406
         return {"input_ids": ids.to(device), "attention_mask": (columns < lengths).long().to(device)}
@@ -227,7 +230,7 @@ def _theirs(make: Callable[[Subject], Any], compiled: bool, short: bool) -> Any:
         elif compiled:
             mode = None if about.compile == "whole" else about.compile
             method = torch.compile(method, dynamic=False, mode=mode)
-        if next(model.parameters()).dtype == about.short:
+        if next(model.parameters()).dtype == about.short:  # of the embeddings, whatever its products have
             return _cast(method, about.short)
         return _autocast(method, about.short) if short else _as_is(method)
 
@@ -239,6 +242,17 @@ def _sdpa(about: Subject) -> Any:
     for module in model.modules():
         if type(module) is reference.Attention:
             module.__class__ = SdpaAttention
+    return model
+
+
+def _torchao(about: Subject) -> Any:
+    """Dynamic int8 of the layers' Linears, a scale for each token and output, as torchao's guide has it."""
+    if harness.device() != "cpu":
+        raise RuntimeError("absent: measured on CPUs")
+    torchao = peers.absent("torchao.quantization")
+    model = _sdpa(about)
+    tower = model.text_model if about.modality == "text" else model.vision_model
+    torchao.quantize_(tower.encoder, torchao.Int8DynamicActivationInt8WeightConfig())
     return model
 
 
@@ -262,6 +276,7 @@ CANDIDATES: dict[str, Callable[[Subject], Embed]] = {
     "reference torch.compile float32": _theirs(Subject.eager, compiled=True, short=False),
     "reference torch.compile autocast": _theirs(Subject.eager, compiled=True, short=True),
     "sdpa torch.compile short": _theirs(_sdpa, compiled=True, short=True),
+    "torchao torch.compile int8": _theirs(_torchao, compiled=True, short=True),
     "languagebind float32": _theirs(_upstream, compiled=False, short=False),
     "languagebind autocast": _theirs(_upstream, compiled=False, short=True),
     "languagebind torch.compile autocast": _theirs(_upstream, compiled=True, short=True),
@@ -273,10 +288,12 @@ def dtype_of(name: str, short: str) -> str:
     return next((dtype for dtype in ("float32", "fp8", "int8") if name.endswith(dtype)), short)
 
 
-def once(name: str, modality: str, arch: str, layers: int | None, short: str, batch: int) -> Callable[[], torch.Tensor]:
+def once(
+    name: str, modality: str, arch: str, layers: int | None, short: str, tokens: int, batch: int
+) -> Callable[[], torch.Tensor]:
     """One candidate alone on the CPU: for harness.cpu_memory."""
     about = subject(modality, arch, layers, short, "cpu")
-    about.alone = True
+    about.alone, about.tokens = True, tokens
     given = inputs(about, batch, "cpu")
     embed = CANDIDATES[name](about)
     gc.collect()
@@ -287,9 +304,15 @@ def measure(modality: str, batch: int, record: harness.Record, given: argparse.N
     """Rows of one modality at one batch size."""
     device, short = record.device, given.dtype
     about = subject(modality, given.arch, given.layers, short, device)
-    about.compile = given.compile
+    about.compile, about.tokens = given.compile, given.tokens
     fields, layers = inputs(about, batch, device), given.layers or "all"
-    case = {"case": f"{modality} {given.arch}, batch {batch}", "modality": modality, "batch": batch, "layers": layers}
+    padded = f", {given.tokens} tokens" if modality == "text" and given.tokens != 77 else ""
+    case = {
+        "case": f"{modality} {given.arch}, batch {batch}{padded}",
+        "modality": modality,
+        "batch": batch,
+        "layers": layers,
+    }
     work = flops(about, fields)
     able: dict[str, Callable[[], torch.Tensor]] = {}
     cosines: dict[str, float] = {}
@@ -337,7 +360,7 @@ def measure(modality: str, batch: int, record: harness.Record, given: argparse.N
         if device == "cuda":
             row["peak_MiB"] = round(peaks[name])
         elif "torch.compile" not in name:  # whose compiler would be counted
-            arguments = (name, modality, given.arch, given.layers, short, batch)
+            arguments = (name, modality, given.arch, given.layers, short, given.tokens, batch)
             row["peak_MiB"] = round(harness.cpu_memory(once, *arguments).peak)
     record.rows[-len(rows) :] = rows
     record.write()
@@ -393,6 +416,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", default="L/14", choices=tuple(ARCHS), help="%(default)s")
     parser.add_argument("--batch", type=int, nargs="+", help="default: a few that fit the machine")
     parser.add_argument("--layers", type=int, help="of the encoder; default all")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        choices=range(20, 78),
+        default=77,
+        metavar="20..77",
+        help="of a caption, padded (%(default)s)",
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"), help="the shorter one")
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each number (%(default)s)")
     parser.add_argument("--candidates", nargs="+", choices=list(CANDIDATES), metavar="NAME", help="default: all")

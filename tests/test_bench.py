@@ -236,7 +236,7 @@ def test_upstreams_package_is_measured_where_it_is(tiny_archs, tmp_path, monkeyp
 
 def test_encoders_alone_for_their_memory(tiny_archs):
     for name in ("reference autocast", "lbfast short"):
-        call = bench_languagebind.once(name, "video", "L/14", None, "bfloat16", 1)
+        call = bench_languagebind.once(name, "video", "L/14", None, "bfloat16", 77, 1)
         assert call().shape == (1, tiny.SIZE)
 
 
