@@ -99,6 +99,11 @@ class LanguageBindModel(Freezable, PreTrainedModel):
                 state_dict[prefix + names.get(name, name)] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *others)
 
+    def _set_gradient_checkpointing(self, *args: Any, every_n_layers: int = 1, **kwargs: Any) -> None:
+        if every_n_layers != 1:  # of transformers 5: for encoders that leave checkpointing to their layers
+            raise ValueError(f"every_n_layers: expected 1: every layer is checkpointed or none, got {every_n_layers}")
+        super()._set_gradient_checkpointing(*args, **kwargs)
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """CLIP's initialisation; parts before what they are parts of, which know more of what they are for."""
