@@ -24,6 +24,7 @@ from lbfast.embedding.items import Item
 from lbfast.embedding.journal import Journal, partial_path
 from lbfast.model.languagebind import LanguageBind, model_dict
 from lbfast.processing import default_tokenizer, transform_dict
+from lbfast.processing.media import MediaWarning
 from tests import tiny, workers
 
 FILES = {"image": tiny.picture, "depth": tiny.depth_map, "video": tiny.clip, "audio": tiny.sound}
@@ -452,3 +453,44 @@ def test_killed_and_interrupted_from_outside(models, tmp_path):
     assert 0 < summary.resumed < count and summary.embedded == {"image": count}
     assert len({row["id"] for row in rows(out)}) == count
     assert np.abs(vectors(out) - vectors(out)[0]).max() < 2e-6
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_urls_only_when_asked(models, pictures, workers, tmp_path, monkeypatch):
+    pytest.importorskip("fsspec")
+    local, out = [str(pictures / f"{i}.jpg") for i in (1, 2)], tmp_path / "urls.parquet"
+    urls = [f"image={Path(local[0]).as_uri()}", Path(local[1]).as_uri()]
+    refused = embed_files(urls, [models["image"]], out, dtype="float32")
+    assert refused.out is None and all("allow_urls" in failure.reason for failure in refused.failures)
+    captions, none = tmp_path / "captions.txt", (tmp_path / "none.jpg").as_uri()
+    captions.write_text("a cat")
+    given = [*urls, captions.as_uri(), none]
+    summary = embed_files(given, [models["image"]], out, dtype="float32", workers=workers, allow_urls=True)
+    reasons = {failure.path: failure.reason for failure in summary.failures}
+    assert reasons.keys() == {captions.as_uri(), none}
+    assert "captions are read from local files" in reasons[captions.as_uri()] and "cannot be opened" in reasons[none]
+    embed_files(local, [models["image"]], tmp_path / "local.parquet", dtype="float32")
+    np.testing.assert_array_equal(vectors(out), vectors(tmp_path / "local.parquet"))
+    assert embed_files(given, [models["image"]], out, dtype="float32", allow_urls=True).finished
+    monkeypatch.setattr("lbfast.embedding.items.url_stamp", len)
+    items = find_items(["https://a.b/c/d.mp4?token=x.jpg", "depth=https://a.b/c"], ["video", "depth"], None, True).items
+    assert [item.id for item in items] == ["video:https://a.b/c/d.mp4?token=x.jpg", "depth:https://a.b/c"]
+
+
+def test_strict_refuses_damaged_files_too(models, tmp_path):
+    pytest.importorskip("kaldi_native_fbank")
+    av = pytest.importorskip("av")
+    path = tmp_path / "a.flac"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("flac", rate=16000, layout="mono")
+        noise = np.random.default_rng(0).integers(-9999, 9999, (1, 32000), np.int16)
+        frame = av.AudioFrame.from_ndarray(noise, format="s16", layout="mono")
+        frame.sample_rate, frame.pts = 16000, 0
+        file.mux([*stream.encode(frame), *stream.encode(None)])
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+    with pytest.raises(BadFileError, match=r"a\.flac: expected an audio file, .* checksum"):
+        embed_files([path], [models["audio"]], tmp_path / "out.parquet", strict=True)
+    with pytest.warns(MediaWarning, match="checksum"):
+        assert embed_files([path], [models["audio"]], tmp_path / "out.parquet").embedded == {"audio": 1}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,3 +288,21 @@ def test_results_replace_only_results(tmp_path):
     for _ in range(2):
         harness.Record("a bench", "cpu", path).add([{"a": 1}])
     assert names(tmp_path) == ["data.json"]
+
+
+def test_a_processor_is_saved_whole_or_not_at_all(tmp_path):
+    processor = lbfast.LanguageBindImageProcessor.from_pretrained("lbfast-mini/image")
+    (tmp_path / "model.safetensors").write_bytes(b"somebody's")
+    written = [Path(name) for name in processor.save_pretrained(tmp_path)]
+    assert all(path.is_file() for path in written) and {"processor_config.json"} < {path.name for path in written}
+    before = everything(tmp_path)
+
+    class Full:
+        def save_pretrained(self, folder):
+            (Path(folder) / "tokenizer.json").write_text("half of i")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    other = lbfast.LanguageBindImageProcessor(processor.config, Full(), antialias=False)
+    with pytest.raises(files.WriteError, match="cannot write it: No space left on device"):
+        other.save_pretrained(tmp_path)
+    assert everything(tmp_path) == before

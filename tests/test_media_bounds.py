@@ -201,6 +201,45 @@ def test_broken_packets_of_a_sound_are_passed_over_and_reported(tmp_path):
         processor(path, strict=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "says"),
+    [
+        ("a.flac", "flac", "its samples are not those of the checksum"),
+        ("a.ac3", "ac3", r"1 of \d+ packets are broken"),
+    ],
+)
+def test_checksums_of_sounds_are_looked_at(name, codec, says, tmp_path):
+    """One byte of one packet, which the decoder plays as other samples."""
+    path = encoded(tmp_path / name, codec, 3, 48000 if codec == "ac3" else 16000)
+    processor, data = LanguageBindAudioProcessor(CONFIG), bytearray(path.read_bytes())
+    processor(path, strict=True)
+    data[len(data) // 2 + 100] ^= 0x10
+    path.write_bytes(data)
+    with pytest.warns(MediaWarning, match=says) as seen:
+        processor(path)
+    assert len(seen) == 1
+    with pytest.raises(MediaError, match=says):
+        processor(path, strict=True)
+
+
+@pytest.mark.parametrize("kind", ["s16", "s32"])
+@pytest.mark.parametrize("layout", ["mono", "stereo", "5.1"])
+def test_sums_of_flac_are_of_all_channels_and_widths(kind, layout, tmp_path):
+    """s32: 24 bits, and noise, so that each bit counts."""
+    path, dtype = tmp_path / "a.flac", np.dtype(f"i{int(kind[1:]) // 8}")
+    limits = np.iinfo(dtype)
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("flac", rate=16000, layout=layout)
+        stream.codec_context.format = kind
+        channels = stream.codec_context.layout.nb_channels
+        samples = np.random.default_rng(0).integers(limits.min, limits.max, (1, 4608 * channels), dtype)
+        frame = av.AudioFrame.from_ndarray(samples, format=kind, layout=layout)
+        frame.sample_rate, frame.pts = 16000, 0
+        out.mux([*stream.encode(frame), *stream.encode(None)])
+    whole = sound.SoundFile(Source(str(path), "a sound", Reading(strict=True))).whole()
+    assert whole.shape == (channels, 4608)
+
+
 # Pixels.
 
 

@@ -1,11 +1,14 @@
 """Modules are called where they are more than their parameters: hooks, adapters, wrappers, replacements, transforms."""
 
 import copy
+import inspect
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from transformers import PreTrainedModel
 
 import lbfast
 from lbfast.model.frozen import FrozenLinear
@@ -303,6 +306,37 @@ def test_checkpoints_of_either_kind_give_adapters_gradients(reentrant):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.get_image_features(pixels("image")).sum().backward()
     torch.testing.assert_close(weight.grad, want, rtol=1e-4, atol=1e-5)
+    if "every_n_layers" in inspect.signature(PreTrainedModel._set_gradient_checkpointing).parameters:
+        with pytest.raises(ValueError, match="every_n_layers: expected 1"):
+            model.activation_checkpointing_enable(every_n_layers=2)
+
+
+@pytest.mark.parametrize("name", ["encoder.layers.0", "encoder.layers.0.mlp", "encoder.layers.1.layer_norm2"])
+@pytest.mark.parametrize("modality", ["image", "video", "language"])
+def test_modules_replaced_in_an_optimized_model_are_seen(modality, name):
+    """By others of the same kind, which are as plain as what the model was laid out of."""
+    kind = "video" if modality == "video" else "image"
+    model, reference = bound(kind), bound(kind)
+    given = {modality: inputs(kind)[modality]}
+    lbfast.optimize_for_inference(model, dtype=None)
+    torch.manual_seed(7)
+    old = reference.modality_encoder[modality].get_submodule(name)
+    new = copy.deepcopy(old)
+    for parameter in new.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    before = model(given)[modality]
+    parent, _, leaf = name.rpartition(".")
+    for some in (model, reference):
+        setattr(some.modality_encoder[modality].get_submodule(parent), leaf, copy.deepcopy(new).eval())
+    with torch.no_grad():
+        want = reference(given)[modality]
+        with pytest.warns(UserWarning, match="modules were replaced after optimize_for_inference"):
+            got = model(given)[modality]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert (got - before).abs().max() > 1e-2
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            torch.testing.assert_close(model(given)[modality], want, rtol=1e-4, atol=1e-5)
 
 
 def test_plain_models_are_plain():

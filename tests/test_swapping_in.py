@@ -99,6 +99,85 @@ def test_accelerate(tmp_path):
         torch.testing.assert_close(held.get_image_features(pixels("image")), want, rtol=1e-4, atol=1e-5)
 
 
+class Clip(torch.nn.Module):
+    """A model as open_clip's training calls it."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self.inner = tiny.model("image", seed=seed)
+
+    def forward(self, images, texts):
+        features = self.inner.get_image_features(images), self.inner.get_text_features(texts)
+        units = [torch.nn.functional.normalize(x, dim=-1) for x in features]
+        return {
+            "image_features": units[0],
+            "text_features": units[1],
+            "logit_scale": self.inner.logit_scale.exp(),
+        }
+
+
+def dense(image_features, text_features, logit_scale, output_dict):
+    logits = logit_scale * image_features @ text_features.T
+    labels = torch.arange(len(logits))
+    both = [torch.nn.functional.cross_entropy(x, labels) for x in (logits, logits.T)]
+    return {"contrastive_loss": sum(both) / 2}
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_open_clips_training_arithmetic(accumulated, tmp_path):
+    """Its steps: features of other micro-batches cached, gains without decay, gradients clipped, the scale clamped."""
+
+    def optimized(model):
+        decayed = [p for p in model.parameters() if p.ndim >= 2]
+        groups = [{"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+        groups.append({"params": decayed, "weight_decay": 0.2})
+        return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), eps=1e-6)
+
+    def step(model, optimizer, loss, batches):
+        optimizer.zero_grad()
+        with torch.no_grad():
+            cached = [model(*batch) for batch in batches]
+        for j, batch in enumerate(batches):
+            live = model(*batch)
+            scale = live.pop("logit_scale")
+            inputs = {
+                key: torch.cat([*(c[key] for c in cached[:j]), x, *(c[key] for c in cached[j + 1 :])])
+                for key, x in live.items()
+            }
+            total = sum(loss(**inputs, logit_scale=scale, output_dict=True).values())
+            total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, norm_type=2.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.inner.logit_scale.clamp_(0, 4.6052)
+        return total.item()
+
+    batches = []
+    for i in range(6 * accumulated):
+        batch = collate([Pairs()[(2 * i + k) % 8] for k in range(2)])
+        batches.append((batch["pixel_values"], batch["input_ids"]))
+    steps = [batches[i : i + accumulated] for i in range(0, len(batches), accumulated)]
+    trained = {}
+    for name, loss in {"ours": lbfast.InfoNCELoss(cache_labels=True), "dense": dense}.items():
+        model = Clip().train()
+        optimizer = optimized(model)
+        losses = [step(model, optimizer, loss, some) for some in steps[:5]]
+        assert losses[-1] < losses[0]
+        trained[name] = model, optimizer, loss
+    model, optimizer, loss = trained["ours"]
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, trained["dense"][0].state_dict()[key], rtol=1e-4, atol=2e-5, msg=key)
+    saved = {"epoch": 1, "name": "x", "state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(saved, tmp_path / "epoch_1.pt")
+    found = torch.load(tmp_path / "epoch_1.pt", weights_only=True)
+    again = Clip(seed=1).train()
+    again.load_state_dict(found["state_dict"])
+    resumed = optimized(again)
+    resumed.load_state_dict(found["optimizer"])
+    assert step(model, optimizer, loss, steps[5]) == step(again, resumed, loss, steps[5])
+    same(model, again)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["fc1", "fc2"], ["patch_embedding", "position_embedding"]])
 def test_peft(targets, tmp_path):

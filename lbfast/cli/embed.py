@@ -60,7 +60,8 @@ def embed(
         Products | None, typer.Option(help="Of the layers' products: int8 on a CPU, fp8 on a GPU; less exact, faster.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad file.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad or damaged file.")] = False,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Open URLs of files, by fsspec.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace FILE, and an unfinished run with other settings.")
     ] = False,
@@ -86,6 +87,7 @@ def embed(
                 precision=precision.value if precision else None,
                 device=device,
                 strict=strict,
+                allow_urls=allow_urls,
                 overwrite=overwrite,
                 cache_dir=cache_dir,
                 revision=revision,

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from lbfast.data import tether
+from lbfast.processing.media import Reading
 from lbfast.processing.processor import Processor, transform_dict
 
 _STARTS = 2  # how often a worker may fail to start before the run stops
@@ -54,10 +55,10 @@ class Work(Protocol):
 
 
 class Processors:
-    """Processors by modality, made at first use from the fields of their vision configs."""
+    """Processors by modality, made at first use from the fields of their vision configs; `reading` is theirs."""
 
-    def __init__(self, vision: Mapping[str, Mapping[str, Any]]):
-        self._vision = vision
+    def __init__(self, vision: Mapping[str, Mapping[str, Any]], reading: Reading | None = None):
+        self._vision, self._reading = vision, reading
         self._made: dict[str, Processor] = {}
 
     def decode(self, task: Task) -> Decoded:
@@ -65,7 +66,7 @@ class Processors:
         try:
             if task.modality not in self._made:
                 config = SimpleNamespace(vision_config=SimpleNamespace(**self._vision[task.modality]))
-                self._made[task.modality] = transform_dict[task.modality](config)
+                self._made[task.modality] = transform_dict[task.modality](config, reading=self._reading)
             return self._made[task.modality]([task.path])["pixel_values"][0].numpy()
         except (ValueError, OSError) as error:
             return Undecodable(str(error))

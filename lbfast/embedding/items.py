@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lbfast.data.suffixes import LANGUAGE, MODALITY_NAMES, modality_of
+from lbfast.processing.media import is_url, url_stamp
 
 ORDER = (*MODALITY_NAMES, LANGUAGE)
 """Rows are sorted by modality, in this order."""
+
+_QUERY = re.compile(r"[?#]|::")  # what may follow a URL's path
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,9 @@ def split_modality(given: str) -> tuple[str | None, str]:
     return (modality, rest) if equals and modality in ORDER else (None, given)
 
 
-def find_items(inputs: Sequence[str | os.PathLike[str]], available: Collection[str], modality: str | None) -> Listing:
+def find_items(
+    inputs: Sequence[str | os.PathLike[str]], available: Collection[str], modality: str | None, allow_urls: bool = False
+) -> Listing:
     """Lists the files and captions to embed.
 
     The modality of a file is the one that its input names ("depth=maps/"), else `modality`, else that of its suffix:
@@ -71,19 +77,20 @@ def find_items(inputs: Sequence[str | os.PathLike[str]], available: Collection[s
     available, and hidden ones are ignored; files given by name fail instead.
 
     Args:
-        inputs: files and folders, each optionally as MODALITY=PATH.
+        inputs: files, folders and URLs of files, each optionally as MODALITY=PATH.
         available: modalities that there is a model for; language always is.
         modality: of every file whose input names none.
+        allow_urls: list URLs; else they fail.
 
     Raises:
-        ValueError: `modality` is unknown or not available.
+        ValueError: `modality` is unknown or not available. ImportError: fsspec, which opens URLs, is not installed.
     """
     available = {*available, LANGUAGE}
     if modality is not None and modality not in available:
         raise ValueError(
             f"modality: expected one that there is a model for ({', '.join(sorted(available))}), got {modality!r}"
         )
-    finder = _Finder(available)
+    finder = _Finder(available, allow_urls)
     pairs = [split_modality(os.fspath(given)) for given in inputs]
     for own, path in sorted(pairs, key=lambda pair: pair[0] is None):  # those with a modality of their own first
         finder.add(path, own or modality, own is not None)
@@ -94,9 +101,9 @@ def find_items(inputs: Sequence[str | os.PathLike[str]], available: Collection[s
 class _Finder:
     """A listing in the making, and the files that are in it already."""
 
-    def __init__(self, available: Collection[str]):
+    def __init__(self, available: Collection[str], allow_urls: bool):
         self.listing = Listing()
-        self._available = available
+        self._available, self._allow_urls = available, allow_urls
         self._seen: set[tuple[str, str]] = set()
         self._named: set[str] = set()
 
@@ -107,7 +114,7 @@ class _Finder:
         elif os.path.isdir(path):
             self._add_folder(path, wanted, named)
         else:
-            found = wanted or modality_of(path, self._available)
+            found = wanted or modality_of(_QUERY.split(path)[0] if is_url(path) else path, self._available)
             if found is not None and found in self._available:
                 self._add_file(path, found, named)
             else:
@@ -131,7 +138,7 @@ class _Finder:
                 self.listing.ignored[reason] = self.listing.ignored.get(reason, 0) + 1
 
     def _add_file(self, path: str, modality: str, named: bool) -> None:
-        where = os.path.abspath(path)
+        where = path if is_url(path) else os.path.abspath(path)
         if (modality, where) in self._seen or (not named and where in self._named):
             return
         self._seen.add((modality, where))
@@ -139,8 +146,11 @@ class _Finder:
             self._named.add(where)
         try:
             path.encode()
-            status = os.stat(path)
-            items = _captions(path) if modality == LANGUAGE else [_file(path, modality, status)]
+            if is_url(path):
+                items = [self._remote(path, modality)]
+            else:
+                status = os.stat(path)
+                items = _captions(path) if modality == LANGUAGE else [_file(path, modality, status)]
         except UnicodeError as error:
             reason = "the text is not UTF-8" if isinstance(error, UnicodeDecodeError) else "the name is not UTF-8"
             self._fail(path.encode(errors="surrogateescape").decode(errors="backslashreplace"), reason)
@@ -151,6 +161,13 @@ class _Finder:
         if not items:
             self._fail(path, "no captions: expected one a line")
         self.listing.items += items
+
+    def _remote(self, url: str, modality: str) -> Item:
+        if modality == LANGUAGE:
+            raise OSError("a URL: captions are read from local files")
+        if not self._allow_urls:
+            raise OSError("a URL: allow_urls (--allow-urls) opens it")
+        return Item(f"{modality}:{url}", modality, url, f"url:{url_stamp(url)}")
 
 
 def _walk(folder: str, on_error: Callable[[OSError], None]) -> Iterator[str]:

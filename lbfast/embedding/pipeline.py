@@ -23,6 +23,7 @@ from lbfast.embedding.fused import Group, find_groups, fused_rows, modalities_of
 from lbfast.embedding.items import Failure, Item, find_items
 from lbfast.embedding.journal import CHANGED, Journal, differences, partial_path, read_finished, signature
 from lbfast.model.languagebind import LanguageBindModel
+from lbfast.processing.media import Reading
 
 Progress = Callable[[str, int, int], None]
 """progress(modality, done, total) after each batch; rows done in an earlier run count as done."""
@@ -69,6 +70,7 @@ def embed_files(
     precision: str | None = None,
     device: str = "auto",
     strict: bool = False,
+    allow_urls: bool = False,
     overwrite: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
@@ -99,7 +101,8 @@ def embed_files(
             `lbfast.model.inference.best_dtype`). Embeddings are normalised and written in float32.
         precision: None, or "int8" or "fp8": of the layers' products, as `lbfast.optimize_for_inference` takes it.
         device: "auto" (a GPU where there is one), or of torch.
-        strict: stop at the first file that cannot be embedded.
+        strict: stop at the first file that cannot be embedded, or is damaged.
+        allow_urls: take URLs of files among the inputs, by fsspec, which is then needed.
         overwrite: replace `out`, and throw away rows of an unfinished run with other settings.
         cache_dir, revision, token: of downloads.
         on_failure: called with each failure when it is met.
@@ -129,7 +132,7 @@ def embed_files(
         if on_failure is not None:
             on_failure(failure)
 
-    listing = find_items(inputs, checkpoints.keys(), modality)
+    listing = find_items(inputs, checkpoints.keys(), modality, allow_urls)
     summary.ignored = listing.ignored
     for failure in listing.failures:
         failed(failure)
@@ -164,9 +167,9 @@ def embed_files(
     try:
         if signature(out) != before:  # by a run that held the journal until now
             raise FileExistsError(errno.EEXIST, CHANGED, str(out))
-        run = _Run(
-            checkpoints, journal, batch_size, workers, weights, precision, target, failed, progress or (lambda *_: None)
-        )
+        reading = Reading(strict=strict, allow_urls=allow_urls)
+        heard = progress or (lambda *_: None)
+        run = _Run(checkpoints, journal, reading, batch_size, workers, weights, precision, target, failed, heard)
         summary.resumed = sum(item in journal for item in listing.items)
         run.embed(listing.items)
         run.fuse(groups.whole)
@@ -217,6 +220,7 @@ class _Run:
 
     checkpoints: Mapping[str, Checkpoint]
     journal: Journal
+    reading: Reading
     batch_size: int
     workers: int
     dtype: torch.dtype
@@ -232,7 +236,8 @@ class _Run:
         vision = {name: plain_fields(c.config.vision_config) for name, c in self.checkpoints.items()}
         loaded: Checkpoint | None = None
         model: LanguageBindModel | None = None
-        with Decoder(Processors(vision), tasks, self.workers, ahead=2 * self.batch_size + self.workers) as decoder:
+        work, ahead = Processors(vision, self.reading), 2 * self.batch_size + self.workers
+        with Decoder(work, tasks, self.workers, ahead) as decoder:
             decoded = iter(decoder)
             for name in dict.fromkeys(item.modality for item in items):
                 todo = [item for item in left if item.modality == name]

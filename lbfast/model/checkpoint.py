@@ -100,16 +100,21 @@ def _read_file(file: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(
             f"{file}: expected a state dict of tensors, cannot read it: {named(error, 300)}"
         ) from error
+    return check_tensors(loaded, file)
+
+
+def check_tensors(loaded: object, where: str | Path) -> dict[str, torch.Tensor]:
+    """A mapping of names to plain tensors, as it is. Raises CheckpointError for anything else."""
     if not isinstance(loaded, Mapping) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()
     ):
-        raise CheckpointError(f"{file}: expected a state dict (names to tensors), got {_describe(loaded)}")
+        raise CheckpointError(f"{where}: expected a state dict (names to tensors), got {_describe(loaded)}")
     if not loaded:
-        raise CheckpointError(f"{file}: expected a state dict, got an empty one")
+        raise CheckpointError(f"{where}: expected a state dict, got an empty one")
     odd = {name: why for name, value in loaded.items() if (why := _why_no_weight(value))}
     if odd:
         few = ", ".join(f"{named(name)} ({odd[name]})" for name in sorted(odd)[:4])
-        raise CheckpointError(f"{file}: expected plain tensors, each with numbers of its own, got {few}")
+        raise CheckpointError(f"{where}: expected plain tensors, each with numbers of its own, got {few}")
     return dict(loaded)
 
 
@@ -117,8 +122,8 @@ def _why_no_weight(value: torch.Tensor) -> str:
     """Why a tensor is not numbers in memory, one after the other; an empty string where it is."""
     if value.is_nested or value.layout is not torch.strided:
         return "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
-    if value.is_quantized or value.device.type != "cpu":
-        return "quantized" if value.is_quantized else f"on {value.device.type}"
+    if value.is_quantized or value.is_meta:
+        return "quantized" if value.is_quantized else "on meta"
     there = value.untyped_storage().nbytes()
     needed = value.numel() * value.element_size()
     return f"{needed} bytes of {there} that are there" if needed > there else ""

@@ -18,7 +18,7 @@ from lbfast.model.graphs import Graphs
 from lbfast.model.languagebind import LanguageBind, LanguageBindModel
 from lbfast.model.layers import MLP, Attention, Encoder, EncoderLayer, TemporalAttention
 from lbfast.model.lora import merge_lora
-from lbfast.model.plain import are_linear, plain, wholly_plain
+from lbfast.model.plain import are_linear, parts, plain, wholly_plain
 from lbfast.model.running import Running
 from lbfast.model.spans import Spans
 from lbfast.model.towers import TextTransformer, VisionTransformer
@@ -113,6 +113,7 @@ def optimize_for_inference(
         tower.encoder.running = _freeze(tower.encoder, frames, precision, pack_weights and device.type == "cpu")
         if tower.encoder.running is None:
             continue
+        tower.parts = parts(tower)
         if cuda_graphs and device.type == "cuda":
             tower.graphs = _graphs(tower, batch_sizes)
     return model

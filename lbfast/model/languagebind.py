@@ -99,6 +99,11 @@ class LanguageBindModel(Freezable, PreTrainedModel):
                 state_dict[prefix + names.get(name, name)] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *others)
 
+    def _set_gradient_checkpointing(self, *args: Any, every_n_layers: int = 1, **kwargs: Any) -> None:
+        if every_n_layers != 1:  # of transformers 5: for encoders that leave checkpointing to their layers
+            raise ValueError(f"every_n_layers: expected 1: every layer is checkpointed or none, got {every_n_layers}")
+        super()._set_gradient_checkpointing(*args, **kwargs)
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """CLIP's initialisation; parts before what they are parts of, which know more of what they are for."""
@@ -115,9 +120,10 @@ class LanguageBindModel(Freezable, PreTrainedModel):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls: type[Self],
-        pretrained_model_name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *,
         config: LanguageBindConfig | None = None,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         torch_dtype: torch.dtype | str | None = None,
         dtype: torch.dtype | str | None = None,
@@ -134,8 +140,9 @@ class LanguageBindModel(Freezable, PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: directory, name on the hub, or "lbfast-mini/...", with config.json and
-                model.safetensors or pytorch_model.bin, sharded or not.
+                model.safetensors or pytorch_model.bin, sharded or not. None: `config` and `state_dict` are all of it.
             config: instead of the checkpoint's config.json.
+            state_dict: instead of the checkpoint's weights, in any of their key styles; copied.
             cache_dir, token, revision, local_files_only, force_download: of the download.
             torch_dtype: torch.float32 (default), a floating dtype or its name, or "auto" for the checkpoint's own.
                 `dtype` is the same under its newer name.
@@ -157,15 +164,24 @@ class LanguageBindModel(Freezable, PreTrainedModel):
         others |= {"local_files_only": local_files_only, "force_download": force_download}
         loading = Loading.of(others, device_map)
         unexpected(f"{cls.__name__}.from_pretrained", others)
-        where = checkpoint.full_name(pretrained_model_name_or_path)
+        name, where = pretrained_model_name_or_path, "state_dict"
+        if name is not None:
+            where = checkpoint.full_name(name)
+        elif config is None or state_dict is None:
+            raise ValueError("pretrained_model_name_or_path: expected one, or config and state_dict, got None")
         if config is None:
             config = checkpoint.load_config(cls.config_class, where, **loading.hub)
         else:
             config = copy.deepcopy(config)
-        for name, value in {**loading.flags, "return_dict": return_dict}.items():
+        config.name_or_path = os.fspath(name or "")
+        for field, value in {**loading.flags, "return_dict": return_dict}.items():
             if value is not None:
-                setattr(config, name, value)
-        state = checkpoint.canonical_keys(checkpoint.read_state_dict(checkpoint.find_files(where, **loading.weights)))
+                setattr(config, field, value)
+        if state_dict is None:
+            state = checkpoint.read_state_dict(checkpoint.find_files(where, **loading.weights))
+        else:
+            state = checkpoint.check_tensors(state_dict, "state_dict")
+        state = checkpoint.canonical_keys(state)
         check_weights(config, state, where)
         rank = checkpoint.lora_rank(state)
         config.vision_config.lora_r = rank

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lbfast import dispatch, ops
 from lbfast.float8 import Float8
 from lbfast.model.frozen import FrozenLinear
-from lbfast.model.plain import are_linear, ours, plain, product
+from lbfast.model.plain import are_linear, ours, plain, product, products
 from lbfast.model.prenorm import norm_linears, norm_mlp
 
 if TYPE_CHECKING:
@@ -124,11 +124,7 @@ class Attention(nn.Module):
         if self.qkv is not None:
             return self._split(self.qkv(x))
         layers = self.products
-        outs = (
-            x.linears(*layers)
-            if isinstance(x, PreNorm)
-            else [product(layer, cast(torch.Tensor, x)) for layer in layers]
-        )
+        outs = x.linears(*layers) if isinstance(x, PreNorm) else products(layers, cast(torch.Tensor, x))
         q, k, v = (out.unflatten(-1, (self.heads, -1)) for out in outs)
         return q, k, v
 
@@ -179,7 +175,7 @@ class Attention(nn.Module):
         """What `pooled` projects, (B, 1, D)."""
         heads = (self.heads, -1)
         q = product(self.q_proj, pooled_tokens(x, packing)).unflatten(-1, heads)
-        k, v = (product(layer, x).unflatten(-1, heads) for layer in (self.k_proj, self.v_proj))
+        k, v = (out.unflatten(-1, heads) for out in products((self.k_proj, self.v_proj), x))
         padding = None
         if packing is not None:
             k, v, padding = packing.pad(k), packing.pad(v), packing.padding

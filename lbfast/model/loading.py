@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 
 from lbfast.model.hub import check_only, hub_options
 
@@ -24,7 +25,6 @@ _ONLY: dict[str, tuple[Any, str]] = {
     "quantization_config": (None, "lbfast.optimize_for_inference(model, precision='fp8') is what there is"),
     "load_in_4bit": (False, "lbfast.optimize_for_inference(model, precision='fp8') is what there is"),
     "load_in_8bit": (False, "lbfast.optimize_for_inference(model, precision='fp8') is what there is"),
-    "state_dict": (None, "model.load_state_dict(state_dict) takes one"),
     "tp_plan": (None, "a model is on one device"),
     "tp_size": (None, "a model is on one device"),
     "use_kernels": (False, "lbfast has its own"),
@@ -87,6 +87,7 @@ def one_device(device_map: Any) -> torch.device:
     return found
 
 
-def loading_info() -> dict[str, list[str]]:
+def loading_info() -> dict[str, Collection[str]]:
     """What Hugging Face reports beside a model: nothing, for weights load strictly or raise."""
-    return {name: [] for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
+    kind = set if int(transformers.__version__.partition(".")[0]) >= 5 else list
+    return {**{f"{name}_keys": kind() for name in ("missing", "unexpected", "mismatched")}, "error_msgs": []}

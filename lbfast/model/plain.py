@@ -7,6 +7,7 @@ or quantized, is more than its parameters: it is called, with the tensors that u
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -31,31 +32,63 @@ def ours(kind: _Class) -> _Class:
 
 def plain(*modules: nn.Module) -> bool:
     """Whether these modules, each by itself, are what their class makes of their parameters, and nobody watches."""
-    return not (dispatch.aten_only() or hooks._has_any_global_hook()) and all(map(_is_plain, modules))
+    return not _watched() and all(map(_is_plain, modules))
 
 
 def wholly_plain(root: nn.Module) -> bool:
-    """Whether a module and all that is in it are plain: asked at every call, so without the generators of modules()."""
-    pending: list[Any] = [root]
-    while pending:
-        module = pending.pop()
+    """Whether a module and all that is in it are plain."""
+    return plain_parts(root) is not None
+
+
+def plain_parts(root: nn.Module) -> list[Any] | None:
+    """`parts`, where all of them are plain. Asked at every call, so without the generators of modules()."""
+    if _watched():
+        return None
+    found: list[Any] = [root]
+    for module in found:  # which grows
         if module is not None:
             if not _is_plain(module):
-                return False
-            pending.extend(module._modules.values())
-    return plain()
+                return None
+            found.extend(module._modules.values())
+    return found
+
+
+def parts(root: nn.Module) -> list[Any]:
+    """A module and all that is in it, each before what it has; None for what may be there and is not."""
+    found: list[Any] = [root]
+    for module in found:
+        if module is not None:
+            found.extend(module._modules.values())
+    return found
 
 
 def product(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """What a linear layer makes of x: where it is plain, by the library's fastest product."""
-    if torch.compiler.is_compiling() or not are_linear(layer) or dispatch.autocast_dtype(x.device):
-        return layer(x)
-    return trained_linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
+    return products((layer,), x)[0]
+
+
+def products(layers: Iterable[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
+    """The same of each of several: what is asked of all is asked once."""
+    if torch.compiler.is_compiling() or dispatch.autocast_dtype(x.device) or _watched():
+        return [layer(x) for layer in layers]
+    return [
+        trained_linear(x, layer.weight, layer.bias) if _is_linear(layer) else layer(x)  # type: ignore[arg-type]
+        for layer in layers
+    ]
 
 
 def are_linear(*layers: nn.Module) -> bool:
     """Whether all are plain nn.Linear with a bias."""
-    return all(type(layer) is nn.Linear and layer.bias is not None for layer in layers) and plain(*layers)
+    return all(map(_is_linear, layers)) and not _watched()
+
+
+def _watched() -> bool:
+    """Whether every module is to be called, whatever it is."""
+    return dispatch.aten_only() or hooks._has_any_global_hook()
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and layer._parameters.get("bias") is not None and _is_plain(layer)
 
 
 def _is_plain(module: Any) -> bool:

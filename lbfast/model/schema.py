@@ -54,7 +54,6 @@ _BINS = Rule("a whole number from 0 to 32768", lambda value: _is_number(value) a
 _TOKEN = _or_null(whole(0, (1 << 31) - 1))
 
 _EVERYWHERE = {  # fields of transformers that mean something here
-    "_name_or_path": _WORD,
     "architectures": _or_null(
         Rule("a list of names", lambda value: isinstance(value, list) and all(map(_WORD.fits, value)))
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lbfast.model.config import Modality
 from lbfast.model.frozen import Freezable
 from lbfast.model.graphs import Graphs
 from lbfast.model.layers import Encoder, LayerNorm, Packing, Padded
-from lbfast.model.plain import ours, plain, wholly_plain
+from lbfast.model.plain import ours, plain, plain_parts
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -169,6 +170,7 @@ class VisionTransformer(Freezable):
         self.encoder = Encoder(config, temporal_mlp=config.add_time_attn and modality.temporal_mlp)
         self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.graphs: Graphs | None = None  # by optimize_for_inference
+        self.parts: list[Any] | None = None  # those that it has seen
         self.calibrated = False  # by calibrate
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
@@ -328,6 +330,7 @@ class TextTransformer(Freezable):
         self.encoder = Encoder(config)
         self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.graphs: Graphs | None = None  # by optimize_for_inference
+        self.parts: list[Any] | None = None  # those that it has seen
         self.calibrated = False  # by calibrate
 
     def forward(
@@ -472,9 +475,16 @@ def tower_in(module: nn.Module) -> Any:
 
 def pooled(tower: nn.Module, **inputs: Any) -> torch.Tensor:
     """A tower's pooler_output alone, (B, D): the same for less work where all of it is plain, else by its own call."""
-    if isinstance(tower, (VisionTransformer, TextTransformer)) and wholly_plain(tower):
-        return tower.pooled(**inputs)
-    return tower(**inputs)[1]
+    if not isinstance(tower, (VisionTransformer, TextTransformer)) or (found := plain_parts(tower)) is None:
+        return tower(**inputs)[1]
+    if tower.parts is not None and tower.parts != found and not dispatch.traced():
+        tower.encoder.running = tower.graphs = tower.parts = None
+        warnings.warn(
+            f"{type(tower).__name__}: modules were replaced after optimize_for_inference: its layers run one by one "
+            "from here on; replace them before it",
+            stacklevel=2,
+        )
+    return tower.pooled(**inputs)
 
 
 def padding_from(attention_mask: torch.Tensor, shape: torch.Size | tuple[int, int]) -> torch.Tensor | None:

@@ -110,6 +110,34 @@ def is_readable(item: Any) -> bool:
     return is_path(item) or isinstance(item, bytes | bytearray | memoryview) or hasattr(item, "read")
 
 
+def is_url(name: str) -> bool:
+    """True for what names no file here, and has the form of a URL, as fsspec takes it."""
+    return _URL.match(name) is not None and not os.path.exists(name)
+
+
+def url_stamp(url: str) -> str:
+    """What changes with the file at a URL, as far as its file system tells: of HTTP, nothing but the URL.
+
+    Raises OSError where it cannot be reached. ImportError: fsspec, or a package of the protocol, is not installed.
+    """
+    fsspec = _fsspec()
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+        return str(system.ukey(path))
+    except ImportError:
+        raise
+    except Exception as error:
+        raise OSError(f"a URL that cannot be opened ({_reason(error)})") from error
+
+
+def _fsspec() -> Any:
+    try:
+        import fsspec.core
+    except ImportError as error:
+        raise ImportError("URLs need fsspec: pip install fsspec") from error
+    return fsspec
+
+
 def name_of(item: Any) -> str:
     """What messages call an item for which `is_readable` holds: the path or URL, or a description."""
     if is_path(item):
@@ -211,7 +239,7 @@ class Source:
             return io.BytesIO(item)
         if not is_path(item):
             return self._seekable(item)
-        if _URL.match(self.name) and not os.path.exists(self.name):
+        if is_url(self.name):
             return self._open_url()
         self.path = check_file(self.name, self.expected)
         return self._closing.enter_context(open(self.path, "rb"))
@@ -219,10 +247,7 @@ class Source:
     def _open_url(self) -> IO[bytes]:
         if not self.reading.allow_urls:
             raise MediaError(self.name, f"{self.expected} in a local file", "a URL (allow_urls=True opens it)")
-        try:
-            import fsspec
-        except ImportError as error:
-            raise ImportError("URLs need fsspec: pip install fsspec") from error
+        fsspec = _fsspec()
         try:
             opened = self._closing.enter_context(fsspec.open(self.name, "rb"))
         except ImportError:  # of the protocol's own package, which the message names

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lbfast import files
 from lbfast.messages import shown
 from lbfast.processing import audio, depth, image, video
 from lbfast.processing.media import MediaError, Reading
@@ -232,6 +233,8 @@ class Processor:
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False) -> list[str]:
         """Writes processor_config.json, and the tokenizer's files where there is one; `from_pretrained` reads them.
 
+        They take the places of those that were there when all are on the disk.
+
         Args:
             save_directory: made if it does not exist. config.json and weights in it are left alone.
             push_to_hub: only False; huggingface_hub.upload_folder(folder_path=...) does it.
@@ -244,17 +247,19 @@ class Processor:
         folder = Path(save_directory)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"save_directory: expected a directory, got the file {folder}")
-        folder.mkdir(parents=True, exist_ok=True)
         vision = self.config.vision_config
         fields = {
             "processor_class": type(self).__name__,
             "antialias": self.antialias,
             "vision_config": vision.to_dict() if hasattr(vision, "to_dict") else dict(vars(vision)),
         }
-        file = folder / _CONFIG
-        file.write_text(json.dumps(fields, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
-        others = [] if self.tokenizer is None else self.tokenizer.save_pretrained(folder)
-        return [str(file), *others]
+        with files.filling(folder, _CONFIG) as staged:
+            text = json.dumps(fields, indent=2, sort_keys=True, default=str) + "\n"
+            (staged / _CONFIG).write_text(text, encoding="utf-8")
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(staged)
+            written = sorted(path.name for path in staged.iterdir())
+        return [str(folder / name) for name in written]
 
     @classmethod
     def from_pretrained(

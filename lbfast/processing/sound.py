@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ _LOUD = 100.0  # samples are in [-1, 1], some a little beyond; integers given as
 _HEAD_SECONDS, _MARGIN_SECONDS = 30, 1  # kept in any case; kept around each part, as lengths are announced wrongly
 _DAMAGED = 10  # at most one packet in so many may be undecodable
 _FLAC_SECONDS = 0.01  # its header says how many samples there are; one that has fewer is truncated
+
+_SUMMED = ("ac3", "eac3")  # each packet has a checksum, which FFmpeg looks at when told to
 
 Span = tuple[int, int]
 """[begin, end) in samples."""
@@ -124,6 +127,9 @@ class SoundFile:
             check_rate(self.name, self.rate)
             seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
             self._announced = self.announced_by(seconds)
+            if codec.name in _SUMMED:
+                codec.options = {"err_detect": "crccheck+explode"}
+            summed = _FlacSum.of(codec)
             packets = bad = samples = 0
             why = ""
             kind: tuple[int, str, int] | None = None
@@ -141,13 +147,17 @@ class SoundFile:
                     if form != (kind or form):
                         raise self.source.error("whose channels or rate change on the way")
                     kind, samples = form, samples + frame.samples
+                    if summed is not None:
+                        summed.take(frame)
                     yield frame
             if samples == 0:
                 raise self.source.error(f"that cannot be decoded ({why})" if why else "without samples")
             if container.format.name == "flac" and samples < (seconds - _FLAC_SECONDS) * self.rate:
                 raise self.source.error(f"that is truncated: {samples / self.rate:.2f} s of {seconds:.2f} s")
-            self._damage = f"{bad} of {packets} packets are broken ({why})" if bad else ""
-            if bad * _DAMAGED > packets or (bad and self.source.reading.strict):
+            self._damage = f"{bad} of {packets} packets are broken ({why}); they are passed over" if bad else ""
+            if summed is not None and summed.differs():
+                self._damage = "its samples are not those of the checksum (MD5) in its header"
+            if bad * _DAMAGED > packets or (self._damage and self.source.reading.strict):
                 raise self.source.error(f"of which {self._damage}")
 
     def announced_by(self, seconds: float) -> int:
@@ -170,7 +180,32 @@ class SoundFile:
 
     def _report(self) -> None:
         if self._damage:
-            warnings.warn(f"{self.name}: {self._damage}; they are passed over", MediaWarning, stacklevel=2)
+            warnings.warn(f"{self.name}: {self._damage}", MediaWarning, stacklevel=2)
+
+
+class _FlacSum:
+    """The MD5 sum of all samples that a FLAC header (STREAMINFO) may hold, beside that of the samples decoded."""
+
+    def __init__(self, header: bytes):
+        self._bits = ((header[12] & 1) << 4 | header[13] >> 4) + 1
+        self._left = int.from_bytes(header[13:18], "big") & ((1 << 36) - 1)
+        self._wanted, self._sum = header[18:34], hashlib.md5(usedforsecurity=False)
+
+    @classmethod
+    def of(cls, codec: Any) -> _FlacSum | None:
+        """None where there is no such sum: of other codecs, and where the encoder could not go back to its header."""
+        header = codec.extradata if codec.name == "flac" else None
+        return cls(header) if header and len(header) == 34 and any(header[18:]) else None
+
+    def take(self, frame: Any) -> None:
+        samples = _channels(frame).T
+        values = np.ascontiguousarray(samples, "<i4") >> (8 * samples.itemsize - self._bits)
+        self._sum.update(values.view(np.uint8).reshape(-1, 4)[:, : (self._bits + 7) // 8].tobytes())
+        self._left -= frame.samples
+
+    def differs(self) -> bool:
+        """Whether all of the samples came, and are others. Of a part that was cut out it says nothing."""
+        return self._left <= 0 and self._sum.digest() != self._wanted
 
 
 class _Part:

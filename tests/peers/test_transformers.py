@@ -5,7 +5,9 @@ TRANSFORMERS_TESTS=transformers-5.x/tests python -m pytest -o addopts= tests/pee
 
 from __future__ import annotations
 
+import re
 import unittest
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -36,6 +38,8 @@ OWN: dict[str, dict[str, Any]] = {
 
 class Tester:
     """What the mixin asks of a model's tester."""
+
+    __test__ = False
 
     is_training = False
     batch_size = 3
@@ -105,13 +109,42 @@ class ClipTest(Cases, unittest.TestCase):
     modality, all_model_classes = "clip", (CLIPModel,)
 
 
+OTHERWISE = {
+    r"get_(image|text)_features_(output_\d|hidden_states)": "a tensor, as upstream's; with return_dict=True an output",
+    "cannot_load_with_meta_device_context_manager": "it works: the weights are the checkpoint's, on the CPU",
+    "gradient_checkpointing_enable_disable": "no GradientCheckpointingLayer: the encoder checkpoints its layers, "
+    "whole, packed or pooled, and gives adapters gradients under re-entrant checkpoints",
+    "model_weights_reload_no_missing_tied_weights": "weights load strictly: a file without them is an error",
+}
+"""What is not as in CLIPModel, on purpose: tests that fail, and why."""
+
+
+def _listed(cases: type) -> type:
+    """The class, with those tests expected to fail."""
+    for name in dir(cases):
+        if any(re.fullmatch(f"test_{pattern}", name) for pattern in OTHERWISE):
+            setattr(cases, name, _failing(getattr(cases, name)))
+    return cases
+
+
+def _failing(test: Callable[[Any], None]) -> Callable[[Any], None]:
+    @unittest.expectedFailure
+    def run(self: Any) -> None:
+        test(self)
+
+    return run
+
+
+@_listed
 class ImageTest(Cases, unittest.TestCase):
     modality, all_model_classes = "image", (lbfast.LanguageBindImage,)
 
 
+@_listed
 class VideoTest(Cases, unittest.TestCase):
     modality, all_model_classes = "video", (lbfast.LanguageBindVideo,)
 
 
+@_listed
 class AudioTest(Cases, unittest.TestCase):
     modality, all_model_classes = "audio", (lbfast.LanguageBindAudio,)
