@@ -305,6 +305,19 @@ def test_large_scores(impl):
     check(impl, [q * 30, k * 30, v])
 
 
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if torch.float16 in DTYPES[impl]])
+def test_scores_that_float16_does_not_hold(impl):
+    """A score of 10^6 is nothing to a softmax in float32, with gradients and masks too."""
+    mask = padding(40, slice(21, 40), slice(0, 4))
+    q, k, v = (x.half() for x in separate(2, 40, 40, 1, 32))
+    q, k = q * 200, k * 200
+    for options in ({}, {"causal": True}, {"key_padding_mask": mask}, {"causal": True, "key_padding_mask": mask}):
+        exact = reference(q, k, v, scale=1.0, **options)
+        for wanted in (False, True):
+            out = ops.attention(q, k, v.clone().requires_grad_(wanted), scale=1.0, impl=impl, **options)
+            torch.testing.assert_close(out.detach().double(), exact, rtol=4e-3, atol=4e-3)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_deterministic(impl):
     tensors = separate(2, 40, 40, 2, 32)

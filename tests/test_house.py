@@ -18,6 +18,7 @@ HEIGHTS = {
     "lbfast.files": 0,
     "lbfast.messages": 0,
     "lbfast.paths": 0,
+    "lbfast.signals": 0,
     "lbfast.native": 0,
     "lbfast.dispatch": 1,
     "lbfast.float8": 1,
@@ -92,7 +93,9 @@ def room(module):
 
 def private(module, name):
     """Whether `name`, a module or module.attribute, is another room's own: it has a part that begins with _."""
-    return room(module) != room(name) and any(part.startswith("_") for part in name.split(".")[1:])
+    return room(module) != room(name) and any(
+        part.startswith("_") and part != "__main__" for part in name.split(".")[1:]
+    )
 
 
 def breach(module, name, in_function):

@@ -126,7 +126,7 @@ def test_killed_at_random_moments(tmp_path, processes):
     assert len(list((tmp_path / "killed" / "checkpoints").iterdir())) == 2  # nothing half written is left
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_signals_save_and_end(tmp_path, processes, number, status):
     from tests import runs
 

@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
+from lbfast.__main__ import main
 from lbfast.cli import about, bench, embed, evaluate, mini, profile, train
-from lbfast.cli.app import INTERRUPTED, app, errors
+from lbfast.cli.app import app
 
 __all__ = ["about", "app", "bench", "embed", "evaluate", "main", "mini", "profile", "train"]
-
-
-def main() -> None:
-    """Entry point of the script `lbfast`."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        sys.exit(INTERRUPTED)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -18,17 +16,7 @@ from rich.markup import escape
 import lbfast
 from lbfast.embedding.items import ORDER
 from lbfast.messages import plain
-
-INTERRUPTED = 130
-
-
-class Stopped(BaseException):
-    """A signal asked this process to end. No error: nothing but the command itself takes notice of it."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
-
+from lbfast.signals import Signals
 
 app = typer.Typer(
     help="LanguageBind, faster.",
@@ -56,51 +44,9 @@ def plain_errors() -> Iterator[None]:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the reader of a pipe left; nothing more can be said there)
         raise typer.Exit(1) from None
     except (ValueError, OSError, RuntimeError, ImportError) as error:
+        Signals.check()  # then it is not the error's to say
         errors.print(f"[bold red]error:[/] {escape(plain(_message(error)))}")
         raise typer.Exit(1) from error
-
-
-class Signals:
-    """Within it SIGINT, SIGTERM and SIGHUP raise Stopped, once; a second one ends the process on the spot.
-
-    A signal that the process was started deaf to (by nohup, in the background of a script) stays without effect.
-    """
-
-    def __init__(self) -> None:
-        self._seen = 0
-        self._before: dict[int, Any] = {}
-        self._unraisable: Any = None
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._stop)
-            self._unraisable, sys.unraisablehook = sys.unraisablehook, self._lost
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        if self._unraisable is not None:
-            sys.unraisablehook = self._unraisable
-        if self._seen and isinstance(error, Exception):  # a library has made an error of its own of it
-            raise Stopped(self._seen) from None
-
-    def check(self) -> None:
-        """Raises Stopped again where the first was raised in a place that no exception leaves."""
-        if self._seen:
-            raise Stopped(self._seen)
-
-    def _stop(self, number: int, frame: object) -> None:
-        if self._seen:
-            os._exit(128 + number)
-        self._seen = number
-        raise Stopped(number)
-
-    def _lost(self, unraisable: Any) -> None:
-        if not isinstance(unraisable.exc_value, Stopped):
-            self._unraisable(unraisable)
 
 
 def _message(error: Exception) -> str:

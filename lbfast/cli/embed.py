@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from lbfast.cli.app import Modality, Precision, Products, Signals, Stopped, app, errors, plain_errors
+from lbfast.cli.app import Modality, Precision, Products, app, errors, plain_errors
 from lbfast.messages import plain
+from lbfast.signals import Signals, Stopped
 
 if TYPE_CHECKING:
     from lbfast.embedding import Failure, Summary
@@ -69,7 +70,7 @@ def embed(
     revision: Annotated[str | None, typer.Option(help="Of the checkpoints on the hub.")] = None,
 ) -> None:
     try:
-        with plain_errors(), Signals() as signals, progress_bars(signals.check) as (progress, on_failure):
+        with plain_errors(), progress_bars() as (progress, on_failure):
             from lbfast import native
             from lbfast.embedding import embed_files
 
@@ -119,13 +120,8 @@ def _summarise(summary: Summary) -> None:
 
 
 @contextlib.contextmanager
-def progress_bars(
-    check: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[Progress, Callable[[Failure], None]]]:
-    """A bar for each modality on stderr, where that is a terminal; failures are printed above them either way.
-
-    `check` is called at each progress.
-    """
+def progress_bars() -> Iterator[tuple[Progress, Callable[[Failure], None]]]:
+    """A bar for each modality on stderr, where that is a terminal; failures are printed above them either way."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     bars = Progress(
@@ -140,7 +136,7 @@ def progress_bars(
     tasks: dict[str, TaskID] = {}
 
     def progress(modality: str, done: int, total: int) -> None:
-        check()
+        Signals.check()
         if modality not in tasks:
             tasks[modality] = bars.add_task(f"{modality:>8}", total=total, completed=done, rate="")
         speed = bars.tasks[tasks[modality]].speed

@@ -28,8 +28,8 @@ Style = Enum("Style", {name: name for name in ("upstream", "plain", "merged", "p
     "or killed goes on from its last checkpoint when the same command is given again. Several processes: "
     "[bold]torchrun --nproc-per-node N -m lbfast train ...[/]\n\n"
     "OUT gets checkpoints/, metrics.jsonl, tensorboard/, training.png and, at the end, model/ (as upstream writes it) "
-    "and adapter/ (as peft does). Exit status: 0, after SIGTERM too; 1 after an error; 130 after Ctrl-C, "
-    "129 after SIGHUP."
+    "and adapter/ (as peft does). Exit status: 0 at the end; 1 after an error; 130 after Ctrl-C, 143 after SIGTERM, "
+    "129 after SIGHUP: then the same command goes on."
 )
 def train(
     recipe: Annotated[
@@ -127,7 +127,7 @@ def train(
         )
         if place.first:
             _summarise(summary, plan, len(batches.skipped))
-    if summary.stopped in (signal.SIGINT, signal.SIGHUP):
+    if summary.stopped:
         raise typer.Exit(128 + int(summary.stopped))
 
 

@@ -12,8 +12,11 @@ from lbfast import dispatch
 _GRID_LIMIT = 65535
 """SDPA's CUDA backends put the batch on a grid axis of this length."""
 
-_PLAIN = torch.backends.cpu.get_cpu_capability() == "DEFAULT"
-"""No vector instructions, or none allowed (ATEN_CPU_CAPABILITY): SDPA packs 16 bits for AVX-512 even so, and raises."""
+_PLAIN = torch.backends.cpu.get_cpu_capability() == "DEFAULT" or (
+    torch.backends.cpu.get_cpu_capability() == "AVX2" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+)
+"""Fewer vector instructions than the machine has, or none (ATEN_CPU_CAPABILITY): SDPA packs 16 bits for AVX-512 and AMX
+even so, and raises."""
 
 _MOST_KEYS = 4096
 """The native kernel keeps the scores of 16 queries against all keys, and the keys, in a second-level cache."""
@@ -144,7 +147,10 @@ def _torch(
     if needs_grad or q.device.type != "cpu" or plainly:
         # SDPA saves log(sum(exp)), which finfo.min absorbs: the gradient of a query with no key left would be wrong.
         # And its CUDA backends want the mask in q's dtype, where float16's finfo.min does not absorb a score.
-        scores = (q * scale @ k.transpose(-2, -1)).to(mask.dtype) + mask
+        if q.dtype == torch.float16:  # whose largest number a score passes soon
+            scores = q.float() * scale @ k.float().transpose(-2, -1) + mask
+        else:
+            scores = (q * scale @ k.transpose(-2, -1)).to(mask.dtype) + mask
         out = scores.softmax(-1).to(q.dtype) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

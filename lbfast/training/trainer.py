@@ -22,6 +22,7 @@ from rich.console import Console
 from lbfast import files as lbfast_files
 from lbfast.model.checkpoint import CheckpointError
 from lbfast.model.languagebind import LanguageBindModel
+from lbfast.signals import Signals
 from lbfast.training import checkpoints, engine as engines, memory
 from lbfast.training.captions import TextCache, weights_digest
 from lbfast.training.checkpoints import step_of
@@ -487,6 +488,7 @@ class _Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
+        Signals.check()  # of the command's, which has noted them until now
         if threading.current_thread() is threading.main_thread():
             hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
             for number in (signal.SIGTERM, signal.SIGINT, *hangup):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from lbfast import ops, products
+from lbfast.ops.attention import apart
 from lbfast.reference.attention import MASKED, attention as attention_reference
 from lbfast.reference.info_nce import info_nce as info_nce_reference
 from lbfast.reference.layer_norm import layer_norm as layer_norm_reference
@@ -99,8 +100,8 @@ def attention(rng: random.Random, impl: str, small: bool = False) -> Case:
         scores = (q * used @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) + mask
         return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
 
-    def library(q, k, v):
-        q, k, v = (x.transpose(1, 2) for x in (q if used > 0 else -q, k, v))
+    def library(q, k, v):  # of dense tensors: of others it may take another way, where more is kept
+        q, k, v = (x.contiguous().transpose(1, 2) for x in (q if used > 0 else -q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=abs(used) or 1.0).transpose(1, 2)
 
     return Case(
@@ -130,7 +131,7 @@ def temporal_attention(rng: random.Random, impl: str, small: bool = False) -> Ca
         return (scores.softmax(-1).to(v.dtype) @ v).permute(0, 3, 1, 2, 4)
 
     def library(q, k, v):
-        q, k, v = (x.permute(0, 2, 3, 1, 4).flatten(1, 2) for x in (q, k, v))
+        q, k, v = (x.contiguous().permute(0, 2, 3, 1, 4).flatten(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, scale=used)
         return out.unflatten(1, (n, h)).permute(0, 3, 1, 2, 4)
 
@@ -180,16 +181,23 @@ def patch_embed(rng: random.Random, impl: str, small: bool = False) -> Case:
         return call
 
     def floors(pixels, weight, class_embedding, position):
-        """Of bytes: x - 128 and a bias, whose parts of the result and of the weight's gradient may cancel; squares."""
+        """Of bytes: x - 128 and a bias, whose parts of the result and of the weight's gradient may cancel; squares.
+
+        A weight that is read at several places has one rounding there, and these add up.
+        """
         if not bytes_:
             return [0.0] * 5
         clips = pixels.double().view(b, c, tube * frames, *shape[-2:])
         by_channel = [t.double().view(-1, 1, 1, 1) for t in (1 / (255 * std), (128 / 255 - mean) / std)]
-        terms = ((clips - 128) * by_channel[0]).square() + by_channel[1].square() * torch.ones_like(clips)
-        squares = weight.double().view(width, c, tube, p, p).square().requires_grad_()
-        out = F.conv3d(terms, squares, stride=(tube, p, p))
+        parts = ((clips - 128) * by_channel[0]).abs(), (by_channel[1] * torch.ones_like(clips)).abs()
+        kernel = weight.double().view(width, c, tube, p, p).abs()
+        squares = kernel.square().requires_grad_()
+        out = F.conv3d(parts[0].square() + parts[1].square(), squares, stride=(tube, p, p))
         (grad,) = torch.autograd.grad(out.sum(), squares)  # of a gradient of ones, as the result's is in the mean
-        return [float(out.detach().sum().sqrt()), 0.0, float(grad.sum().sqrt()), 0.0, 0.0]
+        norm = float(out.detach().sum().sqrt())
+        if apart(weight) is not weight:
+            norm = float(F.conv3d(parts[0] + parts[1], kernel, stride=(tube, p, p)).norm())
+        return [norm, 0.0, float(grad.sum().sqrt()), 0.0, 0.0]
 
     return Case(
         "patch_embed",

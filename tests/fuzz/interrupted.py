@@ -25,9 +25,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LINE = "interrupted; what is finished is kept: the same command goes on from here\n"
+LINES = {
+    "embed": "interrupted; what is finished is kept: the same command goes on from here",
+    "train": ": the same command goes on -> ",
+}
 ENDINGS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 LONGEST = 300.0
+_TICK = 0.002
 
 
 def run(seconds: float, seed: int) -> list[str]:
@@ -65,23 +69,32 @@ class Child:
                 os._exit(code)
 
     def wait(self, seconds: float) -> int | None:
-        """Its status, negative for a signal; None where it goes on after so many seconds."""
-        end = time.monotonic() + seconds
+        """Its status, negative for a signal; None where it goes on after so many seconds.
+
+        Seconds are of what this process saw: all may be stopped from outside for a while.
+        """
         while True:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 return os.waitstatus_to_exitcode(status)
-            if time.monotonic() > end:
+            if seconds <= 0:
                 return None
-            time.sleep(min(0.002, max(0.0, end - time.monotonic())))
+            begun = time.monotonic()
+            time.sleep(min(_TICK, seconds))
+            seconds -= min(time.monotonic() - begun, 5 * _TICK)
 
     def errors(self) -> str:
         return Path(f"{self.said}.2").read_text()
 
+    def lines(self) -> list[str]:
+        """All that it said."""
+        return [*Path(f"{self.said}.1").read_text().splitlines(), *self.errors().splitlines()]
+
     def left(self) -> list[str]:
         """Processes of its session, a second after its end."""
-        end = time.monotonic() + 1
-        while (found := _of_session(self.pid)) and time.monotonic() < end:
+        for _ in range(50):
+            if not (found := _of_session(self.pid)):
+                break
             time.sleep(0.02)
         return found
 
@@ -135,13 +148,14 @@ class Campaign:
             self.failures.append(f"{kind}: {how}: processes live on: {left}")
         if "Traceback" in said:
             self.failures.append(f"{kind}: {how}: {said[-1500:]}")
-        if kind != "embed" or number == signal.SIGKILL or status == 0:
+        if number == signal.SIGKILL or status == 0 or kind not in LINES:
             return
         # before the command has begun, and after its summary, a signal does what it does to any process
-        early = (-number, "") if number != signal.SIGINT else (130, "interrupted\n")
-        said = "".join(line for line in said.splitlines(keepends=True) if not line.startswith("skipped "))
-        if (status, said) not in ((128 + number, LINE), early):
-            self.failures.append(f"{kind}: {how}: status {status}: {said[-500:]}")
+        lines = [line for line in child.lines() if "interrupted" in line or "the same command goes on" in line]
+        early = (-number, []), (128 + number, ["interrupted"])
+        told = status == 128 + number and len(lines) == 1 and LINES[kind] in lines[0]
+        if not told and (status, lines) not in early:
+            self.failures.append(f"{kind}: {how}: status {status}: {child.lines()}")
 
     def place(self) -> Path:
         self._number += 1
@@ -221,12 +235,29 @@ def same_run(found: Path, wanted: Path) -> bool:
 
 
 def trainings(campaign: Campaign) -> Iterator[None]:
-    """Each step: a run of training that is ended, goes on, and is compared."""
-    wanted = campaign.folder / "wanted-train"
-    longest = campaign.undisturbed(training(wanted, None))
+    """Each step: a run of `lbfast train` that is ended, goes on, and is compared."""
+    folder = campaign.folder
+
+    def make() -> None:
+        from tests import tiny, trainees
+
+        trainees.manifest(folder)
+        tiny.checkpoint(folder, "image")
+
+    campaign.undisturbed(make)
+    fields = ("batch_size=6", "epochs=6", "warmup=2", "micro_batch=3", "lr=0.01", "coef_lr=0.1", "patch_dropout=0.5")
+
+    def train(out: Path, workers: int) -> Callable[[], None]:
+        settings = [part for field in fields for part in ("--set", field)]
+        options = ("--save-every", 3, "--workers", workers, "--device", "cpu", "--out", out)
+        data = ("--recipe", "depth", "--model", folder / "image", "--data", folder / "data.csv")
+        return command("train", *data, *options, *settings)
+
+    wanted = folder / "wanted-train"
+    longest = campaign.undisturbed(train(wanted, 0))
     while True:
         place = campaign.place()
-        campaign.disturbed("train", training(place, None), longest)
+        campaign.disturbed("train", train(place, campaign.draw.choice((0, 2))), longest)
         left = [
             path.name for path in (*place.glob("checkpoints/.*"), *place.glob(".lbfast-*"), *place.glob("*/.lbfast-*"))
         ]
