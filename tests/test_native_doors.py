@@ -54,16 +54,24 @@ def fold(**given):
     return torch.ops.lbfast.patch_fold(*{**arguments, **given}.values())
 
 
+def resize(**given):
+    image, ones = torch.zeros(2, 1, 6, 9, dtype=torch.uint8), torch.ones(2, 4)
+    taps = {"first_row": torch.tensor([0, 1, 2]), "rows": torch.ones(3, 4), "first_col": torch.tensor([0, 5])}
+    arguments = {"image": image, **taps, "cols": ones, "scale": [1.0, 2.0], "offset": [0.0, 1.0]}
+    return torch.ops.lbfast.resized_crop_native(*{**arguments, "out": torch.empty(2, 1, 3, 2), **given}.values())
+
+
 def labels(n):
     return torch.zeros(n, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("op", [attention, attention_bwd, temporal, temporal_bwd, stats, grads, rows, fold])
+@pytest.mark.parametrize("op", [attention, attention_bwd, temporal, temporal_bwd, stats, grads, rows, fold, resize])
 def test_what_fits_is_taken(op):
     op()
 
 
 SAME = torch.zeros(5, 8)
+LEVELS = torch.zeros(2, 1, 6, 9, dtype=torch.uint8)
 REFUSED = [
     (attention, {"q": randn(2, 4, 3, 8).double()}, "q: expected float32 or bfloat16"),
     (attention, {"q": randn(2, 4, 3, 7)}, "q: expected an even D"),
@@ -114,6 +122,24 @@ REFUSED = [
     (rows, {"kept": torch.zeros(2, 3)}, "kept: expected Long"),
     (rows, {"kept": torch.zeros(1, 3, dtype=torch.int64)}, "kept: expected [2, 3]"),
     (rows, {"kept": torch.full((2, 3), 9)}, "kept: expected 0..8, got 9"),
+    (resize, {"image": LEVELS[0]}, "image: expected (C, N, H, W)"),
+    (resize, {"image": LEVELS.float()}, "image: expected Byte"),
+    (resize, {"image": LEVELS.mT}, "image: expected pixels or colours that lie beside each other"),
+    (resize, {"image": torch.zeros(2, 1, 6, 8, dtype=torch.uint8)}, "first_col: expected 0..4, got 0..5"),
+    (resize, {"image": torch.zeros(2, 1, 3, 9, dtype=torch.uint8)}, "first_row: expected 0..-1"),
+    (resize, {"first_row": torch.tensor([-1, 1, 2])}, "first_row: expected 0..2, got -1..2"),
+    (resize, {"first_row": torch.tensor([0, 2, 1])}, "first_row: expected numbers that do not fall"),
+    (resize, {"first_row": torch.zeros(3, dtype=torch.int32)}, "first_row: expected Long"),
+    (resize, {"first_col": torch.tensor([0, 1, 2])}, "first_col: expected [2]"),
+    (resize, {"rows": torch.ones(3, 0)}, "first_row: expected weights (outputs, taps)"),
+    (resize, {"cols": torch.ones(2, 4).double()}, "first_col: expected Float"),
+    (resize, {"cols": torch.ones(4, 2).T}, "first_col: expected a contiguous tensor"),
+    (resize, {"scale": [1.0]}, "scale, offset: expected 2 numbers each, got 1 and 2"),
+    (resize, {"offset": [1.0] * 3}, "scale, offset: expected 2 numbers each, got 2 and 3"),
+    (resize, {"out": torch.empty(2, 1, 3, 3)}, "out: expected [2, 1, 3, 2]"),
+    (resize, {"out": torch.empty(2, 1, 3, 2).double()}, "out: expected Float"),
+    (resize, {"out": torch.empty(2, 1, 2, 3).mT}, "out: expected a contiguous tensor"),
+    (resize, {"image": LEVELS, "out": LEVELS.view(-1)[:12].view(2, 1, 3, 2)}, "out: expected memory of its own"),
     (fold, {"weight": randn(4, 9, 3).mT}, "weight: expected a contiguous tensor"),
     (fold, {"weight": randn(4, 3, 9).double()}, "weight: expected float32 or bfloat16"),
     (fold, {"scale": torch.ones(2)}, "scale: expected [3]"),

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from lbfast import testing
-from lbfast.processing import depth, image, transforms
+from lbfast import native, testing
+from lbfast.processing import depth, image, memory, transforms
 from lbfast.processing.media import MediaError
 from lbfast.processing.processor import LanguageBindDepthProcessor, LanguageBindImageProcessor
 from lbfast.processing.resize import resized_crop
@@ -63,12 +63,33 @@ def test_matches_upstream(modality, antialias):
         assert error.max() < 1e-4 and error.mean() < 1e-5, f"{key}.{name}: {error.max():.2e}, {error.mean():.2e}"
 
 
-@pytest.mark.parametrize("interleaved", [True, False])
+def laid_out(rgb, how):
+    """uint8 (H, W, 3) as (3, H, W), in memory as decoders leave it, or not."""
+    x = torch.from_numpy(rgb)
+    padded = torch.cat([x, torch.full_like(x[..., :1], 77)], dim=-1)  # Pillow's own: 4 bytes a pixel
+    return {
+        "colours beside": lambda: x.permute(2, 0, 1),
+        "planes": lambda: x.permute(2, 0, 1).contiguous(),
+        "four bytes": lambda: padded[..., :3].permute(2, 0, 1),
+        "columns first": lambda: x.permute(2, 1, 0).contiguous().mT,
+        "grey": lambda: x[..., :1].permute(2, 0, 1).expand(3, -1, -1),
+    }[how]()
+
+
+@pytest.fixture(params=["native", "torch"])
+def form(request, monkeypatch):
+    """Each of the two forms of a resize."""
+    if request.param == "native" and native.why_not():
+        pytest.skip("no native kernels here")
+    if request.param == "torch":
+        monkeypatch.setattr(native, "why_not", lambda: ["not here"])
+
+
+@pytest.mark.parametrize("how", ["colours beside", "planes", "four bytes", "columns first", "grey"])
 @pytest.mark.parametrize("kind,antialias", [("bicubic", True), ("bicubic", False), ("bilinear", False)])
 @pytest.mark.parametrize("height,width", [(453, 256), (300, 224), (224, 224), (17, 33), (1, 9), (100, 701), (540, 960)])
-def test_resized_crop_is_a_resize_then_a_crop(height, width, kind, antialias, interleaved):
-    x = torch.from_numpy(picture(height, width)).permute(2, 0, 1)
-    x = x if interleaved else x.contiguous()
+def test_resized_crop_is_a_resize_then_a_crop(height, width, kind, antialias, how, form):
+    x = laid_out(picture(height, width), how)
     short = min(height, width)
     size = (224 * height // short, 224 * width // short)
     top, left = (size[0] - 224) // 2, (size[1] - 224) // 2
@@ -81,7 +102,42 @@ def test_resized_crop_is_a_resize_then_a_crop(height, width, kind, antialias, in
     testing.assert_within_budget(actual, plain(torch.float64), plain(torch.float32), f"{height}x{width} {kind}")
 
 
-def test_resized_crop_takes_any_leading_dimensions():
+@pytest.mark.parametrize("how", ["colours beside", "grey"])
+def test_resized_crop_scales_and_rounds(how, form):
+    x, scale, offset = laid_out(picture(90, 130), how), (0.5, 2.0, 3.0), (1.0, -140.0, 7.0)
+    arguments = x, (60, 86), (5, 9, 41, 33), "bicubic", True
+    plain = resized_crop(*arguments)
+    a, b = (torch.tensor(values).view(3, 1, 1) for values in (scale, offset))
+    torch.testing.assert_close(resized_crop(*arguments, scale, offset), plain * a + b, rtol=1e-6, atol=1e-4)
+    levels = resized_crop(*arguments, scale, offset, torch.uint8)
+    exact = (plain * a + b).clamp(0, 255)
+    assert levels.dtype == torch.uint8 and (exact == 255).any() and (exact == 0).any()
+    assert (levels - exact).abs().max() <= 0.5 + 1e-4
+
+
+def test_a_picture_in_memory_is_not_copied():
+    picture_of = {"RGB": picture(41, 53), "L": picture(41, 53)[..., 0]}
+    for mode, array in picture_of.items():
+        made = Image.fromarray(array)
+        pixels = memory.pixels_of(made)
+        assert made.mode == mode and np.array_equal(pixels.squeeze(-1), array)
+        if hasattr(made, "__arrow_c_array__"):
+            assert pixels.data_ptr() == memory.pixels_of(made).data_ptr()
+            del made
+            assert np.array_equal(pixels.squeeze(-1), array)  # it keeps the picture's memory alive
+
+
+def test_large_pictures_lie_in_one_block(tmp_path):
+    Image.new("RGB", (2600, 2000), (10, 200, 30)).save(tmp_path / "large.png")  # 20 MB: more than Pillow's block
+    before = Image.core.get_use_block_allocator() if hasattr(Image.core, "get_use_block_allocator") else None
+    made = image.open_image(tmp_path / "large.png")
+    assert memory.pixels_of(made)[-1, -1].tolist() == [10, 200, 30]
+    if before is not None:
+        assert memory.pixels_of(made).data_ptr() == memory.pixels_of(made).data_ptr()
+        assert Image.core.get_use_block_allocator() == before
+
+
+def test_resized_crop_takes_any_leading_dimensions(form):
     clip = torch.from_numpy(np.stack([picture(seed=i) for i in range(4)])).permute(3, 0, 1, 2)  # [C, T, H, W]
     whole = resized_crop(clip, (32, 46), (3, 5, 20, 30), "bilinear", False)
     assert whole.shape == (3, 4, 20, 30) and whole.is_contiguous()

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from lbfast.processing.media import MediaError, Reading, Source, is_readable, named
+from lbfast.processing.memory import one_block
 from lbfast.processing.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
 
 _FORMATS = (  # whose readers decode what they are given themselves: not EPS, which starts Ghostscript
@@ -61,7 +62,8 @@ def decoded(source: Source) -> Image.Image:
         width, height = picture.size
         if width * height > limit:
             raise source.error(f"of {width} x {height} pixels, more than {limit:,} (limits.image_pixels)")
-        picture.load()
+        with one_block():
+            picture.load()
         return picture
 
 

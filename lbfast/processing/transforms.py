@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,6 +17,7 @@ from PIL import Image
 
 from lbfast.processing.layout import axes, resolve
 from lbfast.processing.media import MediaError
+from lbfast.processing.memory import pixels_of, shared
 from lbfast.processing.resize import resized_crop
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -44,13 +44,14 @@ class Affine(Step):
         """The input as a tensor, not yet scaled."""
         return x
 
-    def affine(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """a x + b in float32; `dtype` is that of the pixels before anything was computed."""
+    def coefficients(self, dtype: torch.dtype) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """a and b, for each channel or one for all; `dtype` is that of the pixels before anything was computed."""
         raise NotImplementedError
 
     def __call__(self, x: Any) -> torch.Tensor:
         x = self.pixels(x)
-        return self.affine(x.float(), x.dtype)
+        a, b = (torch.tensor(values).view(-1, *(1,) * (x.dim() - 1)) for values in self.coefficients(x.dtype))
+        return x.float() * a + b
 
 
 class ToTensor(Affine):
@@ -75,8 +76,8 @@ class ToTensor(Affine):
         t = to_rgb(x, getattr(self, "layout", None))
         return t if t.dtype == torch.uint8 else _unit_floats(t, "picture in memory")
 
-    def affine(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return x / 255 if dtype == torch.uint8 else x
+    def coefficients(self, dtype: torch.dtype) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return (1 / 255 if dtype == torch.uint8 else 1.0,), (0.0,)
 
 
 class ToFloat(Affine):
@@ -91,8 +92,8 @@ class ToFloat(Affine):
     def pixels(self, x: Any) -> torch.Tensor:
         return x if x.dtype == torch.uint8 else _levels(x)
 
-    def affine(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return x / 255
+    def coefficients(self, dtype: torch.dtype) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return (1 / 255,), (0.0,)
 
 
 class Normalize(Affine):
@@ -101,9 +102,8 @@ class Normalize(Affine):
     def __init__(self, mean: Iterable[float] = MEAN, std: Iterable[float] = STD):
         self.mean, self.std = tuple(mean), tuple(std)
 
-    def affine(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        shape = (-1, *(1,) * (x.dim() - 1))
-        return (x - torch.tensor(self.mean).view(shape)) / torch.tensor(self.std).view(shape)
+    def coefficients(self, dtype: torch.dtype) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return tuple(1 / std for std in self.std), tuple(-mean / std for mean, std in zip(self.mean, self.std))
 
 
 class NormalizeVideo(Normalize):
@@ -191,8 +191,8 @@ class ToUint8(Step):
 class Compose:
     """Runs `transforms` one after the other.
 
-    A resize followed by a crop is computed in one go, and affine steps before the pair run after it, on the pixels that
-    stay: the same result up to float32 rounding, in a fraction of the time.
+    A resize followed by a crop is computed in one go, on the pixels that stay, and with it the affine steps before and
+    after the pair: the same result up to float32 rounding, in a fraction of the time.
     """
 
     def __init__(self, transforms: Iterable[Callable[[Any], Any]]):
@@ -215,11 +215,24 @@ class Compose:
             return Compose(steps[i:])(x)
         for step in steps[:i]:
             x = step.pixels(x)
-        dtype, size = x.dtype, steps[i].output_size(*x.shape[-2:])
-        x = resized_crop(x, size, steps[i + 1].window(*size), steps[i].kind, steps[i].antialias)
-        for step in steps[:i]:
-            x = step.affine(x, dtype)
-        for step in steps[i + 2 :]:
+        after = i + 2
+        while after < len(steps) and isinstance(steps[after], Normalize):
+            after += 1
+        scale, offset = _joined([*steps[:i], *steps[i + 2 : after]], x.dtype, x.shape[0])
+        size, levels = steps[i].output_size(*x.shape[-2:]), after < len(steps) and isinstance(steps[after], ToUint8)
+        if levels:
+            scale, offset, after = [255 * a for a in scale], [255 * b for b in offset], after + 1
+        x = resized_crop(
+            x,
+            size,
+            steps[i + 1].window(*size),
+            steps[i].kind,
+            steps[i].antialias,
+            scale,
+            offset,
+            torch.uint8 if levels else torch.float32,
+        )
+        for step in steps[after:]:
             x = step(x)
         return x
 
@@ -244,6 +257,16 @@ class Compose:
         return "Compose(" + "".join(f"\n    {step!r}" for step in self.transforms) + "\n)"
 
 
+def _joined(steps: Iterable[Affine], dtype: torch.dtype, channels: int) -> tuple[list[float], list[float]]:
+    """a and b of the steps one after the other, for each channel."""
+    scale, offset = [1.0] * channels, [0.0] * channels
+    for step in steps:
+        a, b = (values * (channels // len(values)) for values in step.coefficients(dtype))
+        offset = [x * y + z for x, y, z in zip(offset, a, b, strict=True)]
+        scale = [x * y for x, y in zip(scale, a, strict=True)]
+    return scale, offset
+
+
 def to_rgb(x: Any, layout: str | None = None, source: str | None = None) -> torch.Tensor:
     """A picture in memory as (3, H, W), its values as they are; see ToTensor for what it may be.
 
@@ -259,15 +282,13 @@ def to_rgb(x: Any, layout: str | None = None, source: str | None = None) -> torc
             )
         if 0 in x.size:
             raise MediaError(source or "PIL image", expected, f"no pixels ({x.size[0]} x {x.size[1]})")
-        array = np.asarray(x if x.mode == "RGB" else x.convert("RGB"))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the array is read-only, and nothing here writes: a copy would cost more
-            return torch.from_numpy(array).permute(2, 0, 1)
+        pixels = pixels_of(x if x.mode in ("RGB", "L") else x.convert("RGB")).permute(2, 0, 1)
+        return pixels.expand(3, -1, -1)
     if not isinstance(x, np.ndarray | torch.Tensor):
         raise TypeError(f"images: expected a path, PIL image, array or tensor, got {type(x).__name__}")
     kind = "tensor" if isinstance(x, torch.Tensor) else "array"
     found = resolve(source or kind, x.shape, _LAYOUTS, _CHANNELS, layout)
-    t = torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x)
+    t = shared(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x
     t = t.unsqueeze(0) if found == "HW" else t.permute(axes(found, "CHW"))
     return t.expand(3, -1, -1) if t.shape[0] == 1 else t[:3]
 
