@@ -16,15 +16,11 @@
 // The schemas and the layout of the weights are in lbfast/tokenwise.py.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -35,112 +31,20 @@
 #endif
 
 #include "panels.h"
+#include "rows.h"
 
 namespace lbfast {
 namespace {
 
 using panels::kBlock;
 using panels::kColumns;
-using panels::kDepth;
 using panels::kPanelStep;
-using panels::kRows;
-using panels::kStep;
-using panels::kTileStep;
 using panels::Sum;
-using Vec = at::vec::Vectorized<float>;
 
-constexpr int64_t kLanes = Vec::size();
 constexpr int64_t kMost = 256;       // tokens of a piece
 constexpr int64_t kChunk = 1024;     // of the MLP's width
 constexpr int64_t kPart = 8;         // steps of K at a time: both operands' parts stay in the first-level cache
 static_assert(kColumns % kLanes == 0);
-
-enum class Activation { kNone, kGelu, kQuickGelu };
-
-inline Vec load(const float* from) { return Vec::loadu(from); }
-inline Vec load(const int32_t* from) {
-  return at::vec::convert<float>(at::vec::Vectorized<int32_t>::loadu(from));
-}
-inline Vec load(const at::BFloat16* from) {
-  Vec out;
-  at::vec::load_fp32_from_bf16(from, out);
-  return out;
-}
-
-inline void store(const Vec& x, float* to) { x.store(to); }
-inline void store(const Vec& x, at::BFloat16* to) {
-  at::vec::convert_from_float<at::BFloat16>(x, x).store(to, static_cast<int>(kLanes));
-}
-// 0..255, to nearest
-inline void store(const Vec& x, uint8_t* to) {
-#if defined(CPU_CAPABILITY_AVX512)
-  const __m512i whole = _mm512_max_epi32(_mm512_cvtps_epi32(x), _mm512_setzero_si512());
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtusepi32_epi8(whole));
-#elif defined(CPU_CAPABILITY_AVX2)
-  const __m256i whole = _mm256_cvtps_epi32(x);
-  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
-#else
-  alignas(64) float values[kLanes];
-  at::vec::clamp(x.round(), Vec(0.0f), Vec(255.0f)).store(values);
-  for (int64_t i = 0; i < kLanes; ++i) {
-    to[i] = static_cast<uint8_t>(values[i]);
-  }
-#endif
-}
-
-// What the next panel's endings need, a row further down than the machine would guess.
-inline void soon(const void* address) {
-#if defined(__x86_64__)
-  _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1);
-#endif
-}
-
-inline float sum_of(const Vec& x) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
-}
-inline float least(const Vec& x) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::minimum(a, b); }, x);
-}
-inline float most(const Vec& x) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, x);
-}
-
-// x Phi(x), Phi by its definition for products in float. For others by an odd polynomial that is 0 and 1 at its ends,
-// and stays there: within 8e-5 for 16 bits (up to 4.2), 3e-4 for 8 (up to 3.8), below what these keep.
-template <typename T>
-inline Vec gelu(const Vec& x) {
-  if constexpr (std::is_same_v<T, float>) {
-    return x * Vec(0.5f) * (Vec(1.0f) + (x * Vec(static_cast<float>(M_SQRT1_2))).erf());
-  } else {
-    constexpr bool kShort = std::is_same_v<T, uint8_t>;
-    const Vec end(kShort ? 3.8f : 4.2f), near = at::vec::clamp(x, end.neg(), end), t = near * near;
-    Vec p(kShort ? 4.21502885e-8f : 8.49115407e-11f);
-    if constexpr (kShort) {
-      for (const float c : {-2.56548064e-6f, 6.68672509e-5f, -0.000996694963f, 0.00967109222f, -0.0666346746f,
-                            0.399505072f}) {
-        p = at::vec::fmadd(p, t, Vec(c));
-      }
-    } else {
-      for (const float c : {-7.6412901e-9f, 3.01842642e-7f, -6.9849877e-6f, 0.000107528728f, -0.00119460479f,
-                            0.010109314f, -0.0668355435f, 0.399189926f}) {
-        p = at::vec::fmadd(p, t, Vec(c));
-      }
-    }
-    return x * at::vec::fmadd(near, p, Vec(0.5f));
-  }
-}
-
-template <typename T>
-inline Vec quick_gelu(const Vec& x) {
-  const Vec e = x * Vec(-1.702f);
-  return x / (Vec(1.0f) + (std::is_same_v<T, float> ? e.exp() : e.exp_u20()));
-}
-
-template <typename T>
-inline Vec activate(const Vec& x, Activation activation) {
-  return activation == Activation::kGelu ? gelu<T>(x) : activation == Activation::kQuickGelu ? quick_gelu<T>(x) : x;
-}
 
 // A frozen linear layer: see lbfast/tokenwise.py.
 struct Linear {
@@ -150,82 +54,6 @@ struct Linear {
   const float* shifts = nullptr;
   int64_t steps = 0, columns = 0;
 };
-
-struct Norm {
-  const float *weight = nullptr, *bias = nullptr;
-};
-
-// Rows of A in tiles, and for 8 bits their scales and offsets.
-template <typename T>
-struct Tiles {
-  T* data = nullptr;
-  float* scales = nullptr;
-  float* offsets = nullptr;
-  int64_t steps = 0;
-  T* at(int64_t row, int64_t k) const {
-    return data + ((row / kRows * steps + k / kDepth<T>) * kTileStep + row % kRows * kStep) / sizeof(T) + k % kDepth<T>;
-  }
-};
-
-// A row of `width` values that read(k) gives, kLanes at a time -> row `r` of the tiles from column `first` on.
-template <typename T, typename Read>
-void write_row(const Tiles<T>& to, int64_t r, int64_t width, const Read& read) {
-  if constexpr (std::is_same_v<T, uint8_t>) {
-    Vec low(0.0f), high(0.0f);
-    for (int64_t k = 0; k < width; k += kLanes) {
-      const Vec x = read(k);
-      low = at::vec::minimum(low, x);
-      high = at::vec::maximum(high, x);
-    }
-    // at::vec's minimum and maximum pass NaN on; infinities make the scale infinite, and what it scales NaN
-    const float bottom = least(low), range = most(high) - bottom;
-    const float scale = range == 0.0f ? 1.0f : range / 255.0f;
-    const float zero = std::nearbyint(-bottom / scale);
-    to.scales[r] = scale;
-    to.offsets[r] = zero * scale;
-    const Vec inverse(1.0f / scale), offset(zero);
-    for (int64_t k = 0; k < width; k += kLanes) {
-      store(at::vec::fmadd(read(k), inverse, offset), to.at(r, k));
-    }
-  } else {
-    for (int64_t k = 0; k < width; k += kLanes) {
-      store(read(k), to.at(r, k));
-    }
-  }
-  if (width % kDepth<T> != 0) {  // against weights of 0; what lay here before may be no number
-    std::memset(to.at(r, width), 0, (kDepth<T> - width % kDepth<T>) * sizeof(T));
-  }
-}
-
-// The norm of rows of total, (rows, width), as A.
-template <typename T>
-void write_norm(const Tiles<T>& to, const float* total, int64_t rows, int64_t width, const Norm& norm, float eps,
-                float* buffer) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* row = total + r * width;
-    Vec sum(0.0f), squares(0.0f);
-    for (int64_t k = 0; k < width; k += kLanes) {
-      sum = sum + load(row + k);
-    }
-    const Vec mean(sum_of(sum) / static_cast<float>(width));
-    for (int64_t k = 0; k < width; k += kLanes) {
-      const Vec x = load(row + k) - mean;
-      squares = at::vec::fmadd(x, x, squares);
-    }
-    const Vec rstd(1.0f / std::sqrt(sum_of(squares) / static_cast<float>(width) + eps));
-    const auto normed = [&](int64_t k) {
-      return at::vec::fmadd((load(row + k) - mean) * rstd, load(norm.weight + k), load(norm.bias + k));
-    };
-    if constexpr (std::is_same_v<T, uint8_t>) {
-      for (int64_t k = 0; k < width; k += kLanes) {
-        store(normed(k), buffer + k);
-      }
-      write_row(to, r, width, [&](int64_t k) { return load(buffer + k); });
-    } else {
-      write_row(to, r, width, normed);
-    }
-  }
-}
 
 // What becomes of a panel's sums: ends(r, j, x) takes kLanes values of row r from column j on. A row at a time, so that
 // it can be done while the next panel is multiplied.
