@@ -123,29 +123,26 @@ def _cases(machine: Machine) -> Iterable[tuple[str, Sequence[Row], str]]:
 
 
 def encoders(machine: Machine) -> str:
-    """What a user gains: in float32 beside upstream's arithmetic, and our fastest beside the fastest of the others.
+    """What a user gains: in each precision our fastest, and how much sooner than the fastest other of that precision.
 
     float8, which is less exact, is among `details`.
     """
     table = []
     for name, rows, case in _cases(machine):
-        timed = [row for row in rows if row["case"] == case and "median_ms" in row and not row["name"].endswith("fp8")]
-        ours = min((r for r in timed if r["name"].startswith("lbfast")), key=_time, default=None)
-        other = min((r for r in timed if not r["name"].startswith("lbfast")), key=_time, default=None)
-        theirs, same = (_best(rows, f"{whose} float32", case) for whose in ("reference", "lbfast"))
-        both = [(_ms(row), _called(row)) for row in (other, ours)]
-        cells = [f"{ms} {called}".strip() for ms, called in both]
-        table.append((name, _ms(theirs), _ms(same), _over(theirs, same), *cells, _over(other, ours)))
-    columns = [
-        "encoder",
-        "upstream, float32, ms",
-        "lbfast, float32, ms",
-        "speed-up",
-        "fastest other, ms",
-        "lbfast, fastest, ms",
-        "speed-up",
-    ]
-    return harness.table(columns, table)
+        timed = [row for row in rows if row["case"] == case and "median_ms" in row]
+        cells = [_beside(timed, dtypes) for dtypes in (("float32",), ("bfloat16", "float16"), ("int8",))]
+        table.append((name, _ms(_best(rows, "reference float32", case)), *cells))
+    return harness.table(("encoder, ms", "upstream, float32", "lbfast, float32", "bfloat16", "int8"), table)
+
+
+def _beside(timed: Sequence[Row], dtypes: Sequence[str]) -> str:
+    """Our fastest row of some dtypes, and its speed-up over the fastest other's."""
+    group = [row for row in timed if row["dtype"] in dtypes]
+    ours = min((row for row in group if row["name"].startswith("lbfast")), key=_time, default=None)
+    other = min((row for row in group if not row["name"].startswith("lbfast")), key=_time, default=None)
+    if ours is None or other is None:
+        return _ms(ours)
+    return f"{_ms(ours)}, {_over(other, ours)} {_called(other)}"
 
 
 def _time(row: Row) -> float:
@@ -154,7 +151,7 @@ def _time(row: Row) -> float:
 
 def _called(row: Row | None) -> str:
     """What a candidate is, in the words of a short table."""
-    return "" if row is None else row["name"].removeprefix("lbfast ").replace("reference", "upstream")
+    return "" if row is None else row["name"].removesuffix(f" {row['dtype']}").replace("reference", "upstream")
 
 
 def details(machine: Machine) -> str:
@@ -241,7 +238,17 @@ NEEDS = {"batches": "languagebind-row"}
 
 
 def section(name: str, machines: Mapping[str, Machine]) -> str:
-    """What goes between the markers of this name: a table for each machine, GPUs first; of no GPU, a line."""
+    """What goes between the markers of this name: a table for each machine, GPUs first; of no GPU, a line.
+
+    What a user gains is shown of one CPU, the last that was measured.
+    """
+    if name == "encoders":
+        last = max(
+            (s for s in machines if not _gpu(machines[s]) and _encoded(machines[s])),
+            key=lambda s: _encoded(machines[s]),
+            default="",
+        )
+        machines = {slug: machine for slug, machine in machines.items() if slug == last or _gpu(machine)}
     parts = []
     for slug in sorted(machines, key=lambda s: (not _gpu(machines[s]), s)):
         machine = machines[slug]
@@ -253,6 +260,11 @@ def section(name: str, machines: Mapping[str, Machine]) -> str:
     if name == "encoders" and not any(map(_gpu, machines.values())):
         parts.append(NO_GPU)
     return "\n\n".join(parts or ["Not measured yet."])
+
+
+def _encoded(machine: Machine) -> str:
+    """The last date of a machine's whole encoders, or nothing."""
+    return max((r.header["date"] for what, r in machine.items() if what.startswith("languagebind-")), default="")
 
 
 def coverage(machines: Mapping[str, Machine]) -> str:
