@@ -14,27 +14,24 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "checks.h"
 #include "gemm.h"
+#include "panels.h"
+#include "softmax.h"
 
 namespace lbfast {
 namespace {
 
-using Vec = at::vec::Vectorized<float>;
-
-constexpr int64_t kLanes = Vec::size();
 constexpr int64_t kStrip = 64;              // queries at a time, fewer where there are many keys:
 constexpr int64_t kScoreBytes = 256 << 10;  // so much for a strip's scores
 constexpr int64_t kFewest = 16;
-constexpr float kLowest = -std::numeric_limits<float>::max();  // what a mask adds, as in CLIP
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -81,20 +78,6 @@ struct Shape {
   int64_t strips() const { return (queries + strip - 1) / strip; }
 };
 
-struct Masks {
-  bool causal;
-  const bool* padded;  // [B, keys] or null
-};
-
-inline void store(const Vec& a, const Vec& b, float* to) {
-  a.store(to);
-  b.store(to + kLanes);
-}
-
-inline void store(const Vec& a, const Vec& b, at::BFloat16* to) {
-  at::vec::convert_from_float<at::BFloat16>(a, b).store(to);
-}
-
 // rows of dim values: In -> T, packed densely
 template <typename In, typename T>
 void load_rows(const In* from, int64_t stride, int64_t rows, int64_t dim, T* to) {
@@ -126,9 +109,10 @@ Rows<T> rows_of(const In* from, int64_t stride, int64_t rows, int64_t dim, T* to
 
 // float rows of dim values, times a factor each (null: 1) -> In
 template <typename In>
-void store_rows(const float* from, const float* factors, int64_t rows, int64_t dim, In* to, int64_t stride) {
+void store_rows(const float* from, int64_t ld, const float* factors, int64_t rows, int64_t dim, In* to,
+                int64_t stride) {
   for (int64_t i = 0; i < rows; ++i) {
-    const float* row = from + i * dim;
+    const float* row = from + i * ld;
     In* out = to + i * stride;
     const float factor = factors == nullptr ? 1.0f : factors[i];
     int64_t d = 0;
@@ -171,113 +155,6 @@ T* beside(float* scores, Arena& arena, int64_t count) {
     return scores;
   } else {
     return arena.take<T>(count);
-  }
-}
-
-// Scores of one query -> what the softmax takes, in place; returns how many of the keys may count.
-inline int64_t mask_scores(float* s, int64_t keys, int64_t query, const Masks& masks, int64_t b, float& scale) {
-  if (masks.padded == nullptr) {
-    return masks.causal ? std::min(keys, query + 1) : keys;
-  }
-  const bool* padded = masks.padded + b * keys;
-  for (int64_t j = 0; j < keys; ++j) {  // both masks: -inf
-    s[j] = s[j] * scale + (padded[j] ? kLowest : 0.0f) + (masks.causal && j > query ? kLowest : 0.0f);
-  }
-  scale = 1.0f;
-  return keys;
-}
-
-// Within 3e-7 of exp(x) for what becomes bfloat16, x not above 0 by much.
-template <typename T>
-Vec exponential(const Vec& x) {
-  if constexpr (std::is_same_v<T, float>) {
-    return x.exp();
-  } else {
-#if defined(CPU_CAPABILITY_AVX512)
-    const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
-    const __m512 whole = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 f = _mm512_sub_ps(y, whole);
-    __m512 p = _mm512_set1_ps(1.34004e-3f);  // 2^f on [-1/2, 1/2]
-    for (const float c : {9.67604e-3f, 5.550327e-2f, 0.24022107f, 0.69314721f, 1.00000008f}) {
-      p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
-    }
-    return _mm512_scalef_ps(p, whole);
-#else
-    return x.exp_u20();
-#endif
-  }
-}
-
-// exp(scale s - shift) of one row -> p, zeros up to ld; s has ld values and p may be s.
-template <typename T>
-void softmax_row(const float* s, int64_t count, int64_t ld, float scale, T* p, float& shift, float& sum) {
-  const Vec factor(scale);
-  Vec top(-std::numeric_limits<float>::infinity()), beside = top;
-  int64_t j = 0;
-  for (; j + 2 * kLanes <= count; j += 2 * kLanes) {
-    top = at::vec::maximum(top, Vec::loadu(s + j) * factor);
-    beside = at::vec::maximum(beside, Vec::loadu(s + j + kLanes) * factor);
-  }
-  top = at::vec::maximum(top, beside);
-  for (; j + kLanes <= count; j += kLanes) {
-    top = at::vec::maximum(top, Vec::loadu(s + j) * factor);
-  }
-  if (j < count) {
-    top = Vec::set(top, at::vec::maximum(top, Vec::loadu(s + j, static_cast<int>(count - j)) * factor), count - j);
-  }
-  shift = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, top);
-  const Vec negative(-shift), zero(0.0f);
-  Vec total(0.0f), other(0.0f);
-  const auto part = [&](int64_t k) { return exponential<T>(at::vec::fmadd(Vec::loadu(s + k), factor, negative)); };
-  for (j = 0; j + 2 * kLanes <= count; j += 2 * kLanes) {
-    const Vec a = part(j), b = part(j + kLanes);
-    total = total + a;
-    other = other + b;
-    store(a, b, p + j);
-  }
-  for (; j < ld; j += 2 * kLanes) {
-    Vec a = zero, b = zero;
-    if (j < count) {
-      a = Vec::set(zero, part(j), std::min(kLanes, count - j));
-    }
-    if (j + kLanes < count) {
-      b = Vec::set(zero, part(j + kLanes), std::min(kLanes, count - j - kLanes));
-    }
-    total = total + a;
-    other = other + b;
-    store(a, b, p + j);
-  }
-  total = total + other;
-  sum = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, total);
-}
-
-// Scores and dP of one row -> P and dS, zeros up to ld, s overwritten by P as float; p may be s, ds may be dp.
-// Divided, and less the sum of what is there: where one key counts, P is 1 and dS is 0.
-template <typename T>
-void softmax_bwd_row(float* s, const float* dp, int64_t count, int64_t ld, float scale_s, float scale, float shift,
-                     float sum, T* p, T* ds) {
-  const Vec factor(scale_s), negative(-shift), total(sum), zero(0.0f);
-  Vec deltas(0.0f);
-  for (int64_t j = 0; j < ld; j += kLanes) {
-    Vec e = zero;
-    if (j < count) {
-      e = exponential<T>(at::vec::fmadd(Vec::loadu(s + j), factor, negative)) / total;
-      const Vec weighted = e * Vec::loadu(dp + j);
-      deltas = deltas + (j + kLanes <= count ? weighted : Vec::set(zero, weighted, count - j));
-      e = j + kLanes <= count ? e : Vec::set(zero, e, count - j);
-    }
-    e.store(s + j);
-  }
-  const Vec delta(at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return x + y; }, deltas)), scaled(scale);
-  const auto gradient = [&](int64_t j, const Vec& pj) {
-    const Vec d = pj * (Vec::loadu(dp + j) - delta) * scaled;
-    return j + kLanes <= count ? d : Vec::set(zero, d, std::max<int64_t>(0, count - j));
-  };
-  for (int64_t j = 0; j < ld; j += 2 * kLanes) {
-    const Vec p0 = Vec::loadu(s + j), p1 = Vec::loadu(s + j + kLanes);
-    const Vec d0 = gradient(j, p0), d1 = gradient(j + kLanes, p1);
-    store(p0, p1, p + j);
-    store(d0, d1, ds + j);
   }
 }
 
@@ -338,11 +215,128 @@ void forward(const Shape& shape, const View<In>& q, const View<In>& k, const Vie
         inverse[r] = 1.0f / sum;
       }
       gemm(at.count, dim, round_to_pair<T>(at.seen), p, ld, values, dim, sums, dim, false);
-      store_rows(sums, inverse, at.count, dim, out.at(b, at.first, h), out.n);
+      store_rows(sums, dim, inverse, at.count, dim, out.at(b, at.first, h), out.n);
     }
     gemm_release<T>();
   });
 }
+
+#if defined(__x86_64__) && defined(CPU_CAPABILITY_AVX512) && defined(LBFAST_KNOWS_AMX_AND_AVX_VNNI)
+#define LBFAST_ATTENTION_ON_AMX
+
+using panels::kColumns;
+using panels::kPanelStep;
+using panels::kRows;
+using panels::kStep;
+using panels::kTileStep;
+constexpr int64_t kDeep = panels::kDepth<at::BFloat16>;
+constexpr int64_t kWords = 16;  // of a step: pairs of numbers that lie beside each other in K
+
+const panels::Kernel* amx() {
+  static const std::vector<panels::Kernel> here = panels::kernels<at::BFloat16>();
+  return !here.empty() && here.front().tiles ? &here.front() : nullptr;
+}
+
+// rows of dim values -> tiles of A, in `steps` steps; what is beyond dim stays as it is.
+void to_tiles(const at::BFloat16* from, int64_t stride, int64_t rows, int64_t dim, char* to, int64_t steps) {
+  for (int64_t i = 0; i < rows; ++i) {
+    char* row = to + i / kRows * steps * kTileStep + i % kRows * kStep;
+    for (int64_t d = 0; d < dim; d += kDeep) {
+      std::memcpy(row + d / kDeep * kTileStep, from + i * stride + d, std::min(kDeep, dim - d) * 2);
+    }
+  }
+}
+
+// Keys, rows of dim values with an even stride -> panels of B for Q K^T, a column each; what is beyond them stays.
+void keys_to_panels(const at::BFloat16* from, int64_t stride, int64_t keys, int64_t dim, char* to, int64_t steps) {
+  for (int64_t n = 0; n < keys; n += 16) {
+    for (int64_t s = 0; s < steps; ++s) {
+      auto* half = reinterpret_cast<float*>(to + (n / kColumns * steps + s) * kPanelStep + n % kColumns * kStep);
+      at::vec::transpose_mxn<float>(reinterpret_cast<const float*>(from + n * stride + s * kDeep), stride / 2, half, 16,
+                                    static_cast<int>(std::min<int64_t>(16, keys - n)),
+                                    static_cast<int>(std::min(kWords, (dim - s * kDeep) / 2)));
+    }
+  }
+}
+
+// Values, rows of dim numbers -> panels of B for P V, a column for each number; what is beyond them stays.
+void values_to_panels(const at::BFloat16* from, int64_t stride, int64_t keys, int64_t dim, char* to, int64_t steps) {
+  for (int64_t d = 0; d < dim; d += 16) {
+    const auto some = static_cast<__mmask16>((1u << std::min<int64_t>(16, dim - d)) - 1);
+    for (int64_t n = 0; n < keys; n += 2) {
+      const at::BFloat16* row = from + n * stride + d;
+      const __m256i low = _mm256_maskz_loadu_epi16(some, row);
+      const __m256i high = n + 1 < keys ? _mm256_maskz_loadu_epi16(some, row + stride) : _mm256_setzero_si256();
+      const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+      _mm512_storeu_si512(to + (d / kColumns * steps + n / kDeep) * kPanelStep + d % kColumns * kStep + n % kDeep * 32,
+                          pairs);
+    }
+  }
+}
+
+// The same as `forward` on AMX: a strip is two tiles of queries, and P becomes tiles as the softmax writes it.
+void forward_amx(const Shape& shape, const View<at::BFloat16>& q, const View<at::BFloat16>& k,
+                 const View<at::BFloat16>& v, const View<at::BFloat16>& out, float* stats, const Masks& masks,
+                 float scale) {
+  const int64_t dim = shape.dim, keys = shape.keys, strips = shape.strips(), ld = shape.ld;
+  const int64_t dim_steps = (dim + kDeep - 1) / kDeep, key_steps = ld / kDeep, columns = panels::padded(dim);
+  const panels::Multiply multiply = amx()->multiply;
+  at::parallel_for(0, shape.batch * shape.heads * strips, 1, [&](int64_t begin, int64_t end) {
+    const int64_t key_bytes = ld / kColumns * dim_steps * kPanelStep;
+    const int64_t value_bytes = columns / kColumns * key_steps * kPanelStep;
+    Arena arena(key_bytes + value_bytes + 2 * (dim_steps + key_steps) * kTileStep + keys * dim * 2 +
+                2 * kRows * (ld + columns + 1) * 4 + 1024);
+    char* packed_k = arena.take<char>(key_bytes);
+    char* packed_v = arena.take<char>(value_bytes);
+    char* queries = arena.take<char>(2 * dim_steps * kTileStep);
+    char* p = arena.take<char>(2 * key_steps * kTileStep);
+    auto* rows = arena.take<at::BFloat16>(keys * dim);
+    float* scores = arena.take<float>(2 * kRows * ld);
+    float* sums = arena.take<float>(2 * kRows * columns);
+    float* inverse = arena.take<float>(2 * kRows);
+    std::memset(packed_k, 0, p - packed_k);  // with zeros where they have nothing, and are never written
+    panels::ready_tiles();
+    int64_t packed = -1;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t head = i / strips, b = head / shape.heads, h = head % shape.heads;
+      if (head != packed) {
+        Rows<at::BFloat16> key_rows{k.at(b, 0, h), k.n};
+        if (k.n % 2 != 0) {
+          load_rows(k.at(b, 0, h), k.n, keys, dim, rows);
+          key_rows = {rows, dim};
+        }
+        keys_to_panels(key_rows.data, key_rows.ld, keys, dim, packed_k, dim_steps);
+        values_to_panels(v.at(b, 0, h), v.n, keys, dim, packed_v, key_steps);
+        packed = head;
+      }
+      const Strip at(shape, masks, i % strips);
+      const int64_t tiles = (at.count + kRows - 1) / kRows;
+      const auto product = [&](const char* a, int64_t a_steps, const char* panel, int64_t steps, float* c, int64_t c_ld) {
+        multiply({a, a_steps * kTileStep, tiles, panel, steps, c, false, nullptr, 0, [](void*) {}, nullptr, c_ld});
+      };
+      to_tiles(q.at(b, at.first, h), q.n, at.count, dim, queries, dim_steps);
+      for (int64_t j = 0; j < at.width; j += kColumns) {
+        product(queries, dim_steps, packed_k + j / kColumns * dim_steps * kPanelStep, dim_steps, scores + j, ld);
+      }
+      float* row_stats = stats + (head * shape.queries + at.first) * 2;
+      for (int64_t r = 0; r < at.count; ++r) {
+        float* s = scores + r * ld;
+        auto* row = reinterpret_cast<at::BFloat16*>(p + r / kRows * key_steps * kTileStep + r % kRows * kStep);
+        float row_scale = scale, &shift = row_stats[2 * r], &sum = row_stats[2 * r + 1];
+        const int64_t counted = mask_scores(s, keys, at.first + r, masks, b, row_scale);
+        softmax_row(s, counted, at.width, row_scale, row, shift, sum, kTileStep / 2);
+        inverse[r] = 1.0f / sum;
+      }
+      for (int64_t j = 0; j < columns; j += kColumns) {
+        product(p, key_steps, packed_v + j / kColumns * key_steps * kPanelStep, at.width / kDeep, sums + j, columns);
+      }
+      store_rows(sums, columns, inverse, at.count, dim, out.at(b, at.first, h), out.n);
+    }
+    panels::release_tiles();
+  });
+}
+
+#endif
 
 template <typename In, typename T>
 void backward(const Shape& shape, const View<In>& dout, const View<In>& q, const View<In>& k, const View<In>& v,
@@ -402,10 +396,10 @@ void backward(const Shape& shape, const View<In>& dout, const View<In>& q, const
         sum_over_queries(p, grads, paired_grads, sums_v);
         sum_over_queries(ds, queries, paired_q, sums_k);
         gemm(at.count, dim, round_to_pair<T>(at.seen), ds, ld, key_rows, dim, sums_q, dim, false);
-        store_rows(sums_q, nullptr, at.count, dim, dq.at(b, at.first, h), dq.n);
+        store_rows(sums_q, dim, nullptr, at.count, dim, dq.at(b, at.first, h), dq.n);
       }
-      store_rows(sums_k, nullptr, keys, dim, dk.at(b, 0, h), dk.n);
-      store_rows(sums_v, nullptr, keys, dim, dv.at(b, 0, h), dv.n);
+      store_rows(sums_k, dim, nullptr, keys, dim, dk.at(b, 0, h), dk.n);
+      store_rows(sums_v, dim, nullptr, keys, dim, dv.at(b, 0, h), dv.n);
     }
     gemm_release<T>();
   });
@@ -450,8 +444,20 @@ std::tuple<at::Tensor, at::Tensor> fwd(const at::Tensor& q_in, const at::Tensor&
     with_types(q.scalar_type(), [&](auto in, auto product) {
       using In = decltype(in);
       using T = decltype(product);
-      forward<In, T>(Shape(q, k), View<In>(q), View<In>(k), View<In>(v), View<In>(out), stats.data_ptr<float>(),
-                     {causal, mask.defined() ? mask.data_ptr<bool>() : nullptr}, static_cast<float>(scale));
+      const Masks masks{causal, mask.defined() ? mask.data_ptr<bool>() : nullptr};
+      Shape shape(q, k);
+#if defined(LBFAST_ATTENTION_ON_AMX)
+      if constexpr (std::is_same_v<T, at::BFloat16>) {
+        if (amx() != nullptr) {
+          shape.strip = 2 * kRows;
+          forward_amx(shape, View<In>(q), View<In>(k), View<In>(v), View<In>(out), stats.data_ptr<float>(), masks,
+                      static_cast<float>(scale));
+          return;
+        }
+      }
+#endif
+      forward<In, T>(shape, View<In>(q), View<In>(k), View<In>(v), View<In>(out), stats.data_ptr<float>(), masks,
+                     static_cast<float>(scale));
     });
   }
   return {out, stats};

@@ -41,7 +41,7 @@ constexpr int64_t kDepth = kStep / static_cast<int64_t>(sizeof(T));  // numbers 
 template <typename T>
 using Sum = std::conditional_t<std::is_same_v<T, uint8_t>, int32_t, float>;
 
-// One call's operands. `tiles` of A, 1 or 2, lie a_tile bytes apart; c is [tiles * 16][32]. At each step `lines` lines
+// One call's operands. `tiles` of A, 1 or 2, lie a_tile bytes apart; c is [tiles * 16][32], its rows ld apart. At each step `lines` lines
 // from `next` on are asked for, and work(state) is called: AMX multiplies beside the vector units.
 struct Call {
   const char* a;
@@ -55,6 +55,7 @@ struct Call {
   int64_t lines;
   void (*work)(void*);
   void* state;
+  int64_t ld = kColumns;
 };
 
 using Multiply = void (*)(const Call&);
@@ -84,7 +85,7 @@ void multiply_plain(const Call& call) {
       }
     }
     for (int64_t j = 0; j < kColumns; ++j) {
-      c[i * kColumns + j] = sums[j] + (call.add ? c[i * kColumns + j] : 0.0f);
+      c[i * call.ld + j] = sums[j] + (call.add ? c[i * call.ld + j] : 0.0f);
     }
   }
 }
@@ -120,16 +121,16 @@ LBFAST_AMX inline void release_tiles() { _tile_release(); }
 // Loads stand between the products: in front of them they would wait for each other.
 template <typename T>
 LBFAST_AMX void multiply_amx(const Call& call) {
-  constexpr int64_t kLd = kColumns * 4;
+  const int64_t ld = call.ld * 4;
   auto* c = static_cast<char*>(call.c);
   const char *a = call.a, *below = call.a + call.a_tile, *b = call.b, *next = call.next;
   const bool two = call.tiles == 2;
   if (call.add) {
-    _tile_loadd(0, c, kLd);
-    _tile_loadd(1, c + 64, kLd);
+    _tile_loadd(0, c, ld);
+    _tile_loadd(1, c + 64, ld);
     if (two) {
-      _tile_loadd(2, c + 16 * kLd, kLd);
-      _tile_loadd(3, c + 16 * kLd + 64, kLd);
+      _tile_loadd(2, c + 16 * ld, ld);
+      _tile_loadd(3, c + 16 * ld + 64, ld);
     }
   } else {
     _tile_zero(0);
@@ -156,11 +157,11 @@ LBFAST_AMX void multiply_amx(const Call& call) {
     below += kTileStep;
     b += kPanelStep;
   }
-  _tile_stored(0, c, kLd);
-  _tile_stored(1, c + 64, kLd);
+  _tile_stored(0, c, ld);
+  _tile_stored(1, c + 64, ld);
   if (two) {
-    _tile_stored(2, c + 16 * kLd, kLd);
-    _tile_stored(3, c + 16 * kLd + 64, kLd);
+    _tile_stored(2, c + 16 * ld, ld);
+    _tile_stored(3, c + 16 * ld + 64, ld);
   }
 }
 
@@ -220,9 +221,9 @@ __attribute__((target("avx512vnni,avx512bf16"))) void multiply_avx512(const Call
         }
       }
     }
-    auto* c = static_cast<Sum<T>*>(call.c) + i * kColumns;
+    auto* c = static_cast<Sum<T>*>(call.c) + i * call.ld;
 #pragma GCC unroll 8
-    for (int64_t r = 0; r < kHigh; ++r, c += kColumns) {
+    for (int64_t r = 0; r < kHigh; ++r, c += call.ld) {
       if (call.add) {
         low[r] = plus(low[r], _mm512_loadu_si512(c), Sum<T>{});
         high[r] = plus(high[r], _mm512_loadu_si512(c + 16), Sum<T>{});
@@ -284,9 +285,9 @@ __attribute__((LBFAST_AVX2_TARGET)) void multiply_avx2(const Call& call) {
         a += kTileStep;
         b += kPanelStep;
       }
-      auto* c = static_cast<Sum<T>*>(call.c) + i * kColumns + half * 16;
+      auto* c = static_cast<Sum<T>*>(call.c) + i * call.ld + half * 16;
 #pragma GCC unroll 4
-      for (int64_t r = 0; r < kHigh; ++r, c += kColumns) {
+      for (int64_t r = 0; r < kHigh; ++r, c += call.ld) {
         auto *to = reinterpret_cast<__m256i*>(c), *beside = to + 1;
         if (call.add) {
           low[r] = plus(low[r], _mm256_loadu_si256(to), Sum<T>{});

@@ -1,0 +1,151 @@
+// The softmax of attention's scores, a row at a time, and its gradient.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+namespace lbfast {
+
+using Vec = at::vec::Vectorized<float>;
+
+constexpr int64_t kLanes = Vec::size();
+constexpr float kLowest = -std::numeric_limits<float>::max();  // what a mask adds, as in CLIP
+
+struct Masks {
+  bool causal;
+  const bool* padded;  // [B, keys] or null
+};
+
+inline void store(const Vec& a, const Vec& b, float* to) {
+  a.store(to);
+  b.store(to + kLanes);
+}
+
+inline void store(const Vec& a, const Vec& b, at::BFloat16* to) {
+#if defined(CPU_CAPABILITY_AVX512)
+  static const bool has_instruction = __builtin_cpu_supports("avx512bf16");
+  if (has_instruction) {
+    __m512i rounded;
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(rounded) : "v"(static_cast<__m512>(a)), "v"(static_cast<__m512>(b)));
+    _mm512_storeu_si512(to, rounded);
+    return;
+  }
+#endif
+  at::vec::convert_from_float<at::BFloat16>(a, b).store(to);
+}
+
+// Scores of one query -> what the softmax takes, in place; returns how many of the keys may count.
+inline int64_t mask_scores(float* s, int64_t keys, int64_t query, const Masks& masks, int64_t b, float& scale) {
+  if (masks.padded == nullptr) {
+    return masks.causal ? std::min(keys, query + 1) : keys;
+  }
+  const bool* padded = masks.padded + b * keys;
+  for (int64_t j = 0; j < keys; ++j) {  // both masks: -inf
+    s[j] = s[j] * scale + (padded[j] ? kLowest : 0.0f) + (masks.causal && j > query ? kLowest : 0.0f);
+  }
+  scale = 1.0f;
+  return keys;
+}
+
+// Within 3e-7 of exp(x) for what becomes bfloat16, x not above 0 by much.
+template <typename T>
+Vec exponential(const Vec& x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x.exp();
+  } else {
+#if defined(CPU_CAPABILITY_AVX512)
+    const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
+    const __m512 whole = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_sub_ps(y, whole);
+    __m512 p = _mm512_set1_ps(1.34004e-3f);  // 2^f on [-1/2, 1/2]
+    for (const float c : {9.67604e-3f, 5.550327e-2f, 0.24022107f, 0.69314721f, 1.00000008f}) {
+      p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
+    }
+    return _mm512_scalef_ps(p, whole);
+#else
+    return x.exp_u20();
+#endif
+  }
+}
+
+// exp(scale s - shift) of one row -> p, zeros up to ld; s has ld values and p may be s. Of p two vectors lie together,
+// and the next two `step` values further.
+template <typename T>
+void softmax_row(const float* s, int64_t count, int64_t ld, float scale, T* p, float& shift, float& sum,
+                 int64_t step = 2 * kLanes) {
+  const Vec factor(scale);
+  Vec top(-std::numeric_limits<float>::infinity()), beside = top;
+  int64_t j = 0;
+  for (; j + 2 * kLanes <= count; j += 2 * kLanes) {
+    top = at::vec::maximum(top, Vec::loadu(s + j) * factor);
+    beside = at::vec::maximum(beside, Vec::loadu(s + j + kLanes) * factor);
+  }
+  top = at::vec::maximum(top, beside);
+  for (; j + kLanes <= count; j += kLanes) {
+    top = at::vec::maximum(top, Vec::loadu(s + j) * factor);
+  }
+  if (j < count) {
+    top = Vec::set(top, at::vec::maximum(top, Vec::loadu(s + j, static_cast<int>(count - j)) * factor), count - j);
+  }
+  shift = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, top);
+  const Vec negative(-shift), zero(0.0f);
+  Vec total(0.0f), other(0.0f);
+  const auto part = [&](int64_t k) { return exponential<T>(at::vec::fmadd(Vec::loadu(s + k), factor, negative)); };
+  for (j = 0; j + 2 * kLanes <= count; j += 2 * kLanes, p += step) {
+    const Vec a = part(j), b = part(j + kLanes);
+    total = total + a;
+    other = other + b;
+    store(a, b, p);
+  }
+  for (; j < ld; j += 2 * kLanes, p += step) {
+    Vec a = zero, b = zero;
+    if (j < count) {
+      a = Vec::set(zero, part(j), std::min(kLanes, count - j));
+    }
+    if (j + kLanes < count) {
+      b = Vec::set(zero, part(j + kLanes), std::min(kLanes, count - j - kLanes));
+    }
+    total = total + a;
+    other = other + b;
+    store(a, b, p);
+  }
+  total = total + other;
+  sum = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, total);
+}
+
+// Scores and dP of one row -> P and dS, zeros up to ld, s overwritten by P as float; p may be s, ds may be dp.
+// Divided, and less the sum of what is there: where one key counts, P is 1 and dS is 0.
+template <typename T>
+void softmax_bwd_row(float* s, const float* dp, int64_t count, int64_t ld, float scale_s, float scale, float shift,
+                     float sum, T* p, T* ds) {
+  const Vec factor(scale_s), negative(-shift), total(sum), zero(0.0f);
+  Vec deltas(0.0f);
+  for (int64_t j = 0; j < ld; j += kLanes) {
+    Vec e = zero;
+    if (j < count) {
+      e = exponential<T>(at::vec::fmadd(Vec::loadu(s + j), factor, negative)) / total;
+      const Vec weighted = e * Vec::loadu(dp + j);
+      deltas = deltas + (j + kLanes <= count ? weighted : Vec::set(zero, weighted, count - j));
+      e = j + kLanes <= count ? e : Vec::set(zero, e, count - j);
+    }
+    e.store(s + j);
+  }
+  const Vec delta(at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return x + y; }, deltas)), scaled(scale);
+  const auto gradient = [&](int64_t j, const Vec& pj) {
+    const Vec d = pj * (Vec::loadu(dp + j) - delta) * scaled;
+    return j + kLanes <= count ? d : Vec::set(zero, d, std::max<int64_t>(0, count - j));
+  };
+  for (int64_t j = 0; j < ld; j += 2 * kLanes) {
+    const Vec p0 = Vec::loadu(s + j), p1 = Vec::loadu(s + j + kLanes);
+    const Vec d0 = gradient(j, p0), d1 = gradient(j + kLanes, p1);
+    store(p0, p1, p + j);
+    store(d0, d1, ds + j);
+  }
+}
+
+}  // namespace lbfast
