@@ -91,7 +91,7 @@ def test_a_sound_that_changes_on_the_way_is_refused(monkeypatch):
     frames = [frame, SimpleNamespace(**{**vars(frame), "sample_rate": 8000})]
     for one in frames:
         one.layout = SimpleNamespace(nb_channels=1)
-    codec = SimpleNamespace(sample_rate=16000, decode=lambda packet: [packet])
+    codec = SimpleNamespace(name="pcm_s16le", sample_rate=16000, decode=lambda packet: [packet])
     stream = SimpleNamespace(codec_context=codec, duration=None)
     container = SimpleNamespace(streams=SimpleNamespace(audio=[stream]), duration=None, demux=lambda stream: frames)
 

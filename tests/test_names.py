@@ -99,6 +99,14 @@ def test_short_names_are_of_the_hub_organisation(tmp_path, offline):
         lbfast.LanguageBind({"video": "LanguageBind_Video_FT"}, cache_dir=tmp_path)
     with pytest.raises(OSError, match="someone/model: not a local directory"):
         lbfast.LanguageBind({"video": "someone/model"}, cache_dir=tmp_path)
+    for modalities in (("thermal", "video"), ["thermal"]):  # as upstream had it first
+        with pytest.raises(OSError, match="LanguageBind/LanguageBind_Thermal: not a local directory"):
+            lbfast.LanguageBind(modalities, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"expected modalities of .* got smell"):
+        lbfast.LanguageBind(("smell",))
+    for wrong in ("video", (), [1], None):
+        with pytest.raises(ValueError, match="clip_type: expected a mapping"):
+            lbfast.LanguageBind(wrong)
 
 
 def test_a_model_without_a_tokenizer(tmp_path, offline):

@@ -168,6 +168,7 @@ def test_from_pretrained(tmp_path, samples):
         made = cls(config, processor.tokenizer, antialias=False)
         both = processor(samples[modality][0][0], text="a dog", return_tensors="pt")
         assert torch.equal(both["pixel_values"], made(samples[modality][0][0])["pixel_values"])
+        assert torch.equal(made.preprocess(samples[modality][0][0], "pt")["pixel_values"], both["pixel_values"])
     with pytest.raises((OSError, ValueError)):
         transform_dict["image"].from_pretrained(tmp_path / "nothing")
 

@@ -6,7 +6,7 @@ import copy
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -405,7 +405,8 @@ class LanguageBind(Freezable):
 
     Args:
         clip_type: modality -> checkpoint: a name of the hub's LanguageBind organisation ("LanguageBind_Video_FT"), a
-            full repository id, or a local directory.
+            full repository id, or a local directory. Modalities alone, as upstream had it first, are those of
+            LanguageBind_Video and the like.
         use_temp: multiply embeddings of every modality but language by its exp(logit_scale).
         cache_dir: of downloads.
         memory_budget_mib: without gradients, what the layers' activations may take, in MiB: larger batches are embedded
@@ -419,12 +420,14 @@ class LanguageBind(Freezable):
 
     def __init__(
         self,
-        clip_type: Mapping[str, str | os.PathLike[str]],
+        clip_type: Mapping[str, str | os.PathLike[str]] | Sequence[str],
         use_temp: bool = True,
         cache_dir: str | os.PathLike[str] | None = "./cache_dir",
         memory_budget_mib: float | None = 2048,
         **loading: Any,
     ):
+        if isinstance(clip_type, (list, tuple)) and clip_type and all(isinstance(name, str) for name in clip_type):
+            clip_type = {name: f"LanguageBind_{name.capitalize()}" for name in clip_type}
         if not isinstance(clip_type, Mapping) or not clip_type:
             raise ValueError(f"clip_type: expected a mapping of modality to checkpoint, got {clip_type!r}")
         unknown = clip_type.keys() - model_dict.keys()

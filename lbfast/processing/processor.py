@@ -168,6 +168,10 @@ class Processor:
             pixel_values = pixel_values.numpy()
         return BatchFeature({**(encoding or {}), "pixel_values": pixel_values})
 
+    def preprocess(self, images: Any, return_tensors: str | None = None, **options: Any) -> Any:
+        """The call, under the name that language models which read a tower have for it."""
+        return self(images, return_tensors=return_tensors, **options)
+
     def _check_options(self, options: dict[str, Any]) -> None:
         row = ROWS[self.modality]
         wrong = [name for name in options if not (row.layouts if name == "layout" else self.modality == "video")]
