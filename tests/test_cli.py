@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import io
+import os
 import pkgutil
 import re
 import subprocess
@@ -89,6 +90,23 @@ def test_the_script_and_the_module_run_it():
     assert script is None or script.load() is lbfast.cli.main  # None: run from a plain checkout
     shown = subprocess.run([sys.executable, "-m", "lbfast", "--version"], capture_output=True, text=True, check=True)
     assert shown.stdout == f"lbfast {lbfast.__version__}\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_stdout_is_one_line():
+    with open("/dev/full", "w") as full:
+        shown = subprocess.run(
+            [sys.executable, "-m", "lbfast", "--version"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (shown.returncode, shown.stderr) == (1, "error: cannot write to stdout: No space left on device\n")
+
+
+def test_what_libraries_print_goes_into_no_file_of_ours():
+    """Where the caller has closed stderr, a file that is opened would be it."""
+    program = "import sys; from lbfast.__main__ import main; sys.argv = ['lbfast', '--help']\ntry: main()\n"
+    program += "finally: print(open('/dev/zero').fileno())"
+    shown = subprocess.run(["sh", "-c", '"$0" -c "$1" 2>&-', sys.executable, program], capture_output=True, text=True)
+    assert int(shown.stdout.split()[-1]) > 2
 
 
 def op_names() -> list[str]:

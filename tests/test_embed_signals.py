@@ -15,6 +15,7 @@ from lbfast.embedding.journal import partial_path
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+ROOT = Path(__file__).resolve().parents[1]
 LINE = "interrupted; what is finished is kept: the same command goes on from here\n"
 
 
@@ -113,6 +114,33 @@ except Stopped as stopped:
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20)
     assert (ended.stdout, ended.stderr) == ("15\n", "")
+
+
+@pytest.mark.slow
+def test_a_storm_of_signals_while_workers_start():
+    """To all of the group, which only its first process heeds: what workers are forked from is deaf from the first."""
+    program = """
+import os, signal, threading, time
+from lbfast.data.decode import Decoder, Task
+from tests.workers import Named
+os.setsid()
+seen, done = set(), threading.Event()
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda number, frame: seen.add(number))
+def storm():
+    while not done.is_set():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.killpg(0, number)
+        time.sleep(0.005)
+threading.Thread(target=storm).start()
+try:
+    with Decoder(Named(), [Task("image", "a"), Task("image", "b")], 2, 4) as decoder:
+        print(*decoder, len(seen))
+finally:
+    done.set()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "a b 3\n", "")
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from lbfast.checkpoints import open_checkpoints
 from lbfast.data import decode
 from lbfast.data.decode import Decoder, Processors, Task, Undecodable
 from lbfast.embedding import BadFileError, embed_files, find_items
-from lbfast.embedding.items import Item
+from lbfast.embedding.items import LONGEST_CAPTION, Item
 from lbfast.embedding.journal import Journal, partial_path
 from lbfast.model.languagebind import LanguageBind, model_dict
 from lbfast.processing import default_tokenizer, transform_dict
@@ -129,6 +129,25 @@ def test_text_files_without_captions(tmp_path, name, content):
     listing = find_items([tmp_path / name], (), None)
     assert not listing.items
     assert listing.failures[0].reason in ("the text is not UTF-8", "no captions: expected one a line")
+
+
+def test_text_files_that_never_end(tmp_path):
+    """A line of 50 GB of zeros, and what is no file of captions whoever writes to it."""
+    with open(tmp_path / "a.txt", "wb") as file:
+        file.truncate(50 << 30)
+    os.mkfifo(tmp_path / "b.txt")
+    (tmp_path / "c.txt").symlink_to("/dev/zero")
+    (tmp_path / "d.txt").write_text("one\r\n" + "x" * LONGEST_CAPTION + "\n\nthree\x85x")
+    (tmp_path / "e.txt").write_text("one\n" + "x" * LONGEST_CAPTION + "x")
+    listing = find_items([tmp_path], (), None)
+    assert [item.id.rpartition("#")[2] for item in listing.items] == ["1", "2", "4"]
+    long = "expected a caption of at most 1,000,000 characters"
+    assert [f.reason for f in listing.failures] == [
+        f"line 1: {long}",
+        f"not a regular file: {tmp_path / 'b.txt'}",
+        f"not a regular file: {tmp_path / 'c.txt'}",
+        f"line 2: {long}",
+    ]
 
 
 def test_a_file_name_that_is_not_utf8(tmp_path, models):
@@ -325,7 +344,7 @@ def test_arguments(models, pictures, tmp_path):
         run(inputs=())
     with pytest.raises(ValueError, match="model: expected at least one"):
         run(model=())
-    with pytest.raises(ValueError, match="batch_size: expected a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size: expected a whole number from 1 to 2147483647, got 0"):
         run(batch_size=0)
     with pytest.raises(ValueError, match=r"dtype: expected one of auto, .*got 'int8'"):
         run(dtype="int8")

@@ -256,3 +256,58 @@ def test_a_run_is_bitwise_the_same_with_a_cache(tmp_path, batch):
         found = run(tmp_path / str(number), plan=plan, data=data, text_cache=tmp_path / "cache")[1]
         assert trainees.same(found, wanted)
     assert os.listdir(tmp_path / "cache")
+
+
+# Checkpoints with the right hashes that no run has written.
+
+
+def written_anew(path, change):
+    """A checkpoint whose state is changed, its manifest with it."""
+    state = torch.load(path / checkpoints.STATE, weights_only=True)
+    change(state)
+    tensors = checkpoints.load(path)[0]
+    step = checkpoints.step_of(path)
+    shutil.rmtree(path)
+    checkpoints.save(path.parent, step, tensors, state, keep=100)
+
+
+def moments(state):
+    return next(iter(state["optimizer"].values()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *[lambda state, key=key: state.pop(key) for key in ("step", "recipe", "frozen", "optimizer", "generators")],
+        *[lambda state, step=step: state.update(step=step) for step in (-1, 3, 1.5, 10**30, "2", {}, torch.zeros(0))],
+        lambda state: state.update(recipe=[1]),
+        lambda state: state.update(recipe={"lr": torch.zeros(2)}),
+        lambda state: state.update(data=7),
+        lambda state: state.update(micro_batch=-1),
+        lambda state: state.update(optimizer={}),
+        lambda state: moments(state).update(exp_avg=torch.zeros(3)),
+        lambda state: moments(state).update(exp_avg=None),
+        lambda state: moments(state).pop("step"),
+        lambda state: state["generators"].update(torch=torch.zeros(2)),
+        lambda state: state["generators"].update(numpy=[]),
+    ],
+)
+def test_a_checkpoint_that_no_run_has_written(straight, tmp_path, change):
+    path = tmp_path / "checkpoints" / "step-00000002"
+    shutil.copytree(straight[0] / "checkpoints" / path.name, path)
+    shutil.copy(straight[0] / files.MARK, tmp_path)
+    written_anew(path, change)
+    with pytest.raises(CheckpointError, match=r"step-00000002: ") as caught:
+        run(tmp_path, steps=3)
+    assert "\n" not in str(caught.value) and checkpoints.existing(path.parent) == [path]
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"recipe": 1, "where": "x"}', "[" * 9999, '{"recipe": {}, "where": []}']
+)
+def test_a_start_that_no_run_has_written(straight, tmp_path, content):
+    shutil.copytree(straight[0] / "checkpoints" / "step-00000002", tmp_path / "run" / "checkpoints" / "step-00000002")
+    (tmp_path / "run" / "start.json").write_text(content)
+    result = export(tmp_path / "run", tmp_path / "out")
+    assert result.exit_code == 1 and "start.json: expected what a training run wrote" in result.stderr
+    assert result.stderr.count("\n") == 1 and not (tmp_path / "out").exists()

@@ -202,8 +202,10 @@ def test_links_and_devices_are_not_replaced(models, pictures, tmp_path, overwrit
         with pytest.raises(FileExistsError, match=said):
             embed_files([pictures], [models["image"]], tmp_path / f"{name}.parquet", overwrite=overwrite)
     partial_path(tmp_path / "new.parquet").symlink_to(target)
-    with pytest.raises(OSError, match=r"new\.parquet\.partial"):
-        embed_files([pictures], [models["image"]], tmp_path / "new.parquet", overwrite=overwrite)
+    os.mkfifo(partial_path(tmp_path / "other.parquet"))
+    for name in ("new.parquet", "other.parquet"):
+        with pytest.raises(FileExistsError, match=r"expected a file of finished rows, or none.*\.parquet\.partial"):
+            embed_files([pictures], [models["image"]], tmp_path / name, overwrite=overwrite)
     assert target.read_text() == "somebody's own" and not (tmp_path / "nowhere").exists()
 
 

@@ -26,6 +26,13 @@ def stillborn(connection: Connection, work: object) -> None:
     os._exit(7)
 
 
+class Named:
+    """Work whose result is a task's path."""
+
+    def decode(self, task):
+        return task.path
+
+
 class Noise:
     """A processor whose pixels are the file's first byte and a draw; the file "deadly" ends the process."""
 

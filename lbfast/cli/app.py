@@ -43,13 +43,15 @@ def plain_errors() -> Iterator[None]:
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the reader of a pipe left; nothing more can be said there)
         raise typer.Exit(1) from None
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
         Signals.check()  # then it is not the error's to say
         errors.print(f"[bold red]error:[/] {escape(plain(_message(error)))}")
         raise typer.Exit(1) from error
 
 
 def _message(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "out of memory"
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: {error.filename}"
     return str(error) or type(error).__name__

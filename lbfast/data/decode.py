@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -222,5 +222,8 @@ def _context() -> Any:
     tethered = [tether.TETHERED] if threading.current_thread() is threading.main_thread() else []
     context.set_forkserver_preload([*tethered, __name__])
     with tether.named():
-        forkserver.ensure_running()
+        with tether.deaf():
+            resource_tracker.ensure_running()  # which lets two of the signals through again
+        with tether.deaf():
+            forkserver.ensure_running()
     return context

@@ -38,7 +38,20 @@ def named() -> Iterator[None]:
         os.environ.pop(PARENT, None)
 
 
+_DECIDED_BY_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def ignore_signals() -> None:
     """Ctrl-C, a closed terminal and `kill` of a group reach every process of it; the parent alone decides."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _DECIDED_BY_THE_PARENT:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """What is started within it is deaf to these signals from its first moment on; this process hears them later."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _DECIDED_BY_THE_PARENT)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

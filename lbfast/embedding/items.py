@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from lbfast.data.suffixes import LANGUAGE, MODALITY_NAMES, modality_of
 from lbfast.processing.media import is_url, url_stamp
@@ -16,6 +18,9 @@ ORDER = (*MODALITY_NAMES, LANGUAGE)
 """Rows are sorted by modality, in this order."""
 
 _QUERY = re.compile(r"[?#]|::")  # what may follow a URL's path
+
+LONGEST_CAPTION = 1_000_000
+"""Characters of a line; what is longer is no file of captions, and may not fit into memory."""
 
 
 @dataclass(frozen=True)
@@ -188,11 +193,23 @@ def _file(path: str, modality: str, status: os.stat_result) -> Item:
 
 def _captions(path: str) -> list[Item]:
     """One caption a line; empty lines are passed over, line numbers count from 1."""
-    if not os.path.isfile(path):
+    items: list[Item] = []
+    number = 0
+    with _opened(path) as file:
+        while line := file.readline(LONGEST_CAPTION + 1):
+            number += 1
+            if len(line.rstrip("\n")) > LONGEST_CAPTION:
+                raise OSError(f"line {number}: expected a caption of at most {LONGEST_CAPTION:,} characters")
+            if text := line.strip():
+                stamp = hashlib.sha256(text.encode()).hexdigest()[:16]
+                items.append(Item(f"{LANGUAGE}:{path}#{number}", LANGUAGE, path, stamp, text))
+    return items
+
+
+def _opened(path: str) -> TextIO:
+    """A regular file of UTF-8, which is not waited for: pipes, and some files of /proc, may never say anything."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
         raise OSError(f"not a regular file: {path}")
-    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    return [
-        Item(f"{LANGUAGE}:{path}#{i}", LANGUAGE, path, hashlib.sha256(text.encode()).hexdigest()[:16], text)
-        for i, text in enumerate(map(str.strip, lines), start=1)
-        if text
-    ]
+    return open(handle, encoding="utf-8-sig")

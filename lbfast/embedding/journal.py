@@ -14,6 +14,7 @@ import fcntl
 import functools
 import json
 import os
+import stat
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -282,6 +283,11 @@ def partial_path(out: Path) -> Path:
 
 def _open_locked(path: Path) -> Any:
     while True:
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                raise FileExistsError(
+                    errno.EEXIST, "expected a file of finished rows, or none, got something else", str(path)
+                )
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -29,6 +29,7 @@ Progress = Callable[[str, int, int], None]
 """progress(modality, done, total) after each batch; rows done in an earlier run count as done."""
 
 _FUSED_AT_ONCE = 4096
+_MOST = 2**31 - 1  # of a count
 
 
 class BadFileError(ValueError):
@@ -342,8 +343,8 @@ def _named(failure: Failure) -> str:
 
 
 def _check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+    if not isinstance(value, int) or not least <= value <= _MOST:
+        raise ValueError(f"{name}: expected a whole number from {least} to {_MOST}, got {value!r}")
 
 
 def _check_out(out: Path) -> Path:

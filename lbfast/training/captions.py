@@ -53,7 +53,7 @@ class TextCache:
         self._end = self._index(0)
         os.ftruncate(own, self._end * self._length)  # a record that was cut short
         for path in sorted(self.folder.glob(f"{self._stem}-*.bin")):
-            if path != self.path:
+            if path != self.path and path.is_file():
                 self._files.append(os.open(path, os.O_RDONLY))
                 self._index(len(self._files) - 1)
         weakref.finalize(self, _close, self._files)

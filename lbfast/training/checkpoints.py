@@ -8,13 +8,14 @@ checkpoints/step-00000200/trained.safetensors   the parameters that are trained
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import random
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ import numpy as np
 import torch
 
 from lbfast import files
+from lbfast.messages import named, shown
 from lbfast.model.checkpoint import CheckpointError
+from lbfast.model.pickles import check_pickle
 
 WEIGHTS, STATE, MANIFEST = "trained.safetensors", "state.pt", "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -140,8 +143,8 @@ def problem(path: Path) -> str:
                 return f"{name}: expected {wanted['bytes']} bytes, got {found['bytes']}"
             if found != wanted:
                 return f"{name}: its contents have changed since it was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"it is incomplete ({error})"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return f"it is incomplete ({named(error)})"
     return ""
 
 
@@ -152,7 +155,25 @@ def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     wrong = problem(path)
     if wrong:
         raise CheckpointError(f"{path}: not a complete checkpoint of a training run: {wrong}")
-    return load_file(path / WEIGHTS), torch.load(path / STATE, map_location="cpu", weights_only=True)
+    with foreign(path):
+        check_pickle(path / STATE)
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+        step, name = state["step"], _NAME.fullmatch(path.name)
+        if type(step) is not int or step < 1 or (name and step != int(name[1])):
+            raise ValueError(f"step: expected a whole number, that of the name, got {shown(step)}")
+        return load_file(path / WEIGHTS), state
+
+
+@contextlib.contextmanager
+def foreign(path: Path) -> Iterator[None]:
+    """Whatever goes wrong in reading a checkpoint is a CheckpointError: its files are right, but no run's."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {named(error)}"
+        raise CheckpointError(f"{path}: expected what a training run wrote, got something else ({said})") from error
 
 
 def sweep(folder: Path) -> None:

@@ -11,16 +11,18 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Literal
 
 from torch import nn
 
 from lbfast import files as lbfast_files
+from lbfast.messages import listing
 from lbfast.model import checkpoint
 from lbfast.model.languagebind import LanguageBindModel
 from lbfast.model.lora import lora_modules
 from lbfast.processing.vocabulary import FILES
-from lbfast.training.checkpoints import load, newest
+from lbfast.training.checkpoints import foreign, load, newest
 from lbfast.training.engine import full
 from lbfast.training.parameters import trained
 from lbfast.training.recipes import from_dict
@@ -120,14 +122,17 @@ def rebuilt(run: Path) -> tuple[LanguageBindModel, Path, list[Path]]:
     if found is None:
         raise FileNotFoundError(f"{folder / CHECKPOINTS}: expected a complete checkpoint there, found none")
     tensors, _ = load(found)
-    fields = json.loads(start.read_text())
-    recipe, where = from_dict(fields.pop("recipe"), str(start)), fields.pop("where")
+    with foreign(start):
+        fields = dict(json.loads(start.read_text()))
+        recipe, where = from_dict(dict(fields.pop("recipe")), str(start)), str(fields.pop("where"))
+        hub, text = {key: fields[key] for key in ("cache_dir", "revision")}, fields["text"]
+        if any(not isinstance(value, (str, bool, NoneType)) for value in fields.values()):
+            raise ValueError(f"expected texts, true or false of {listing(fields)}")
     model = initial_model(where, recipe, **fields)
     own = model.state_dict()
     checkpoint.check_state(model, {**own, **tensors}, str(found))
     model.load_state_dict({**own, **tensors}, strict=True)
-    hub = {key: fields[key] for key in ("cache_dir", "revision")}
-    return model, found, tokenizer_of(fields["text"] or where, recipe.modality, **hub)[1]
+    return model, found, tokenizer_of(text or where, recipe.modality, **hub)[1]
 
 
 def _class_name(model: nn.Module) -> str:

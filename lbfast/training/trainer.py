@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 
 from lbfast import files as lbfast_files
+from lbfast.messages import shown
 from lbfast.model.checkpoint import CheckpointError
 from lbfast.model.languagebind import LanguageBindModel
 from lbfast.signals import Signals
@@ -260,7 +261,8 @@ class _Run:
         self.last = checkpoint
         inside = checkpoint is not None and checkpoint.parent.resolve() == self.folder.resolve()
         if checkpoint is not None:
-            self._restore(checkpoint)
+            with checkpoints.foreign(checkpoint):
+                self._restore(checkpoint)
             self._say(f"going on from {checkpoint}")
         if checkpoint is not None and inside:
             self.whole.add(self.folder / checkpoint.name)
@@ -402,15 +404,20 @@ class _Run:
                     raise CheckpointError(
                         f"{path}: {name}: expected {tuple(parameter.shape)}, got {tuple(tensors[name].shape)}"
                     )
+                moments = state["optimizer"][name]
+                if moments and {key: x.shape for key, x in moments.items()} != _shapes(parameter):
+                    raise CheckpointError(f"{path}: expected AdamW's moments of {name}, got others")
                 parameter.copy_(engines.as_part_of(tensors[name], parameter))
                 self.optimizer.state[parameter] = {
                     key: engines.as_part_of(value, parameter) if value.ndim else value.to(parameter.device)
-                    for key, value in state["optimizer"][name].items()
+                    for key, value in moments.items()
                 }
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
         checkpoints.restore_generators(state["generators"])
         if all(state["recipe"].get(name) == getattr(self.recipe, name) for name in MEMORY_FIELDS):
+            if type(state["micro_batch"]) is not int or state["micro_batch"] < 1:
+                raise CheckpointError(f"{path}: micro_batch: expected at least 1, got {shown(state['micro_batch'])}")
             self.large.micro_batch = state["micro_batch"]
         self.step = state["step"]
 
@@ -441,6 +448,11 @@ class _Run:
     def _say(self, text: str) -> None:
         if self.console is not None:
             self.console.print(text, highlight=False)
+
+
+def _shapes(parameter: torch.Tensor) -> dict[str, torch.Size]:
+    """Of what AdamW keeps of a parameter."""
+    return {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
 
 
 def scheduled(recipe: Recipe, step: int, total: int) -> float:

@@ -236,7 +236,8 @@ def same_run(found: Path, wanted: Path) -> bool:
 
 def trainings(campaign: Campaign) -> Iterator[None]:
     """Each step: a run of `lbfast train` that is ended, goes on, and is compared."""
-    folder = campaign.folder
+    folder = campaign.folder / "train"
+    folder.mkdir()
 
     def make() -> None:
         from tests import tiny, trainees
