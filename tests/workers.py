@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,14 @@ def poisoned(connection: Connection, work: object) -> None:
 def stillborn(connection: Connection, work: object) -> None:
     """It ends before it is ready."""
     os._exit(7)
+
+
+def allocates(mib: int) -> Callable[[], torch.Tensor]:
+    return lambda: torch.ones(mib * 2**20 // 4).sum()
+
+
+def dies() -> None:
+    os._exit(3)
 
 
 class Noise:
