@@ -6,10 +6,10 @@ GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast fuzz sanitize lint docs bench gpu floors clean
+.PHONY: help venv demo test test-fast fuzz sanitize release-check lint docs bench gpu floors clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 venv: $(VENV)/.test ## the virtual environment, with lbfast and what the tests need
 
@@ -42,6 +42,9 @@ sanitize: venv ## the ops' random inputs with csrc under AddressSanitizer and Un
 		path.exists() or native.compile_library(path)"
 	$(SANITIZED) LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libubsan.so) $(call CXX_FILE,libstdc++.so.6)" \
 		$(FUZZ) --only ops
+
+release-check: venv ## sdist and wheel, each in a bare environment without a compiler; ARGS="--python python3.10" and more
+	$(BIN)/python -m tests.release $(ARGS)
 
 docs: $(VENV)/.docs ## the documentation as a site, strictly: build/docs/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shapes = {name: (shape, name.startswith("text")) for name, shape in SHAPES.items() if given.only in name}
     if given.shape:
         shapes = {"causal" if given.causal else "all": (given.shape, given.causal)}
+    record.expects(len(given.dtype) * len(shapes))
     for dtype in given.dtype:
         for name, (shape, causal) in shapes.items():
             found = case(name, shape, causal, samples, record.device, getattr(torch, dtype))

@@ -215,9 +215,11 @@ def options() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     given = options().parse_args(argv)
     record = harness.Record("InfoNCE", harness.device(), given.out)
+    record.expects(len(given.size) * len(given.dim) * len(given.dtype))
     for size in given.size:
         for dim in given.dim:
             for dtype in given.dtype:
+                record.begins(f"{size} x {dim}, {dtype}")
                 measure(size, dim, dtype, record, given.passes, given.seconds)
     return contest.show(record)
 

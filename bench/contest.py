@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 
 from lbfast.testing import relative_error
 
-from . import harness
+from . import harness, headline
 
 PASSES = ("fwd", "bwd", "both")
 ORACLE = "reference"
@@ -79,6 +81,7 @@ def _run_case(
     dtype = case.inputs[0].dtype
     wanted = [t for t in case.inputs if t.requires_grad]
     about = {"case": case.name, "dtype": str(dtype).removeprefix("torch.")}
+    record.begins(f"{case.name}, {about['dtype']}")
     able, expected = {}, None
     for name, function in contenders.items():
         try:
@@ -168,7 +171,9 @@ def captured(step: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def show(record: harness.Record) -> int:
-    """Prints the device, a table and what was not timed, and why. 1 where one of ours is wrong, else 0."""
+    """Prints the device, a table, what was not timed and why, and each case in short. 1 where one of ours is wrong,
+    else 0. A terminal that is too narrow for the table gets the medians alone.
+    """
     print(harness.describe(record.header))
     names = ("case", "dtype", "part", "name", "median ms", "p20", "p80", "TFLOP/s", "GB/s", "of floor", "extra MiB")
     rows = []
@@ -178,12 +183,30 @@ def show(record: harness.Record) -> int:
             rates = [f"{row[key]:.2f}" if row[key] else "" for key in ("tflops", "gbytes")]
             share = f"{row['of_floor']:.0%}" if row["of_floor"] else ""
             rows.append((*(row[key] for key in names[:4]), *times, *rates, share, row["extra_MiB"]))
-    print(f"\n{record.title}\n\n{harness.table(names, rows, left=4)}\n")
+    text = harness.table(names, rows, left=4)
+    if sys.stdout.isatty() and shutil.get_terminal_size().columns < text.index("\n"):
+        text = harness.table(names[:5], [row[:5] for row in rows], left=4)
+    print(f"\n{record.title}\n\n{text}\n")
     for note in dict.fromkeys(f"{row['name']}: not timed: {row['note']}" for row in record.rows if "note" in row):
         print(note)
+    print("\n".join(in_short(record.rows)))
     if record.out:
         print(record.out)
     return int(any(is_wrong(row) for row in record.rows))
+
+
+def in_short(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Our fastest of each case beside the fastest other, of forward and backward where that was timed; 80 columns."""
+    parts = dict.fromkeys(row["part"] for row in rows if "median_ms" in row)
+    said = []
+    for part in [part for part in parts if part == "both"] or list(parts)[-1:]:
+        what = {"both": "forward and backward", "fwd": "forward", "bwd": "backward"}[part]
+        for line in headline.lines(rows, part):
+            ours, theirs = line.ours, line.theirs
+            said.append(f"{ours['case']}, {ours['dtype']}, {what}:")
+            beside = f"; {theirs['name']} {theirs['median_ms']:.2f} ms: {line.speedup:.2f} x" if theirs else ""
+            said.append(f"  {ours['name']} {ours['median_ms']:.2f} ms{beside}")
+    return said
 
 
 def is_wrong(row: Mapping[str, Any]) -> bool:

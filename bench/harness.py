@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -106,6 +107,21 @@ class Record:
             )
         self.header = {"title": title, **header(device)}
         self.rows: list[dict[str, Any]] = []
+        self.cases = self.begun = 0
+        self.began = 0.0
+
+    def expects(self, cases: int) -> None:
+        """So many cases are to come: then `begins` says how long they may take."""
+        self.cases = cases
+
+    def begins(self, case: str) -> None:
+        """A line on stderr: the case that is measured now, and when the last may be done."""
+        now = time.monotonic()
+        self.began = self.began or now
+        left = (now - self.began) / self.begun * (self.cases - self.begun) if self.begun and self.cases else 0.0
+        self.begun += 1
+        which = f"{self.begun} of {self.cases}: " if self.cases else ""
+        print(f"{which}{case}{f', about {left:.0f} s left' if left else ''}", file=sys.stderr, flush=True)
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         self.rows += [dict(row) for row in rows]

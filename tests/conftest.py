@@ -1,6 +1,9 @@
+import gc
 import importlib.util
+import multiprocessing
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,14 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     interpreter.install()
 
 _CUDA = torch.cuda.is_available, os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nobody_pulls_the_plug():
+    """What is flushed to the disk need not be there when a test ends: thousands of writes would wait for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which fails, too, where there is no such file
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,7 +73,24 @@ def pretended_gpu():
         yield
 
 
+@pytest.fixture(scope="session")
+def processes():
+    """Processes that begin with the imports of tests/runs.py done: forked from one that has never computed anything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.runs"])
+    return context
+
+
+def pytest_collection_finish():
+    gc.freeze()  # a million objects of libraries that no collection need look at
+
+
 def pytest_collection_modifyitems(items):
+    """tests/slow.txt names what takes more than a second, cases together: `make test-fast` does without."""
+    slow = set(Path(__file__).with_name("slow.txt").read_text(encoding="utf-8").split())
+    for item in items:
+        if item.nodeid.partition("[")[0] in slow:
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no GPU")

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import lbfast.cli
+import lbfast.embedding.pipeline
 from lbfast.training.checkpoints import CheckpointWriteError
 from lbfast.training.trainer import train
 from tests import tiny, trainees
@@ -32,16 +33,33 @@ def long_run(out: Path, fields: dict) -> None:
     train(plan, trainees.trainee(plan), trainees.Data(), out, save_every=SAVE_EVERY)
 
 
-def command(folder: Path) -> None:
-    """`lbfast train` for far longer than a test; what it says goes to files."""
-    torch.set_num_threads(1)
+def said_to(folder: Path) -> None:
+    """What this process says goes to files."""
     for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+
+
+def script(folder: Path, code: str, *arguments: object) -> None:
+    """As `python -c code arguments`, without what that takes to import."""
+    said_to(folder)
+    sys.argv = ["-c", *map(str, arguments)]
+    exec(compile(code, "script", "exec"), {"__name__": "__main__"})
+
+
+def lbfast_command(folder: Path, *arguments: object) -> None:
+    """As `lbfast arguments`."""
+    torch.set_num_threads(1)
+    said_to(folder)
+    sys.argv = ["lbfast", *map(str, arguments)]
+    lbfast.cli.main()
+
+
+def command(folder: Path) -> None:
+    """`lbfast train` for far longer than a test."""
     data, model = trainees.manifest(folder), tiny.checkpoint(folder, "image")
     settings = ["--set", "batch_size=20", "--set", f"epochs={STEPS}", "--set", "warmup=1", "--set", "micro_batch=20"]
-    sys.argv = ["lbfast", "train", "--recipe", "depth", "--model", str(model), "--data", str(data), *settings]
-    sys.argv += ["--out", str(folder / "out"), "--device", "cpu"]
-    lbfast.cli.main()
+    where = ["--model", model, "--data", data, "--out", folder / "out", "--device", "cpu"]
+    lbfast_command(folder, "train", "--recipe", "depth", *where, *settings)
 
 
 def on_a_small_disk(folder: Path) -> None:

@@ -19,7 +19,7 @@ from bench import bench_languagebind, compare, contest, harness, headline, peers
 from lbfast.model.config import LanguageBindImageConfig
 from lbfast.profiling import machine
 from lbfast.reference import languagebind as reference
-from tests import tiny
+from tests import tiny, workers
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = {
@@ -58,8 +58,10 @@ def test_every_op_has_a_bench_that_runs(name, tmp_path, monkeypatch, capsys):
     for row in timed:
         assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and row["of_floor"] >= 0 and row["dtype"] == "float32"
     assert {"device", "torch", "commit", "date", "tests", "slug", "matmul_tflops_float32"} <= result["header"].keys()
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
     assert "lbfast triton: not timed" in shown and "median ms" in shown
+    short = shown[shown.index(", float32, forward and backward:\n  lbfast ") :]
+    assert all(len(line) <= 80 for line in short.splitlines()) and said.startswith("1 of ")
 
 
 def test_contenders_must_agree_and_one_that_fails_is_a_row(capsys):
@@ -137,20 +139,10 @@ def test_whole_encoders_on_a_pretended_gpu(pretended_gpu, tiny_archs, tmp_path):
 
 
 def test_memory_of_a_process_of_its_own():
-    found = harness.cpu_memory(_allocates, 64)
+    found = harness.cpu_memory(workers.allocates, 64)
     assert 60 < found.extra < 80 and found.peak > found.extra
     with pytest.raises(RuntimeError, match="ended early"):
-        harness.cpu_memory(_dies)
-
-
-def _allocates(mib):
-    return lambda: torch.ones(mib * 2**20 // 4).sum()
-
-
-def _dies():
-    import os
-
-    os._exit(3)
+        harness.cpu_memory(workers.dies)
 
 
 def test_slow_candidates_get_two_rounds():

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -435,32 +433,30 @@ def test_leaving_early_ends_the_workers(pictures):
     assert not decoder._running and time.monotonic() - begin < 20
 
 
-def _heeds_interrupts():
-    """A shell starts what it puts in the background deaf to SIGINT, and its children with it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
-def test_killed_and_interrupted_from_outside(models, tmp_path):
+def test_killed_and_interrupted_from_outside(models, tmp_path, processes):
     """SIGKILL, then SIGINT, to a real run with a worker; a third run finishes what they left."""
+    from tests import runs
+
     count = 400
     source = tiny.picture(tmp_path / "in" / "000.png")
     for i in range(1, count):
         os.link(source, tmp_path / "in" / f"{i:03}.png")
     out = tmp_path / "out.parquet"
-    command = [sys.executable, "-m", "lbfast", "embed", str(tmp_path / "in"), "--model", str(models["image"])]
-    command += ["--out", str(out), "--batch-size", "2", "--workers", "1"]
+    command = [tmp_path, "embed", tmp_path / "in", "--model", models["image"]]
+    command += ["--out", out, "--batch-size", "2", "--workers", "1"]
 
     def run_until(size: int, number: int) -> tuple[int, str]:
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=_heeds_interrupts)
+        process = processes.Process(target=runs.lbfast_command, args=command)
+        process.start()
         end = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < end:
+        while process.is_alive() and time.monotonic() < end:
             if partial_path(out).exists() and partial_path(out).stat().st_size > size:
-                process.send_signal(number)
+                os.kill(process.pid, number)
                 break
             time.sleep(0.005)
-        said = process.communicate(timeout=60)[1]
-        return process.returncode, said
+        process.join(60)
+        return process.exitcode, (tmp_path / "stderr").read_text()
 
     assert run_until(3000, signal.SIGKILL)[0] == -signal.SIGKILL
     left = partial_path(out).stat().st_size

@@ -201,14 +201,18 @@ for name in ("fsync", "rename"):
 
 
 @pytest.mark.parametrize("what", ["save", "bin", "shards", "upstream", "peft"])
-def test_a_full_disk_at_every_step_of_a_save(tmp_path, what):
+def test_a_full_disk_at_every_step_of_a_save(tmp_path, what, processes):
+    from tests import runs
+
     folder = tmp_path / "model"
     exported = what in ("upstream", "merged", "peft")
     model = trainees.trainee(trainees.plan(lora_r=2)).eval()
     export(model, folder, what) if exported else model.save_pretrained(folder)
     (folder / "README.md").write_text("somebody's")
-    done = subprocess.run([sys.executable, "-c", FAULTS, what, folder], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    child = processes.Process(target=runs.script, args=(tmp_path, FAULTS, what, folder))
+    child.start()
+    child.join()
+    assert child.exitcode == 0, (tmp_path / "stderr").read_text()
     if what != "peft":
         found = model_dict["depth"].from_pretrained(folder)
         wanted = trainees.trainee(trainees.plan(lora_r=2), seed=5).eval()

@@ -205,3 +205,10 @@ def test_kernels_are_no_package_of_that_name():
     code = "import lbfast.kernels.mlp as m, pathlib; print(pathlib.Path(m.__file__).parent)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert Path(done.stdout.strip()) == ROOT / "kernels", done.stderr
+
+
+def test_what_is_named_as_slow_is_there():
+    """conftest marks them; a name that is no test's marks nothing."""
+    for name in (ROOT / "tests" / "slow.txt").read_text(encoding="utf-8").split():
+        file, test = name.split("::")
+        assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), name

@@ -1,6 +1,7 @@
 """info_nce over process groups of 1 to 4 ranks (gloo): equal to one process with the whole batch."""
 
 import datetime
+import multiprocessing
 import os
 import time
 
@@ -153,17 +154,22 @@ def one_dies(rank, folder, gather, when):
     os._exit(0)
 
 
+def run(function, world, *arguments):
+    multiprocessing.set_forkserver_preload([__name__])  # the imports are done once
+    mp.start_processes(function, arguments, nprocs=world, start_method="forkserver")
+
+
 def start(rank, world, folder, patience):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world, timeout=patience)
 
 
 def test_equals_one_process(tmp_path):
-    mp.spawn(every_check, (str(tmp_path),), nprocs=4)
+    run(every_check, 4, str(tmp_path))
 
 
 @pytest.mark.parametrize(("gather", "when"), [("all", "forward"), ("ring", "backward")])
 def test_dead_rank_raises_on_the_others(tmp_path, gather, when):
-    mp.spawn(one_dies, (str(tmp_path), gather, when), nprocs=3)
+    run(one_dies, 3, str(tmp_path), gather, when)
     waited = [float((tmp_path / f"raised_{rank}").read_text()) for rank in (0, 2)]
     assert max(waited) < PATIENCE.total_seconds() + 10

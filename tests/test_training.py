@@ -6,7 +6,6 @@ import errno
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -39,14 +38,6 @@ LAST = 3 * LONG["epochs"]
 def _one_thread():
     with trainees.one_thread():
         yield
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Processes that begin with the imports done: forked from one that has never computed anything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.runs"])
-    return context
 
 
 def run(out, plan=None, data=None, **options):

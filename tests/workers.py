@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,14 @@ class Named:
 
     def decode(self, task):
         return task.path
+
+
+def allocates(mib: int) -> Callable[[], torch.Tensor]:
+    return lambda: torch.ones(mib * 2**20 // 4).sum()
+
+
+def dies() -> None:
+    os._exit(3)
 
 
 class Noise:

@@ -96,8 +96,8 @@ def retrieval(
 
     Example: lbfast eval retrieval --model LanguageBind_Video_FT --data msrvtt.csv
 
-    Rows with one file are one item with several captions; a query's rank is that of its best match, and what ties with
-    it counts as before it.
+    Rows with one file are one item with several captions. A query's rank is that of its best match; what ties with it
+    is before it.
     """
     from lbfast.checkpoints import open_checkpoints
     from lbfast.evaluation.report import check_place
