@@ -33,7 +33,6 @@ _PACKAGES = {  # distribution: (module, what it is for)
     "numpy": ("numpy", "everything"),
     "pillow": ("PIL", "pictures"),
     "av": ("av", "video and audio files"),
-    "kaldi-native-fbank": ("kaldi_native_fbank", "audio"),
     "pyarrow": ("pyarrow", "lbfast embed"),
     "flash-attn": ("flash_attn", "attention by impl='flash_attn'"),
     "xformers": ("xformers", "attention by impl='xformers'"),

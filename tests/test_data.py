@@ -345,7 +345,6 @@ def test_flips_and_segments_come_from_the_sample(tmp_path):
 
 def test_segments_of_long_sounds(tmp_path):
     pytest.importorskip("av")
-    pytest.importorskip("kaldi_native_fbank")
     processor = transform_dict["audio"](tiny.config("audio", target_length=28))
     manifest = table(tmp_path / "m.csv", ["path", "caption"], [[str(tiny.sound(tmp_path / "a.wav")), "x"]])
     batches = [Batches(manifest, processor, Tokenizer(), batch_size=1, workers=0) for _ in range(2)]

@@ -7,7 +7,6 @@ import random
 import pytest
 
 pytest.importorskip("av")
-pytest.importorskip("kaldi_native_fbank")
 
 from tests.fuzz import media
 

@@ -37,7 +37,6 @@ MODALITIES = ("image", "thermal", "depth", "video", "audio")
 def files(tmp_path_factory) -> dict[str, Path]:
     """A file of each modality."""
     pytest.importorskip("av")
-    pytest.importorskip("kaldi_native_fbank")
     folder = tmp_path_factory.mktemp("files")
     return {
         "image": tiny.picture(folder / "a.png"),

@@ -23,7 +23,6 @@ from lbfast.processing.processor import (
 )
 
 av = pytest.importorskip("av")
-pytest.importorskip("kaldi_native_fbank")
 
 CONFIG = SimpleNamespace(vision_config=SimpleNamespace(image_size=28, num_frames=4, num_mel_bins=23, target_length=40))
 
@@ -154,6 +153,48 @@ def test_parts_are_those_of_the_whole(tmp_path, monkeypatch, suffix, codec):
     assert not torch.equal(drawn, expected)
     processor.train(generator=torch.Generator().manual_seed(5))
     assert torch.equal(processor((waveform, rate))["pixel_values"], drawn)
+
+
+@pytest.mark.parametrize(
+    "name, codec", [("a.mp3", "libmp3lame"), ("a.flac", "flac"), ("a.m4a", "aac"), ("a.mka", "libmp3lame")]
+)
+def test_what_lies_between_the_parts_is_not_decoded(tmp_path, name, codec, monkeypatch):
+    path = encoded(tmp_path / name, codec, 100)
+    samples, processor = [], LanguageBindAudioProcessor(CONFIG)
+    decode = sound.SoundFile._near
+
+    def spied(*given):
+        samples.append(decode(*given))
+        return samples[-1]
+
+    monkeypatch.setattr(sound.SoundFile, "_near", spied)
+    near = processor(path)["pixel_values"]
+    strict = processor(path, strict=True)["pixel_values"]  # decodes it all, as all of it is to be sound
+    assert len(samples) == 1 and bool(samples[0]) == (name != "a.mka")  # whose times are whole milliseconds
+    assert torch.equal(near, strict)
+    processor.train(generator=torch.Generator().manual_seed(3))
+    drawn = processor(path)["pixel_values"]
+    processor.train(generator=torch.Generator().manual_seed(3))
+    assert torch.equal(processor(path, strict=True)["pixel_values"], drawn) and not torch.equal(drawn, near)
+
+
+def test_broken_packets_between_and_in_the_parts(tmp_path):
+    """What is in a part is decoded from first to last, and reported; what is between is not seen."""
+    path = encoded(tmp_path / "a.mp3", "libmp3lame", 100)
+    with av.open(str(path)) as container:
+        packets = [(p.pos, p.size) for p in container.demux(audio=0) if p.size]
+    whole, processor = path.read_bytes(), LanguageBindAudioProcessor(CONFIG)
+    expected = processor(path)["pixel_values"]
+    for at, seen in ((0.33, False), (0.5, True)):
+        data = bytearray(whole)
+        position, size = packets[int(at * len(packets))]
+        data[position + 4 : position + size] = b"\xff" * (size - 4)
+        path.write_bytes(data)
+        if seen:
+            with pytest.warns(MediaWarning, match=r"a\.mp3: \d+ of \d+ packets are broken"):
+                processor(path)
+        else:
+            assert torch.equal(processor(path)["pixel_values"], expected)
 
 
 PEAKS = """

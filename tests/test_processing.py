@@ -42,7 +42,6 @@ CONFIG = SimpleNamespace(vision_config=SimpleNamespace(**VISION))
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
     pytest.importorskip("av")
-    pytest.importorskip("kaldi_native_fbank")
     """Two files of each modality, and a caption of each."""
     manifest = write_world(tmp_path_factory.mktemp("samples"), 2)
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]

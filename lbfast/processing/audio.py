@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from lbfast.processing.media import MediaError, Reading, Source, is_readable, named
+from lbfast.processing.mel import FRAME_MS, SHIFT_MS, fbank
 from lbfast.processing.sound import Sound, SoundFile, SoundInMemory, Span
 
 _WAVEFORM = "an audio file"
-_FRAME_MS, _SHIFT_MS = 25, 10
 _SPAN = 1024  # about how many input samples the outputs of one product span, in `resample`
 _OUTPUTS = 64  # at least so many outputs a block
 
@@ -134,39 +134,6 @@ def _resample_parts(
     return torch.stack([row[f % new :][:count] for row, f in zip(out, first)])
 
 
-def fbank(waveform: torch.Tensor, rate: int, num_mel_bins: int) -> torch.Tensor:
-    """Kaldi's log-mel energies: 25 ms Hann frames each 10 ms, pre-emphasis 0.97, no dither, no energy, HTK order.
-
-    Args:
-        waveform: (samples,) float32.
-        rate: Hz.
-
-    Returns:
-        (frames, num_mel_bins) float32.
-
-    Raises:
-        ImportError: kaldi-native-fbank is not installed.
-    """
-    try:
-        import kaldi_native_fbank as knf
-    except ImportError as error:
-        raise ImportError("audio needs kaldi-native-fbank: pip install kaldi-native-fbank") from error
-    options = knf.FbankOptions()
-    options.frame_opts.samp_freq = rate
-    options.frame_opts.frame_length_ms = _FRAME_MS
-    options.frame_opts.frame_shift_ms = _SHIFT_MS
-    options.frame_opts.dither = 0.0
-    options.frame_opts.window_type = "hanning"
-    options.mel_opts.num_bins = num_mel_bins
-    options.use_energy = False
-    options.htk_compat = True
-    extractor = knf.OnlineFbank(options)
-    extractor.accept_waveform(rate, waveform.tolist())
-    extractor.input_finished()
-    frames = [extractor.get_frame(i) for i in range(extractor.num_frames_ready)]
-    return torch.from_numpy(np.stack(frames)) if frames else torch.empty(0, num_mel_bins)
-
-
 class AudioTransform:
     """`(waveform, sample_rate)` -> float32 (3, num_mel_bins, target_length), normalised.
 
@@ -204,30 +171,33 @@ class AudioTransform:
         if not first:
             return self.waveform2melspec(resample(parts[0][None], sound.rate, self.sample_rate))
         rows = _resample_parts(parts, samples, first, self._length, sound.rate, self.sample_rate)
-        return self._normalised([fbank(row, self.sample_rate, self.num_mel_bins) for row in rows])
+        return self._normalised(fbank(rows, self.sample_rate, self.num_mel_bins))
 
     def get_mel(self, waveform: torch.Tensor) -> torch.Tensor:
         """(channels, samples) at `sample_rate` -> (frames, num_mel_bins) of channel 0, less the mean of all."""
         mel = fbank((waveform - waveform.mean())[0], self.sample_rate, self.num_mel_bins)
         if len(mel) == 0:
             got = f"{waveform.shape[1]} samples at {self.sample_rate} Hz (is the shape (channels, samples)?)"
-            raise MediaError("waveform", f"at least {_FRAME_MS} ms of sound", got)
+            raise MediaError("waveform", f"at least {FRAME_MS} ms of sound", got)
         return mel
 
     def waveform2melspec(self, waveform: torch.Tensor) -> torch.Tensor:
         """(channels, samples) at `sample_rate` -> (3, num_mel_bins, target_length), normalised."""
         mel, length = self.get_mel(waveform), self.target_length
         if len(mel) <= length:
-            return self._normalised([mel.repeat(-(-length // len(mel)), 1)[:length]] * 3)
-        return self._normalised([mel[i : i + length] for i in _from_thirds(len(mel) - length + 1, [0.5] * 3)])
+            repeated = mel if len(mel) == length else mel.repeat(-(-length // len(mel)), 1)[:length]
+            return self._normalised(repeated[None]).repeat(3, 1, 1)
+        starts = _from_thirds(len(mel) - length + 1, [0.5] * 3)
+        return self._normalised(torch.stack([mel[i : i + length] for i in starts]))
 
-    def _normalised(self, mels: list[torch.Tensor]) -> torch.Tensor:
-        return (torch.stack(mels).transpose(1, 2) - self.audio_mean) / (self.audio_std * 2)
+    def _normalised(self, mels: torch.Tensor) -> torch.Tensor:
+        """(n, target_length, num_mel_bins) -> (n, num_mel_bins, target_length)."""
+        return mels.mT.contiguous().sub_(self.audio_mean).div_(self.audio_std * 2)
 
     @property
     def _frame(self) -> tuple[int, int]:
         """Samples of a frame, and from one to the next."""
-        return self.sample_rate * _FRAME_MS // 1000, self.sample_rate * _SHIFT_MS // 1000
+        return self.sample_rate * FRAME_MS // 1000, self.sample_rate * SHIFT_MS // 1000
 
     @property
     def _length(self) -> int:

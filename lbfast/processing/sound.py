@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,12 +13,17 @@ import torch
 
 from lbfast.processing.container import opened
 from lbfast.processing.media import MediaError, MediaWarning, Source
+from lbfast.processing.windows import FORGETFUL, Unsure, Windows, form_of
 
 _RATES = (4_000, 768_000)  # Hz
 _LOUD = 100.0  # samples are in [-1, 1], some a little beyond; integers given as floats are far beyond
 _HEAD_SECONDS, _MARGIN_SECONDS = 30, 1  # kept in any case; kept around each part, as lengths are announced wrongly
 _DAMAGED = 10  # at most one packet in so many may be undecodable
 _FLAC_SECONDS = 0.01  # its header says how many samples there are; one that has fewer is truncated
+_LONG_SECONDS = 60  # longer files are not decoded between the parts, where that changes nothing
+_WAV_BYTES = 1 << 16  # of a packet: FFmpeg's 4096 are a call of the decoder each
+_DTYPES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "s64": np.int64, "flt": np.float32, "dbl": np.float64}
+_DTYPES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "s64": np.int64, "flt": np.float32, "dbl": np.float64}
 
 _SUMMED = ("ac3", "eac3")  # each packet has a checksum, which FFmpeg looks at when told to
 
@@ -73,6 +79,8 @@ class SoundInMemory:
 class SoundFile:
     """The first audio stream of a file (the sound of a video too). What is not kept is dropped as it is decoded.
 
+    Of long files what is not kept is not decoded either, where that gives the same samples (see `windows`).
+
     Packets that cannot be decoded are passed over, as FFmpeg does, and reported once, unless they are more than a
     tenth or `strict` was asked for: then MediaError, which is raised too where a file is broken off, has no sound,
     changes its channels or rate on the way, or has a rate outside 4 to 768 kHz.
@@ -81,28 +89,49 @@ class SoundFile:
     def __init__(self, source: Source):
         self.source, self.name, self.rate = source, source.name, 0
         source.check_complete()
-        self._announced = 0  # samples, before the file was decoded; 0: not said
+        self._seconds, self._announced = 0.0, 0  # and samples, before the file was decoded; 0: not said
         self._damage = ""
 
     def parts(self, plan: Callable[[int], list[Span]]) -> tuple[int, list[torch.Tensor]]:
         """See Sound. Decodes once more where the announced length was so wrong that other parts were kept."""
         spans: list[Span] | None = None
-        for _ in range(3):
-            kept: list[_Part] | None = None
-            samples = 0
-            for frame in self.frames():
-                if kept is None:
-                    kept = [_Part(*span) for span in (self._likely(plan) if spans is None else spans)]
-                for part in kept:
-                    part.take(frame, samples)
-                samples += frame.samples
-            spans = plan(samples)
-            found = [next((p for p in kept or [] if p.begin <= a and min(b, samples) <= p.end), None) for a, b in spans]
-            if None not in found:
+        near = True
+        for _ in range(4):
+            with self._opened() as (container, stream):
+                near = near and self._skippable(stream)
+                likely = self._likely(plan, _MARGIN_SECONDS if near else _HEAD_SECONDS)
+                kept = [_Part(*span) for span in (likely if spans is None else spans)]
+                samples = (self._near if near else self._all)(container, stream, kept)
+            wanted = plan(samples)
+            if samples and (found := _cut(kept, wanted, samples)) is not None:
                 self._report()
-                cut = [part.cut(a, b) for part, (a, b) in zip(found, spans) if part is not None]
-                return samples, [_checked(self.name, x) for x in cut]
+                return samples, [_checked(self.name, x) for x in found]
+            near, spans = False, None if near else wanted
         raise self.source.error("that decodes differently each time")
+
+    def _skippable(self, stream: Any) -> bool:
+        """Whether it is worth while, and allowed, to decode only what is kept."""
+        codec = stream.codec_context
+        long = self._announced > _LONG_SECONDS * self.rate
+        return long and codec.name in FORGETFUL and not self.source.reading.strict
+
+    def _near(self, container: Any, stream: Any, kept: list[_Part]) -> int:
+        """Decodes what is kept; how many samples there are, or 0 where all is to be decoded to know."""
+        windows = Windows(stream.codec_context, stream.time_base * self.rate, kept, self.rate)
+        try:
+            samples = windows.read(container.demux(stream))
+        except Unsure:
+            return 0
+        return samples if samples >= self._announced - _FLAC_SECONDS * self.rate else 0  # fewer: truncated, perhaps
+
+    def _all(self, container: Any, stream: Any, kept: list[_Part]) -> int:
+        """The same, decoding from first to last."""
+        samples = 0
+        for frame in self._frames(container, stream):
+            for part in kept:
+                part.take(frame, samples)
+            samples += frame.samples
+        return samples
 
     def whole(self) -> torch.Tensor:
         """(channels, samples) float32."""
@@ -110,12 +139,12 @@ class SoundFile:
         self._report()
         return waveform
 
-    def frames(self) -> Iterator[Any]:
-        """What the decoder gives, from first to last: frames of one rate, form and number of channels."""
-        import av
-
-        # A WAV file's header says it all; by default 5 s are searched for other codecs.
-        more = {"probesize": "4096"} if self.source.what == "a WAV file" else {}
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[tuple[Any, Any]]:
+        """The container and its first audio stream; sets the rate and what length is announced."""
+        more = {}
+        if self.source.what == "a WAV file":  # its header says it all; by default 5 s are searched for other codecs
+            more = {"probesize": "4096", "max_size": str(_WAV_BYTES)}
         with opened(self.source, "sound", more=more) as container:
             if not container.streams.audio:
                 raise self.source.error("without sound")
@@ -125,50 +154,62 @@ class SoundFile:
                 raise self.source.error("in a codec that FFmpeg cannot decode here")
             self.rate = codec.sample_rate
             check_rate(self.name, self.rate)
-            seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
-            self._announced = self.announced_by(seconds)
-            if codec.name in _SUMMED:
-                codec.options = {"err_detect": "crccheck+explode"}
-            summed = _FlacSum.of(codec)
-            packets = bad = samples = 0
-            why = ""
-            kind: tuple[int, str, int] | None = None
-            for packet in container.demux(stream):
-                packets += 1
-                try:
-                    frames = codec.decode(packet)
-                except av.FFmpegError as error:
-                    if isinstance(error, MemoryError):
-                        raise
-                    frames, bad, why = [], bad + 1, why or str(error.strerror)
-                for frame in frames:
-                    bad, why = bad + frame.is_corrupt, "marked so by the decoder" if frame.is_corrupt else why
-                    form = (frame.sample_rate, frame.format.name, frame.layout.nb_channels)
-                    if form != (kind or form):
-                        raise self.source.error("whose channels or rate change on the way")
-                    kind, samples = form, samples + frame.samples
-                    if summed is not None:
-                        summed.take(frame)
-                    yield frame
-            if samples == 0:
-                raise self.source.error(f"that cannot be decoded ({why})" if why else "without samples")
-            if container.format.name == "flac" and samples < (seconds - _FLAC_SECONDS) * self.rate:
-                raise self.source.error(f"that is truncated: {samples / self.rate:.2f} s of {seconds:.2f} s")
-            self._damage = f"{bad} of {packets} packets are broken ({why}); they are passed over" if bad else ""
-            if summed is not None and summed.differs():
-                self._damage = "its samples are not those of the checksum (MD5) in its header"
-            if bad * _DAMAGED > packets or (self._damage and self.source.reading.strict):
-                raise self.source.error(f"of which {self._damage}")
+            self._seconds = float(stream.duration * stream.time_base) if stream.duration else 0.0
+            self._seconds = self._seconds or (container.duration or 0) / 1e6
+            self._announced = self.announced_by(self._seconds)
+            yield container, stream
+
+    def frames(self) -> Iterator[Any]:
+        """What the decoder gives, from first to last: frames of one rate, form and number of channels."""
+        with self._opened() as (container, stream):
+            yield from self._frames(container, stream)
+
+    def _frames(self, container: Any, stream: Any) -> Iterator[Any]:
+        import av
+
+        codec = stream.codec_context
+        if codec.name in _SUMMED:
+            codec.options = {"err_detect": "crccheck+explode"}
+        summed = _FlacSum.of(codec)
+        packets = bad = samples = 0
+        why = ""
+        kind: tuple[int, str, int] | None = None
+        for packet in container.demux(stream):
+            packets += 1
+            try:
+                frames = codec.decode(packet)
+            except av.FFmpegError as error:
+                if isinstance(error, MemoryError):
+                    raise
+                frames, bad, why = [], bad + 1, why or str(error.strerror)
+            for frame in frames:
+                bad, why = bad + frame.is_corrupt, "marked so by the decoder" if frame.is_corrupt else why
+                form = form_of(frame)
+                if form != (kind or form):
+                    raise self.source.error("whose channels or rate change on the way")
+                kind, samples = form, samples + frame.samples
+                if summed is not None:
+                    summed.take(frame)
+                yield frame
+        if samples == 0:
+            raise self.source.error(f"that cannot be decoded ({why})" if why else "without samples")
+        if container.format.name == "flac" and samples < (self._seconds - _FLAC_SECONDS) * self.rate:
+            raise self.source.error(f"that is truncated: {samples / self.rate:.2f} s of {self._seconds:.2f} s")
+        self._damage = f"{bad} of {packets} packets are broken ({why}); they are passed over" if bad else ""
+        if summed is not None and summed.differs():
+            self._damage = "its samples are not those of the checksum (MD5) in its header"
+        if bad * _DAMAGED > packets or (self._damage and self.source.reading.strict):
+            raise self.source.error(f"of which {self._damage}")
 
     def announced_by(self, seconds: float) -> int:
         """Samples of the length that the container tells; 0: it does not."""
         return max(0, int(seconds * self.rate))
 
-    def _likely(self, plan: Callable[[int], list[Span]]) -> list[Span]:
+    def _likely(self, plan: Callable[[int], list[Span]], head: int) -> list[Span]:
         """The first seconds, and what is wanted if the file is about as long as it announces; none overlap."""
         margin = _MARGIN_SECONDS * self.rate
         spans = [(max(0, a - margin), b + margin) for a, b in plan(self._announced)] if self._announced else []
-        merged = [(0, _HEAD_SECONDS * self.rate)]
+        merged = [(0, head * self.rate)]
         for begin, end in sorted(spans):
             if end - begin > 4 * _HEAD_SECONDS * self.rate:
                 continue  # a plan for a length that is wrong
@@ -219,7 +260,7 @@ class _Part:
         """What a frame whose first sample is number `at` has of it."""
         a, b = max(self.begin - at, 0), min(self.end - at, frame.samples)
         if a < b:
-            self._chunks.append(_channels(frame)[0, a:b].copy())
+            self._chunks.append(_first_channel(frame)[a:b].copy())
 
     def cut(self, begin: int, end: int) -> torch.Tensor:
         """float32 samples [begin, end), inside the part."""
@@ -228,6 +269,13 @@ class _Part:
         if len(self._chunks) > 1:
             self._chunks = [np.concatenate(self._chunks)]
         return floats(torch.from_numpy(self._chunks[0][begin - self.begin : end - self.begin]))
+
+
+def _cut(kept: list[_Part], spans: list[Span], samples: int) -> list[torch.Tensor] | None:
+    """The spans from the parts that hold them; None where one is in none."""
+    found = [next((p for p in kept if p.begin <= a and min(b, samples) <= p.end), None) for a, b in spans]
+    cut = [part.cut(a, b) for part, (a, b) in zip(found, spans) if part is not None]
+    return cut if len(cut) == len(spans) else None
 
 
 def check_rate(name: str, rate: int) -> None:
@@ -251,6 +299,13 @@ def _channels(frame: Any) -> np.ndarray:
     """(channels, samples) of a decoded frame."""
     samples = frame.to_ndarray()
     return samples if frame.format.is_planar else samples.reshape(frame.samples, -1).T
+
+
+def _first_channel(frame: Any) -> np.ndarray:
+    """(samples,) of channel 0."""
+    step = 1 if frame.format.is_planar else frame.layout.nb_channels
+    dtype = _DTYPES[frame.format.name.removesuffix("p")]
+    return np.frombuffer(frame.planes[0], dtype, frame.samples * step)[::step]
 
 
 def _checked(name: str, samples: torch.Tensor) -> torch.Tensor:
