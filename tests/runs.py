@@ -49,6 +49,7 @@ def script(folder: Path, code: str, *arguments: object) -> None:
 def lbfast_command(folder: Path, *arguments: object) -> None:
     """As `lbfast arguments`."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background is deaf to it
     said_to(folder)
     sys.argv = ["lbfast", *map(str, arguments)]
     lbfast.cli.main()
