@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+import lbfast.__main__
 import lbfast.cli
 import lbfast.embedding.pipeline
-from lbfast.signals import NUMBERS
 from lbfast.training.checkpoints import CheckpointWriteError
 from lbfast.training.trainer import train
 from tests import tiny, trainees
@@ -50,12 +50,9 @@ def script(folder: Path, code: str, *arguments: object) -> None:
 def lbfast_command(folder: Path, *arguments: object) -> None:
     """As `lbfast arguments`."""
     torch.set_num_threads(1)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, NUMBERS)  # what decoding workers are forked from is deaf to them
-    for number in NUMBERS:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     said_to(folder)
     sys.argv = ["lbfast", *map(str, arguments)]
-    lbfast.cli.main()
+    lbfast.__main__.main()
 
 
 def command(folder: Path) -> None:

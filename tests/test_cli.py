@@ -17,6 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import lbfast
+import lbfast.__main__
 import lbfast.ops
 from bench import demo as bench_demo
 from lbfast import demo, dispatch, doctor, native
@@ -87,7 +88,7 @@ def test_embed_a_name_offline(tmp_path):
 
 def test_the_script_and_the_module_run_it():
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="lbfast") or [None]
-    assert script is None or script.load() is lbfast.cli.main  # None: run from a plain checkout
+    assert script is None or script.load() is lbfast.__main__.main  # None: run from a plain checkout
     shown = subprocess.run([sys.executable, "-m", "lbfast", "--version"], capture_output=True, text=True, check=True)
     assert shown.stdout == f"lbfast {lbfast.__version__}\n"
 

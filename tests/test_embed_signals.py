@@ -144,6 +144,26 @@ finally:
 
 
 @pytest.mark.slow
+def test_a_programs_own_processes_hear_signals():
+    """They come from what workers are forked from, too."""
+    program = """
+import multiprocessing, time
+from lbfast.data.decode import Decoder, Task
+from tests.workers import Named
+with Decoder(Named(), [Task("image", "a")], 1, 1) as decoder:
+    list(decoder)
+process = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(60,))
+process.start()
+process.terminate()
+process.join(20)
+print(process.exitcode)
+process.kill()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "-15\n", "")
+
+
+@pytest.mark.slow
 def test_nobody_lives_on_after_a_kill(run):
     run.kill()
     out, said = run.communicate(timeout=30)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lbfast.__main__ import main
 from lbfast.cli import about, bench, embed, evaluate, mini, profile, train
 from lbfast.cli.app import app
 
-__all__ = ["about", "app", "bench", "embed", "evaluate", "main", "mini", "profile", "train"]
+__all__ = ["about", "app", "bench", "embed", "evaluate", "mini", "profile", "train"]

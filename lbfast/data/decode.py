@@ -114,7 +114,7 @@ class Decoder:
     def __enter__(self) -> Decoder:
         self._context = _context() if self._workers else None
         for _ in range(self._workers):
-            thread = threading.Thread(target=self._serve, name="lbfast-decode", daemon=True)
+            thread = threading.Thread(target=self._serve, name=tether.WORKER, daemon=True)
             self._threads.append(thread)
             thread.start()
         return self
@@ -184,7 +184,7 @@ class Decoder:
         how = ""
         for _ in range(_STARTS):
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_work, args=(theirs, self._work), daemon=True)
+            process = self._context.Process(target=_work, args=(theirs, self._work), name=tether.WORKER, daemon=True)
             process.start()
             self._running.add(process)
             theirs.close()
@@ -219,9 +219,8 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    tethered = [tether.TETHERED] if threading.current_thread() is threading.main_thread() else []
-    context.set_forkserver_preload([*tethered, __name__])
-    with tether.named():
+    context.set_forkserver_preload([tether.TETHERED, __name__])
+    with tether.named() if threading.current_thread() is threading.main_thread() else contextlib.nullcontext():
         with tether.deaf():
             resource_tracker.ensure_running()  # which lets two of the signals through again
         with tether.deaf():

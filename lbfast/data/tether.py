@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Iterator
+from multiprocessing import util
 
 TETHERED = "lbfast.data.tethered"
 """A module that does this to the process that imports it: what workers are forked from does so first of all."""
+
+WORKER = "lbfast-decode"
 
 PARENT = "LBFAST_PARENT"
 _SET_DEATH_SIGNAL = 1  # linux/prctl.h: PR_SET_PDEATHSIG
@@ -55,3 +59,16 @@ def deaf() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def stay_deaf() -> None:
+    """This process hears them no more, nor do workers, named WORKER, that are forked from it. Others that are do:
+    a program has one fork server, and processes that are not lbfast's come from it too.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _DECIDED_BY_THE_PARENT)
+    util.register_after_fork(stay_deaf, _hear_again)
+
+
+def _hear_again(_: object) -> None:
+    if multiprocessing.current_process().name != WORKER:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _DECIDED_BY_THE_PARENT)

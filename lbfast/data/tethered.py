@@ -1,8 +1,9 @@
-"""Importing this ends the process with its parent; see `tether`."""
+"""Importing this ends the process with its parent, where that is named, and makes it deaf to signals; see `tether`."""
 
 import os
 
 from lbfast.data import tether
 
-tether.ignore_signals()
-tether.die_with_parent(int(os.environ.pop(tether.PARENT, os.getppid())))
+tether.stay_deaf()
+if tether.PARENT in os.environ:
+    tether.die_with_parent(int(os.environ.pop(tether.PARENT)))

@@ -164,10 +164,10 @@ class Campaign:
 
 def command(*arguments: object) -> Callable[[], None]:
     def call() -> None:
-        import lbfast.cli
+        import lbfast.__main__
 
         sys.argv = ["lbfast", *map(str, arguments)]
-        lbfast.cli.main()
+        lbfast.__main__.main()
 
     return call
 
