@@ -60,8 +60,11 @@ def run(
 ) -> None:
     """A row for every contender, case and pass; one that cannot take a case gives a row that says why.
 
-    All must agree with the first of the contenders.
+    All must agree with the first of the contenders. Unless it was said before how many cases are to come, there are as
+    many for each of the dtypes.
     """
+    if not record.cases:
+        record.expects(len(cases) * len(given.dtype))
     for case in cases:
         torch.compiler.reset()  # it stops compiling after a few shapes
         named = {n: c for n, c in contenders.items() if not (given.no_compile and "torch.compile" in n)}

@@ -267,9 +267,9 @@ void values_to_panels(const at::BFloat16* from, int64_t stride, int64_t keys, in
       const at::BFloat16* row = from + n * stride + d;
       const __m256i low = _mm256_maskz_loadu_epi16(some, row);
       const __m256i high = n + 1 < keys ? _mm256_maskz_loadu_epi16(some, row + stride) : _mm256_setzero_si256();
-      const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-      _mm512_storeu_si512(to + (d / kColumns * steps + n / kDeep) * kPanelStep + d % kColumns * kStep + n % kDeep * 32,
-                          pairs);
+      const __m512i above = _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
+      char* words = to + (d / kColumns * steps + n / kDeep) * kPanelStep + d % kColumns * kStep + n % kDeep * 32;
+      _mm512_storeu_si512(words, _mm512_or_si512(_mm512_cvtepu16_epi32(low), above));
     }
   }
 }
@@ -311,8 +311,8 @@ void forward_amx(const Shape& shape, const View<at::BFloat16>& q, const View<at:
       }
       const Strip at(shape, masks, i % strips);
       const int64_t tiles = (at.count + kRows - 1) / kRows;
-      const auto product = [&](const char* a, int64_t a_steps, const char* panel, int64_t steps, float* c, int64_t c_ld) {
-        multiply({a, a_steps * kTileStep, tiles, panel, steps, c, false, nullptr, 0, [](void*) {}, nullptr, c_ld});
+      const auto product = [&](const char* a, int64_t a_steps, const char* panel, int64_t steps, float* c, int64_t to) {
+        multiply({a, a_steps * kTileStep, tiles, panel, steps, c, false, nullptr, 0, [](void*) {}, nullptr, to});
       };
       to_tiles(q.at(b, at.first, h), q.n, at.count, dim, queries, dim_steps);
       for (int64_t j = 0; j < at.width; j += kColumns) {

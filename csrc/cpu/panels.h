@@ -41,8 +41,8 @@ constexpr int64_t kDepth = kStep / static_cast<int64_t>(sizeof(T));  // numbers 
 template <typename T>
 using Sum = std::conditional_t<std::is_same_v<T, uint8_t>, int32_t, float>;
 
-// One call's operands. `tiles` of A, 1 or 2, lie a_tile bytes apart; c is [tiles * 16][32], its rows ld apart. At each step `lines` lines
-// from `next` on are asked for, and work(state) is called: AMX multiplies beside the vector units.
+// One call's operands. `tiles` of A, 1 or 2, lie a_tile bytes apart; c is [tiles * 16][32], rows `ld` apart. At each
+// step `lines` lines from `next` on are asked for, and work(state) is called: AMX multiplies beside the vector units.
 struct Call {
   const char* a;
   int64_t a_tile;

@@ -7,7 +7,7 @@ and frames tell to the sample where each is. Everything else is Unsure, and deco
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any, Protocol
 
@@ -43,8 +43,8 @@ class Windows:
         rate: Hz.
     """
 
-    def __init__(self, codec: Any, unit: Fraction, parts: list[Any], rate: int):
-        self._codec, self._unit, self._parts, self._before = codec, unit, parts, rate
+    def __init__(self, codec: Any, unit: Fraction, parts: Sequence[Part], rate: int):
+        self._codec, self._unit, self._parts, self._rate = codec, unit, parts, rate
         self._second = int(rate / unit)  # in ticks
         spans = [(part.begin - rate, part.end + rate // 4) for part in parts]
         self._spans = [(int(begin / unit), int(end / unit)) for begin, end in spans]
@@ -87,7 +87,7 @@ class Windows:
     def _begin(self, at: int) -> None:
         """Forgets what was before tick `at`; half a second on the decoder gives what it would have without a gap."""
         self._codec.flush_buffers()
-        self._next, self._sure = None, int(at * self._unit) + self._before // 2
+        self._next, self._sure = None, int(at * self._unit) + self._rate // 2
 
     def _decode(self, packet: Any) -> None:
         import av
