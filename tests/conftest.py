@@ -91,6 +91,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.nodeid.partition("[")[0] in slow:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # no process waits for a long one at the end
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no GPU")

@@ -89,8 +89,9 @@ def pairs(b, d, dtype, align=False):
 @pytest.mark.parametrize("d", WIDTHS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_matches_float64(dtype, d):
+    """In bfloat16 Triton keeps its exponentials for the backward."""
     for b, s in itertools.product(SIZES, SCALES):
-        check(pairs(b, d, dtype, align=d == 80), s, [name for name in impls(dtype) if name != "triton"])
+        check(pairs(b, d, dtype, align=d == 80), s, impls(dtype))
 
 
 @pytest.mark.skipif("native" not in IMPLS, reason="no native kernels here")
@@ -104,16 +105,6 @@ def test_native_matches_float64_without_kept_logits(dtype, d, monkeypatch):
     )
     for b, s in itertools.product(SIZES, SCALES):
         check(pairs(b, d, dtype, align=d == 80), s, ["native"])
-
-
-@pytest.mark.parametrize("d", WIDTHS)
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-def test_triton_matches_float64(dtype, d):
-    """The same cases; bfloat16 keeps its exponentials for the backward."""
-    if "triton" not in impls(dtype):
-        pytest.skip(f"triton does not take {dtype} here")
-    for b, s in itertools.product(SIZES, SCALES):
-        check(pairs(b, d, dtype, align=d == 80), s, ["triton"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)

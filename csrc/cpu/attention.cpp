@@ -7,10 +7,11 @@
 // against all of them: one pass of the softmax, no running statistics. Scores and sums are float32; P and dS take the
 // dtype of the products, and O is divided by the sum last. The order of additions depends on shapes alone.
 // The schemas, fakes and autograd are in lbfast/ops/attention.py.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>

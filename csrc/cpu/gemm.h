@@ -4,9 +4,11 @@
 // oneDNN's micro-kernels serve where the machine has AVX-512 (AMX where it has that too); elsewhere BLAS, in float.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
 
 #include <vector>
 

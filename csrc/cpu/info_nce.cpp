@@ -12,10 +12,11 @@
 // One exponential serves both softmaxes: with a shift K near all of a tile's row and column shifts, p_row and p_col
 // are exp(z - K) times a factor of the row and one of the column. A tile whose shifts lie further apart than kSpread
 // takes two exponentials instead.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #if defined(__unix__) || defined(__APPLE__)

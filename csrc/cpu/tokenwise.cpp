@@ -14,8 +14,10 @@
 // an offset, found from its values: x = scale_x u - offset_x, u in 0..255. So
 //   x @ w.T = scale_x scale_w (u @ q.T) - offset_x shift,   shift = scale_w sum(q).
 // The schemas and the layout of the weights are in lbfast/tokenwise.py.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
