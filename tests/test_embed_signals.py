@@ -1,4 +1,4 @@
-"""`lbfast embed` told to end, or killed: a line, the status that shells expect, and no process lives on."""
+"""`lbfast embed`, and others with workers, told to end, or killed: a line, the status that shells expect, no orphan."""
 
 from __future__ import annotations
 
@@ -170,3 +170,19 @@ def test_nobody_lives_on_after_a_kill(run):
     time.sleep(1)
     assert not of_session(run.pid)
     assert (out, said) == ("", "")
+
+
+@pytest.mark.slow
+def test_mini_while_its_files_are_made(tmp_path):
+    """Ctrl-C reaches the processes that write as well."""
+    command = [sys.executable, "-m", "lbfast", "mini", "train", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeding, start_new_session=True)
+    for _ in range(6000):
+        if process.poll() is not None or any(tmp_path.glob("data/image/image/*.jpg")):
+            break
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "interrupted\n"
+    assert process.returncode == 130
+    time.sleep(1)
+    assert not of_session(process.pid)

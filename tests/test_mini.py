@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import statistics
+import sys
+import threading
+import time
 import wave
 from collections import Counter
 from pathlib import Path
@@ -24,6 +29,7 @@ from lbfast.mini.vocabulary import learn_merges
 from lbfast.mini.world import ATTRIBUTES, CAPTIONS, SEES, Scene, caption, held_out, scenes
 from lbfast.model.checkpoint import full_name
 from lbfast.processing.text import LanguageBindImageTokenizer, write_vocabulary
+from lbfast.signals import Signals, Stopped
 from lbfast.training.recipes import recipe as read_recipe
 
 WEIGHTS = sorted(mini.WEIGHTS.iterdir())
@@ -211,3 +217,29 @@ def test_commands(tmp_path):
     assert bad.exit_code == 1 and "split: expected train or test, got 'valid'" in bad.stderr
     empty = runner.invoke(app, ["eval", "mini", "--weights", str(tmp_path)])
     assert empty.exit_code == 1 and "expected folders of checkpoints, found none" in empty.stderr
+
+
+def test_a_stage_has_the_time_to_save(tmp_path):
+    """It hears of the end once, and is waited for."""
+    code = """
+import pathlib, signal, sys, time
+def save(number, frame):
+    signal.signal(number, signal.SIG_DFL)
+    time.sleep(0.5)
+    out.joinpath("saved").touch()
+    sys.exit(7)
+out = pathlib.Path(sys.argv[1])
+signal.signal(signal.SIGINT, save)
+out.joinpath("runs").touch()
+time.sleep(60)
+"""
+
+    def interrupt():
+        while not (tmp_path / "runs").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Stopped), Signals():
+        threading.Thread(target=interrupt, daemon=True).start()
+        recipe._run([sys.executable, "-c", code, str(tmp_path)])
+    assert (tmp_path / "saved").exists()

@@ -19,6 +19,16 @@ def test_serial_sums_err_as_derived(terms):
     assert 2 * blocked + testing.ROUNDING[torch.float32] < 2 * error  # plain's error says nothing of a serial sum's
 
 
+def test_sums_of_equal_terms_err_as_derived():
+    """Each step of a binade alike: as `tests/fuzz/cases.py` allows where tensors repeat themselves."""
+    terms = np.random.default_rng(0).uniform(1, 2, 2000).astype(np.float32)
+    for count in (130, 1000):
+        serial = np.broadcast_to(terms[:, None], (2000, count)).cumsum(1, dtype=np.float32)[:, -1]
+        error = np.abs(serial / (count * terms.astype(np.float64)) - 1).max()
+        assert error == pytest.approx(count / 4 * 2**-24, rel=0.1)
+        assert error > 2 * testing.order_of_sums(count)
+
+
 def test_terms_are_the_longest_sums():
     inputs = [
         torch.zeros(5, 6, 7),

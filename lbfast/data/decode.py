@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -220,9 +220,7 @@ def _context() -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([tether.TETHERED, __name__])
-    with tether.named() if threading.current_thread() is threading.main_thread() else contextlib.nullcontext():
-        with tether.deaf():
-            resource_tracker.ensure_running()  # which lets two of the signals through again
-        with tether.deaf():
-            forkserver.ensure_running()
+    main = threading.current_thread() is threading.main_thread()
+    with tether.named() if main else contextlib.nullcontext(), tether.deaf():
+        forkserver.ensure_running()
     return context

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from multiprocessing import util
+from multiprocessing import resource_tracker, util
 
 TETHERED = "lbfast.data.tethered"
 """A module that does this to the process that imports it: what workers are forked from does so first of all."""
@@ -56,6 +56,8 @@ def deaf() -> Iterator[None]:
     """What is started within it is deaf to these signals from its first moment on; this process hears them later."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _DECIDED_BY_THE_PARENT)
     try:
+        resource_tracker.ensure_running()  # which lets two of the signals through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, _DECIDED_BY_THE_PARENT)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

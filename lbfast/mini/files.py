@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import wave
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lbfast.data import tether
 from lbfast.files import claimed, write
 from lbfast.mini import world
 from lbfast.mini.world import CAPTIONS, SEES, Scene
@@ -57,7 +59,9 @@ def write_world(
             for task in tasks:
                 _write_some(task)
         else:
-            with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            with tether.deaf():  # a Ctrl-C reaches them too
+                pool = multiprocessing.get_context("spawn").Pool(processes, _begin)
+            with pool:
                 pool.map(_write_some, tasks, chunksize=1)
         os.sync()  # what the manifest names is on the disk before it is
         lines = []
@@ -71,6 +75,12 @@ def write_world(
 
 def _name(number: int, sense: str) -> str:
     return f"{number:06}{WRITERS[sense][0]}"
+
+
+def _begin() -> None:
+    """The parent ends these processes, by SIGTERM, or by ending itself."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    tether.die_with_parent()
 
 
 def _write_some(task: tuple[Path, str, list[Scene], int]) -> None:

@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from lbfast.mini.vocabulary import learn_merges
 from lbfast.model.config import LanguageBindConfig, config_dict
 from lbfast.model.languagebind import model_dict
 from lbfast.processing.text import LanguageBindImageTokenizer, write_vocabulary
+from lbfast.signals import Stopped
 
 SAMPLES: dict[str, int] = {"image": 16000, "depth": 8000, "thermal": 12000, "audio": 12000, "video": 8000}
 """Training scenes of each modality: every modality has its own."""
@@ -140,13 +141,26 @@ def _train(out: Path, console: Console, samples: Mapping[str, int], begin: float
     for stage, (modality, _) in STAGES.items():
         line = command(stage, out)
         console.print(shlex.join(line), highlight=False, soft_wrap=True)
-        ended = subprocess.run([sys.executable, "-m", *line]).returncode
+        ended = _run([sys.executable, "-m", *line])
         model = out / "runs" / stage / "model"
         if ended or not model.is_dir():
             raise RuntimeError(f"lbfast train: {stage}: exit status {ended}; the same command goes on")
         weights[modality] = halve(modality, model, out / "weights" / modality)
         console.print(f"{stage}: after {time.perf_counter() - begin:.0f} s", highlight=False)
     return weights
+
+
+def _run(line: Sequence[str]) -> int:
+    """Exit status of a command, which is told of our end, once, and has the time that it needs for its own.
+
+    In a session of its own: what a terminal sends reaches it through us alone.
+    """
+    with subprocess.Popen(line, start_new_session=True) as process:
+        try:
+            return process.wait()
+        except Stopped as stopped:
+            process.send_signal(stopped.number)
+            raise
 
 
 def halve(modality: str, model: Path, folder: Path) -> Path:

@@ -230,8 +230,7 @@ def beyond(
 
     off = error(mine)
     near = max((e for e in map(error, plain) if e == e and e != float("inf")), default=0.0)
-    order = 0.0 if made.tensors[0].dtype == torch.float64 else order_of_sums(made.terms)
-    rounding = (ROUNDING[mine.dtype] + order) * max(float(true.norm()), floor)
+    rounding = (ROUNDING[mine.dtype] + made.order) * max(float(true.norm()), floor)
     smallest = torch.finfo(mine.dtype).smallest_normal * max(1, true.numel()) ** 0.5  # below it numbers are coarse
     allowed = 2 * near + rounding + 2 * max(error(m) for m in moved) + smallest
     if off <= allowed:
