@@ -12,14 +12,17 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from lbfast.data.shared import Desk
+
 
 def poisoned(connection: Connection, work: object) -> None:
     """A file named poison kills it, each time."""
     connection.send(None)
+    desk = Desk(connection)
     while True:
-        if "poison" in connection.recv().path:
+        if "poison" in desk.task().path:
             os.kill(os.getpid(), signal.SIGKILL)
-        connection.send(np.zeros(3, np.float32))
+        desk.answer(np.zeros(3, np.float32))
 
 
 def stillborn(connection: Connection, work: object) -> None:

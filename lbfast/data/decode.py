@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import itertools
 import multiprocessing
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 
 from lbfast.data import tether
+from lbfast.data.shared import Desk, Hand, Lease, Pool, as_array
 from lbfast.processing.media import Reading
 from lbfast.processing.processor import Processor, transform_dict
+from lbfast.processing.threads import one_thread
 
 _STARTS = 2  # how often a worker may fail to start before the run stops
 
@@ -55,19 +58,27 @@ class Work(Protocol):
 
 
 class Processors:
-    """Processors by modality, made at first use from the fields of their vision configs; `reading` is theirs."""
+    """Processors by modality, made at first use from the fields of their vision configs; `reading` is theirs.
 
-    def __init__(self, vision: Mapping[str, Mapping[str, Any]], reading: Reading | None = None):
-        self._vision, self._reading = vision, reading
+    `dtype` is of what they give, as `stacked` takes it: the model's, so that nothing is converted where it runs.
+    """
+
+    def __init__(
+        self,
+        vision: Mapping[str, Mapping[str, Any]],
+        reading: Reading | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self._vision, self._reading, self._dtype = vision, reading, dtype
         self._made: dict[str, Processor] = {}
 
     def decode(self, task: Task) -> Decoded:
-        """Pixel values of a file, float32. Whatever goes wrong in reading it is its reason: the run goes on."""
+        """Pixel values of a file. Whatever goes wrong in reading it is its reason: the run goes on."""
         try:
             if task.modality not in self._made:
                 config = SimpleNamespace(vision_config=SimpleNamespace(**self._vision[task.modality]))
                 self._made[task.modality] = transform_dict[task.modality](config, reading=self._reading)
-            return self._made[task.modality]([task.path])["pixel_values"][0].numpy()
+            return as_array(self._made[task.modality]([task.path])["pixel_values"][0].to(self._dtype))
         except (ValueError, OSError) as error:
             return Undecodable(str(error))
         except Exception as error:  # a codec's own, out of memory, or a fault of ours
@@ -79,10 +90,11 @@ def _work(connection: Connection, work: Work) -> None:
     tether.ignore_signals()
     tether.die_with_parent()
     torch.set_num_threads(1)
+    desk = Desk(connection)
     with contextlib.suppress(EOFError, OSError):
         connection.send(None)
         while True:
-            connection.send(work.decode(connection.recv()))
+            desk.answer(work.decode(desk.task()))
 
 
 class Decoder:
@@ -93,13 +105,29 @@ class Decoder:
         tasks: what to decode, each with a `path` to name it by; taken when its turn comes.
         workers: processes; 0 decodes in this one, when asked for the next.
         ahead: how many files may be decoded, or being decoded, before they are asked for.
+        batches: how many results are wanted together, one batch after the other: the arrays of one follow each other in
+            memory that the workers wrote to (see `shared`), but for the first few of a kind. None: one at a time.
+        device: where they go: for a GPU that memory is pinned.
 
     Raises, while iterating:
         RuntimeError: workers cannot start.
     """
 
-    def __init__(self, work: Work, tasks: Sequence[Any], workers: int, ahead: int):
+    def __init__(
+        self,
+        work: Work,
+        tasks: Sequence[Any],
+        workers: int,
+        ahead: int,
+        batches: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+    ):
         self._work, self._tasks = work, tasks
+        self._ends = list(itertools.accumulate([1] * len(tasks) if batches is None else batches))
+        assert (self._ends or [0])[-1] == len(tasks)
+        self._pool = Pool(torch.device(device))
+        self._leases: dict[int, Lease | None] = {}  # of the batches that are being decoded
+        self._sizes: dict[Any, int] = {}  # bytes of a result's array, by kind of task
         self._workers = min(workers, len(tasks))
         self._room = threading.Semaphore(max(ahead, self._workers))
         self._numbers = itertools.count()
@@ -128,23 +156,31 @@ class Decoder:
             self._room.release()
         for thread in self._threads:
             thread.join()
+        self._leases.clear()
+        self._pool.close()
 
     def __iter__(self) -> Iterator[Any]:
         if not self._workers:
-            yield from map(self._work.decode, self._tasks)
+            for task in self._tasks:
+                with one_thread():
+                    result = self._work.decode(task)
+                yield result
             return
+        ends = {end: batch for batch, end in enumerate(self._ends)}
         for number in range(len(self._tasks)):
             with self._changed:
                 self._changed.wait_for(lambda n=number: n in self._results or self._fault)  # type: ignore[misc]
                 if number not in self._results:
                     raise RuntimeError(self._fault)
                 result = self._results.pop(number)
+                if number + 1 in ends:  # the batch is decoded; who sees a row of its buffer keeps it
+                    self._leases.pop(ends[number + 1], None)
             self._room.release()
             yield result
 
     def _serve(self) -> None:
         """A thread for each worker: hands it one task at a time and takes the result, or starts another worker."""
-        connection: Connection | None = None
+        hand: Hand | None = None
         process: multiprocessing.process.BaseProcess | None = None
         try:
             while True:
@@ -153,31 +189,50 @@ class Decoder:
                 if self._closing or number >= len(self._tasks):
                     return
                 task = self._tasks[number]
+                kind = getattr(task, "modality", None)
+                lease, row = self._place(number, kind)
                 for _ in range(2):  # a dead worker may not be the file's fault; two are
-                    if connection is None or process is None:
+                    if hand is None or process is None:
                         process, connection = self._start()
+                        hand = Hand(connection, process.pid or 0)
                     try:
-                        connection.send(task)
-                        result = connection.recv()
+                        hand.give(task, lease, row, self._pool.alive)
+                        result, size = hand.take(lease, row)
+                        if size:
+                            self._sizes.setdefault(kind, size)
                         break
                     except (EOFError, OSError):
                         if self._closing:
                             return
                         result = Undecodable(f"{task.path}: {self._ended(process)} while decoding it")
-                        connection.close()
-                        process = connection = None
+                        hand.connection.close()
+                        process = hand = None
+                lease = None  # while this thread waits, it keeps no buffer
                 with self._changed:
                     self._results[number] = result
                     self._changed.notify_all()
+                del result
         except Exception as error:  # whoever waits for a result must hear of it
             with self._changed:
                 self._fault = str(error) or type(error).__name__
                 self._changed.notify_all()
         finally:
-            if connection is not None:
-                connection.close()  # the worker reads the end of its input, and ends
+            if hand is not None:
+                hand.connection.close()  # the worker reads the end of its input, and ends
             if process is not None:
                 self._ended(process)
+
+    def _place(self, number: int, kind: Any) -> tuple[Lease | None, int]:
+        """The memory of a task's batch, and the row there; None where it is not known how long a row is."""
+        size = self._sizes.get(kind)
+        if size is None:
+            return None, 0
+        batch = bisect.bisect_right(self._ends, number)
+        begin = self._ends[batch - 1] if batch else 0
+        with self._changed:
+            if batch not in self._leases:
+                self._leases[batch] = self._pool.lease(self._ends[batch] - begin, size)
+            return self._leases[batch], number - begin
 
     def _start(self) -> tuple[multiprocessing.process.BaseProcess, Connection]:
         """A worker that has said it is ready."""

@@ -17,6 +17,7 @@ from lbfast.data.decode import Undecodable, plain_fields
 from lbfast.data.manifest import SUFFIXES, Manifest, caption_columns
 from lbfast.data.sample import DEFAULT_VIEWS, Sample, Source, as_file, candidates
 from lbfast.data.shards import Shard, expand_braces
+from lbfast.data.shared import as_array
 from lbfast.data.suffixes import suffixes_of
 
 
@@ -31,7 +32,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Read:
-    """What a sample gave: pixel values as the processor gives them, and a caption ("" where none was wanted)."""
+    """What a sample gave: pixel values as `stacked` takes them, and a caption ("" where none was wanted)."""
 
     key: str
     pixels: np.ndarray
@@ -47,6 +48,7 @@ class Reader:
         training: draw flips and segments, from each sample's seed.
         raw: uint8 pixels.
         captions: False reads none.
+        dtype: of pixels that are not raw.
     """
 
     def __init__(
@@ -57,7 +59,9 @@ class Reader:
         training: bool = False,
         raw: bool = False,
         captions: bool = True,
+        dtype: torch.dtype = torch.float32,
     ):
+        self._dtype = torch.uint8 if raw else dtype
         self._processor = copy.copy(processor)
         self._processor.tokenizer = None
         self._processor.config = SimpleNamespace(
@@ -74,7 +78,7 @@ class Reader:
             self._processor.train(self._training, generator)
             with as_file(task.sample.media) as file:
                 pixels = self._processor([file], raw=self._raw)["pixel_values"][0]
-            return Read(task.path, pixels.numpy(), caption)
+            return Read(task.path, as_array(pixels.to(self._dtype)), caption)
         except OSError as error:
             return Undecodable(f"{error.filename or task.path}: {error.strerror or error}")
         except ValueError as error:

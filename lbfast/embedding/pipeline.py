@@ -18,6 +18,7 @@ import torch
 import lbfast
 from lbfast.checkpoints import Checkpoint, open_checkpoints, pick_device, pick_dtype
 from lbfast.data.decode import Decoder, Processors, Task, Undecodable, plain_fields
+from lbfast.data.shared import stacked
 from lbfast.data.suffixes import LANGUAGE
 from lbfast.embedding.fused import Group, find_groups, fused_rows, modalities_of
 from lbfast.embedding.items import Failure, Item, find_items
@@ -237,16 +238,19 @@ class _Run:
         vision = {name: plain_fields(c.config.vision_config) for name, c in self.checkpoints.items()}
         loaded: Checkpoint | None = None
         model: LanguageBindModel | None = None
-        work, ahead = Processors(vision, self.reading), 2 * self.batch_size + self.workers
-        with Decoder(work, tasks, self.workers, ahead) as decoder:
+        work, ahead = Processors(vision, self.reading, self.dtype), 2 * self.batch_size + self.workers
+        names = list(dict.fromkeys(item.modality for item in items))
+        batches = {name: list(self._batches(item for item in items if item.modality == name)) for name in names}
+        sizes = [len(batch) for name in names if name != LANGUAGE for batch in batches[name]]
+        with Decoder(work, tasks, self.workers, ahead, sizes, self.device) as decoder, _Late() as late:
             decoded = iter(decoder)
-            for name in dict.fromkeys(item.modality for item in items):
-                todo = [item for item in left if item.modality == name]
+            for name in names:
                 total = sum(item.modality == name for item in items)
-                done = total - len(todo)
+                done = total - sum(map(len, batches[name]))
                 self.progress(name, done, total)
-                if not todo:
+                if not batches[name]:
                     continue
+                late.do()  # before the next model is loaded
                 checkpoint = list(self.checkpoints.values())[-1] if name == LANGUAGE else self.checkpoints[name]
                 if model is None or checkpoint is not loaded:
                     model = None  # the memory of the one before, before there is another
@@ -255,20 +259,23 @@ class _Run:
                         checkpoint,
                     )
                 tokenizer = checkpoint.tokenizer() if name == LANGUAGE else None
-                for batch in self._batches(item for item in items if item.modality == name):
+                for batch in batches[name]:
+                    pixels: list[np.ndarray] = []
                     try:
                         if tokenizer is not None:
                             good, embeds = batch, self._captions(model, tokenizer, batch)
                         else:
-                            good, embeds = self._files(model, decoded, batch)
+                            good, pixels = self._decoded(decoded, batch)
+                            embeds = self._files(model, pixels)
                     except torch.OutOfMemoryError as error:
                         raise RuntimeError(
                             f"batch_size: {self.batch_size} {name} items do not fit into the memory of {self.device}; "
                             "call again with fewer: what is finished is kept"
                         ) from error
-                    self._keep(good, embeds, checkpoint)
                     done += len(batch)
-                    self.progress(name, done, total)
+                    late.put(self._keeping(good, embeds, pixels, checkpoint, (name, done, total)))
+                    if not embeds.is_cuda:  # then it is computed
+                        late.do()
 
     def _batches(self, items: Iterator[Item]) -> Iterator[list[Item]]:
         """Batches of the items of one modality, without what is finished: the same batches whatever that is.
@@ -297,10 +304,10 @@ class _Run:
             if good:
                 self.journal.append([item for item, _ in good], np.stack([row for _, row in good]), model)
 
-    def _files(
-        self, model: LanguageBindModel, decoded: Iterator[np.ndarray | Undecodable], batch: list[Item]
-    ) -> tuple[list[Item], torch.Tensor]:
-        """The items that could be decoded, and their embeddings (n, E) before normalisation."""
+    def _decoded(
+        self, decoded: Iterator[np.ndarray | Undecodable], batch: list[Item]
+    ) -> tuple[list[Item], list[np.ndarray]]:
+        """The items that could be decoded, and their pixel values."""
         good: list[Item] = []
         pixels: list[np.ndarray] = []
         for item in batch:
@@ -310,11 +317,14 @@ class _Run:
             else:
                 good.append(item)
                 pixels.append(result)
-        if not good:
-            return [], torch.empty(0, model.config.projection_dim)
+        return good, pixels
+
+    def _files(self, model: LanguageBindModel, pixels: list[np.ndarray]) -> torch.Tensor:
+        """(n, E) before normalisation."""
+        if not pixels:
+            return torch.empty(0, model.config.projection_dim)
         with torch.inference_mode():
-            pixel_values = torch.from_numpy(np.stack(pixels)).to(self.device, self.dtype)
-            return good, model.get_image_features(pixel_values=pixel_values)
+            return model.get_image_features(pixel_values=stacked(pixels, self.dtype, self.device))
 
     def _captions(self, model: LanguageBindModel, tokenizer: Any, batch: list[Item]) -> torch.Tensor:
         """(n, E) before normalisation. Padded to the longest caption only: what follows the end changes nothing."""
@@ -325,9 +335,29 @@ class _Run:
         with torch.inference_mode():
             return model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
 
-    def _keep(self, items: list[Item], embeds: torch.Tensor, checkpoint: Checkpoint) -> None:
-        """Normalises, and writes the rows that are finite."""
-        rows = torch.nn.functional.normalize(embeds.float(), dim=-1).cpu()
+    def _keeping(
+        self,
+        items: list[Item],
+        embeds: torch.Tensor,
+        pixels: list[np.ndarray],
+        checkpoint: Checkpoint,
+        so_far: tuple[str, int, int],
+    ) -> Callable[[], None]:
+        """What is left to do of a batch when `embeds`, which a GPU may still compute from `pixels`, are there."""
+        rows = torch.nn.functional.normalize(embeds.float(), dim=-1).to("cpu", non_blocking=True)
+        there = torch.cuda.current_stream(embeds.device).record_event() if embeds.is_cuda else None
+
+        def keep() -> None:
+            if there is not None:
+                there.synchronize()
+            pixels.clear()  # until now they were in use
+            self._keep(items, rows, checkpoint)
+            self.progress(*so_far)
+
+        return keep
+
+    def _keep(self, items: list[Item], rows: torch.Tensor, checkpoint: Checkpoint) -> None:
+        """Writes the rows that are finite."""
         finite = (torch.isfinite(rows).all(-1) & (rows.norm(dim=-1) > 0.5)).tolist()
         for item, good in zip(items, finite):
             if not good:
@@ -335,6 +365,34 @@ class _Run:
         kept = [item for item, good in zip(items, finite) if good]
         if kept:
             self.journal.append(kept, rows[torch.tensor(finite)].numpy(), checkpoint.name)
+
+
+class _Late:
+    """The end of a batch, done when the next one is with the device, which computes meanwhile.
+
+    Used as a context manager: what was put is done, however the block ends.
+    """
+
+    def __init__(self) -> None:
+        self._put: Callable[[], None] | None = None
+
+    def __enter__(self) -> _Late:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.do()
+
+    def put(self, end: Callable[[], None]) -> None:
+        """Takes this one's, and does the one before."""
+        before, self._put = self._put, end
+        if before is not None:
+            before()
+
+    def do(self) -> None:
+        """What was put, now."""
+        end, self._put = self._put, None
+        if end is not None:
+            end()
 
 
 def _named(failure: Failure) -> str:

@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from lbfast.checkpoints import Checkpoint, open_checkpoints, pick_device, pick_dtype
 from lbfast.data.decode import Decoder, Undecodable
 from lbfast.data.reader import Draw, Reader
 from lbfast.data.sample import Sample
+from lbfast.data.shared import stacked
 
 Progress = Callable[[str, int, int], None]
 """progress(what, done, total)"""
@@ -84,24 +86,26 @@ class Encoder:
         """Unit embeddings (n, E) float32 on the CPU, and the numbers of the n samples that could be embedded."""
         kept: list[int] = []
         rows: list[torch.Tensor] = []
-        reader = Reader(self.processor, captions=False)
-        tasks = [Draw(sample.path, sample, 0) for sample in samples]
         weight = next(self.model.parameters())
-        with Decoder(reader, tasks, self.workers, ahead=2 * self.batch_size + self.workers) as decoder:
+        reader = Reader(self.processor, captions=False, dtype=weight.dtype)
+        tasks = [Draw(sample.path, sample, 0) for sample in samples]
+        sizes = [min(self.batch_size, len(tasks) - first) for first in range(0, len(tasks), self.batch_size)]
+        ahead = 2 * self.batch_size + self.workers
+        with Decoder(reader, tasks, self.workers, ahead, sizes, self.device) as decoder:
             results = iter(decoder)
             for first in range(0, len(samples), self.batch_size):
                 numbers = range(first, min(first + self.batch_size, len(samples)))
                 good: list[int] = []
-                pixels: list[torch.Tensor] = []
+                pixels: list[np.ndarray] = []
                 for number in numbers:
                     result = next(results)
                     if not isinstance(result, Undecodable):
                         good.append(number)
-                        pixels.append(torch.from_numpy(result.pixels))
+                        pixels.append(result.pixels)
                     elif on_skip is not None:
                         on_skip(samples[number].path, result.reason)
                 if good:
-                    batch = torch.stack(pixels).to(self.device, weight.dtype)
+                    batch = stacked(pixels, weight.dtype, self.device)
                     with torch.inference_mode():
                         embeds = _unit(self.model.get_image_features(pixel_values=batch))
                     finite = torch.isfinite(embeds).all(-1)

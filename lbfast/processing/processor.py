@@ -19,6 +19,7 @@ from lbfast import files
 from lbfast.messages import shown
 from lbfast.processing import audio, depth, image, video
 from lbfast.processing.media import MediaError, Reading
+from lbfast.processing.threads import one_thread
 from lbfast.processing.transforms import Compose
 from lbfast.processing.values import plain
 
@@ -191,10 +192,11 @@ class Processor:
         row = ROWS[self.modality]
         options = {name: getattr(vision, name) for name in row.options if hasattr(vision, name)} | options
         rows = []
-        for i, item in enumerate(items):
-            with _numbered(i, item, len(items)):
-                rows.append(self.image_processor(plain(item), transform, **options))
-        return torch.stack(rows)
+        with one_thread():
+            for i, item in enumerate(items):
+                with _numbered(i, item, len(items)):
+                    rows.append(self.image_processor(plain(item), transform, **options))
+            return torch.stack(rows)
 
     def _items(self, images: Any) -> list[Any]:
         """The items in `images`: a list, a batched array, or one item."""

@@ -20,6 +20,7 @@ from lbfast.processing.clip import evenly, to_cthw
 from lbfast.processing.container import opened
 from lbfast.processing.image import image_size
 from lbfast.processing.media import MediaError, MediaWarning, Reading, Source, is_readable, named
+from lbfast.processing.threads import decoding_threads
 from lbfast.processing.transforms import (
     CenterCropVideo,
     Compose,
@@ -52,7 +53,7 @@ class _File:
         self.source = source
         self.limit = source.reading.limits.frame_pixels
         self.damage = ""
-        self.threads = torch.get_num_threads()
+        self.threads = decoding_threads()
         self.size: tuple[int, int] | None = None  # of the pictures
         self._opened = contextlib.ExitStack()
         self._open()

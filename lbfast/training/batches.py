@@ -18,6 +18,7 @@ from lbfast.data.manifest import Manifest
 from lbfast.data.reader import Draw, Read, Reader, check_views, open_sources
 from lbfast.data.sample import Sample, Source
 from lbfast.data.shards import Shard
+from lbfast.data.shared import stacked
 
 _TOLD = 20  # rows that sources leave out, each with a message of its own
 _ENOUGH = 1000  # samples that are bad without one that is good: something else is wrong than the samples
@@ -178,10 +179,11 @@ class Batches:
         mine = np.concatenate([order[:0], *(order[first:last] for first, last in bounds)])
         tasks = _Tasks(self.sample, mine, self._seed, epoch)
         ahead = max((last - first for first, last in bounds), default=0) if self._prefetch is None else self._prefetch
-        with Decoder(self._reader, tasks, self._workers, ahead) as decoder:
+        sizes = [last - first for first, last in bounds]
+        with Decoder(self._reader, tasks, self._workers, ahead, sizes) as decoder:
             results = enumerate(decoder)
-            for first, last in bounds:
-                yield self._batch(itertools.islice(results, last - first), last - first, tasks)
+            for size in sizes:
+                yield self._batch(itertools.islice(results, size), tasks)
 
     def _bounds(self, step: int) -> tuple[int, int]:
         """This rank's part of the rows of a step."""
@@ -189,32 +191,29 @@ class Batches:
         count = min(self.batch_size, len(self) - first)
         return first + count * self.rank // self.world_size, first + count * (self.rank + 1) // self.world_size
 
-    def _batch(self, results: Iterator[tuple[int, Any]], rows: int, tasks: _Tasks) -> Batch:
-        pixels: torch.Tensor | None = None
+    def _batch(self, results: Iterator[tuple[int, Any]], tasks: _Tasks) -> Batch:
+        rows: list[np.ndarray] = []
         keys: list[str] = []
         captions: list[str] = []
         for number, result in results:
             self._tried += 1
             if isinstance(result, Read):
-                if pixels is None:
-                    pixels = torch.empty((rows, *result.pixels.shape), dtype=self._dtype)
-                if result.pixels.shape == pixels.shape[1:]:
-                    pixels[len(keys)] = torch.from_numpy(result.pixels)
+                if not rows or result.pixels.shape == rows[0].shape:
+                    rows.append(result.pixels)
                     keys.append(result.key)
                     captions.append(result.caption)
                     continue
-                shapes = f"expected pixel values of shape {tuple(pixels.shape[1:])}, got {result.pixels.shape}"
+                shapes = f"expected pixel values of shape {rows[0].shape}, got {result.pixels.shape}"
                 result = Undecodable(f"{result.key}: {shapes}")
             self._skip(tasks[number].path, result.reason)
             if not self._good and not keys and self._tried >= min(_ENOUGH, self.steps_per_epoch * self.batch_size):
                 raise ValueError(f"data: none of {self._tried} samples could be read; the last: {result.reason}")
         self._good += len(keys)
-        if pixels is None:
-            pixels = torch.empty((0, *self._shape), dtype=self._dtype)
+        pixels = stacked(rows, self._dtype) if rows else torch.empty((0, *self._shape), dtype=self._dtype)
         self._shape = tuple(pixels.shape[1:])
         input_ids, attention_mask = self._tokenize(captions)
         groups = torch.tensor([_number(caption) for caption in captions], dtype=torch.int64)
-        return Batch(pixels[: len(keys)], input_ids, attention_mask, groups, keys, captions)
+        return Batch(pixels, input_ids, attention_mask, groups, keys, captions)
 
     def _tokenize(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         if not captions:
