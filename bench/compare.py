@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import bench_info_nce, bench_languagebind, harness
+from . import bench_files, bench_info_nce, bench_languagebind, harness
 
 FLOORS = harness.HERE / "floors.json"
 DISTURBED = 1.25
@@ -78,6 +80,13 @@ def _loss(theirs: str, dtype: str, size: int = 2048, dim: int = 512) -> Pair:
     return bench_info_nce.step(theirs, "both", tensors), bench_info_nce.step(names[0], "both", tensors)
 
 
+def _file(kind: str, other: str) -> Pair:
+    with tempfile.TemporaryDirectory() as folder:
+        path = bench_files.KINDS[kind].make(Path(folder)).read_bytes()
+    ours, theirs = bench_files.processor(bench_files.KINDS[kind].modality), bench_files.KINDS[kind].others[other]
+    return (lambda: theirs(io.BytesIO(path))), (lambda: ours([path]))
+
+
 def _encoder(modality: str, batch: int, layers: int, theirs: str, ours: str) -> Pair:
     about = bench_languagebind.subject(modality, "L/14", layers, "bfloat16", "cpu")
     given = bench_languagebind.inputs(about, batch, "cpu")
@@ -101,6 +110,7 @@ PAIRS: dict[str, Callable[[], Pair]] = {
     "text, 3 layers, 32 captions, float32, over the reference": lambda: _encoder(
         "text", 32, 3, "reference float32", "lbfast float32"
     ),
+    "JPEG 500 x 375 to a tensor, over upstream's arithmetic": lambda: _file("JPEG 500 x 375", "upstream"),
 }
 
 

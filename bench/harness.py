@@ -169,15 +169,16 @@ def interleaved(
     least: int = 3,
     most: int = 50,
     warm: bool = True,
+    clock: Callable[[Callable[[], Any]], float] | None = None,
 ) -> dict[str, Timing]:
     """Times candidates in turns, so that a machine that slows down slows all; with `warm`, after one call each.
 
     Rounds go on until each candidate has had `seconds` on average, `least` rounds at least and `most` at most. Where
-    one round takes longer than twice that, `least` is 2.
+    one round takes longer than twice that, `least` is 2. `clock`: milliseconds of a call; None: the device's time.
     """
     for run in candidates.values() if warm else ():
         run()
-    clock = _gpu_ms if device == "cuda" else _cpu_ms
+    clock = clock or (_gpu_ms if device == "cuda" else _cpu_ms)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     begun = time.perf_counter()
     for done in range(most):

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/numbers.md, and bench/results/README.md with its pictures, out of git's results:
+"""The tables of README.md and docs, and bench/results/README.md with its pictures, out of git's results:
 
     python -m bench.report            writes them
     python -m bench.report --check    exit status 1 where what is there differs
@@ -30,7 +30,7 @@ NO_GPU = "**GPU numbers: not measured yet.** `make gpu` measures them on any mac
 ENCODERS = ("image", "video", "audio", "text")
 SHOWN = {"image": "image (depth, thermal)", "video": "video, 8 frames", "audio": "audio", "text": "text, 5-20 tokens"}
 OPS = ("attention", "temporal-attention", "patch-embed", "layer-norm", "mlp")
-PAGES = ("README.md", "docs/numbers.md")
+PAGES = ("README.md", "docs/numbers.md", "docs/files.md")
 HIDDEN = ("rejected", "sources")  # of what rows say
 _MARKER = re.compile(r"(<!-- bench:(?!end)([a-z-]+) -->\n).*?(<!-- bench:end -->)", re.DOTALL)
 
@@ -233,8 +233,35 @@ def _on(machine: Machine, commits: bool = True) -> str:
     )
 
 
-SECTIONS = {"encoders": encoders, "details": details, "batches": row_of_batches, "ops": ops, "info-nce": info_nce}
-NEEDS = {"batches": "languagebind-row"}
+def decoding(machine: Machine) -> str:
+    """Each kind of file: CPU time, beside the fastest other with the same result; cores that feed an H200."""
+    table = []
+    for line in headline.lines(machine["files-all"].rows):
+        ours, theirs = line.ours, line.theirs
+        beside = f"{theirs['median_ms']:.1f} ({theirs['name']})" if theirs else "-"
+        rate = f"{ours['files_s_core']:.0f}", str(ours["eaten_s"]), f"{ours['cores']:.0f}"
+        table.append((ours["case"], f"{ours['median_ms']:.1f}", beside, *rate))
+    columns = ("file", "CPU ms", "the fastest other", "files/s a core", "an H200 takes", "cores")
+    return harness.table(columns, table)
+
+
+def feeding(machine: Machine) -> str:
+    """How busy a model is kept by workers that have nothing to decode."""
+    rows = [row for row in machine["files-all"].rows if row.get("what") == "pipeline"]
+    cells = [(row["case"], row["name"], f"{row['busy']:.0%}", f"{row['main_ms']:.2f}") for row in rows]
+    return harness.table(("batches", "", "busy", "main process, ms a file"), cells, left=2)
+
+
+SECTIONS = {
+    "encoders": encoders,
+    "details": details,
+    "batches": row_of_batches,
+    "ops": ops,
+    "info-nce": info_nce,
+    "files": decoding,
+    "pipeline": feeding,
+}
+NEEDS = {"batches": "languagebind-row", "files": "files-all", "pipeline": "files-all"}
 
 
 def section(name: str, machines: Mapping[str, Machine]) -> str:

@@ -74,6 +74,7 @@ PIECES = (
     Piece("layer-norm", "bench_layer_norm", ("--width", "1024", *QUICK, "--no-compile"), limit=60),
     Piece("mlp", "bench_mlp", ("--shape", "1024", "4096", *QUICK, "--no-compile"), limit=60),
     _encoder("image", "--layers", "2", "--seconds", "0.2", *ROW, limit=150, name="row"),
+    Piece("files", "bench_files", ("--seconds", "0.3"), limit=120),
     Piece(
         "info-nce-4k",
         "bench_info_nce",
@@ -93,6 +94,7 @@ PIECES = (
     ),
     _encoder("video", "--seconds", "1", "--no-memory", limit=400, name="video-compile", extra=True),
     Piece("training", "bench_training", ("--seconds", "3"), limit=500, extra=True),
+    Piece("files-all", "bench_files", ("--kinds", "all"), limit=400, extra=True),
 )
 
 

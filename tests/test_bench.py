@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import bench_languagebind, compare, contest, harness, headline, peers, plot, report, run
+from bench import bench_files, bench_languagebind, compare, contest, harness, headline, peers, plot, report, run
 from lbfast.model.config import LanguageBindImageConfig
 from lbfast.profiling import machine
 from lbfast.reference import languagebind as reference
@@ -303,6 +303,21 @@ def test_a_bench_that_hangs_is_stopped_with_its_children(tmp_path):
     said = "import sys; print('out'); print('err', file=sys.stderr); raise SystemExit(7)"
     assert run.run([sys.executable, "-c", said], 30, {}, tmp_path / "log") == 7
     assert sorted((tmp_path / "log").read_text().split()) == ["err", "out"]
+
+
+def test_files_beside_others_and_a_model_that_is_fed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_files, "EATERS", (bench_files.Eater("image", 2, 0.005, 12),))
+    out = tmp_path / "files.json"
+    arguments = ["--kinds", "JPEG 500", "depth", "wav", "--seconds", "0.01", "--workers", "0", "--out", str(out)]
+    assert bench_files.main(arguments) == 0
+    rows = json.loads(out.read_text())["rows"]
+    timed = {(row["case"], row["name"]): row for row in rows if "median_ms" in row}
+    assert timed["JPEG 500 x 375", "lbfast"]["decode_ms"] < timed["JPEG 500 x 375", "lbfast"]["median_ms"]
+    assert all(row["differs"] < 1e-5 for (case, name), row in timed.items() if name == "upstream")
+    assert {case for case, _ in timed} == {"JPEG 500 x 375", "depth PNG 640 x 480", "wav 10 s"}
+    (fed,) = (row for row in rows if row.get("what") == "pipeline")
+    assert 0 < fed["busy"] <= 1 and fed["main_ms"] > 0
+    assert "absent: No module named" in capsys.readouterr().out or "simplejpeg" in {name for _, name in timed}
 
 
 def test_pieces_name_benches_that_take_their_arguments():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import multiprocessing
@@ -192,8 +193,9 @@ def test_killed_at_random_moments(tmp_path, processes):
             family = descendants(process.pid)
             workers = [pid for one in family for pid in descendants(one)]  # of the process that they are forked from
             if process.is_alive() and (workers or victim == "parent"):
-                os.kill(process.pid if victim == "parent" else moments.choice(workers), signal.SIGKILL)
-                kills += 1
+                with contextlib.suppress(ProcessLookupError):  # it ended just now
+                    os.kill(process.pid if victim == "parent" else moments.choice(workers), signal.SIGKILL)
+                    kills += 1
         process.join(30)
         gone = time.monotonic() + 20
         while (left := [pid for pid in family if os.path.exists(f"/proc/{pid}")]) and time.monotonic() < gone:

@@ -17,6 +17,7 @@ BENCHES = {
     "mlp": "the two-layer perceptron",
     "info_nce": "the contrastive loss: time and memory",
     "training": "a step of training: time and memory",
+    "files": "files to tensors: CPU time a file, and how busy a model is kept",
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -52,7 +51,11 @@ def embed(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Files, clips or captions at a time.")] = 8,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that decode. Default: one less than the cores, at most 8.")
+        int | None,
+        typer.Option(
+            min=0,
+            help="Processes that decode. Default: beside a GPU one less than the cores, else half; for a file none.",
+        ),
     ] = None,
     dtype: Annotated[
         Precision, typer.Option(help="Of the weights. auto: bfloat16 where the device computes in it.")
@@ -83,7 +86,7 @@ def embed(
                 modality=modality.value if modality else None,
                 fuse=fuse,
                 batch_size=batch_size,
-                workers=min(8, max(1, (os.cpu_count() or 1) - 1)) if workers is None else workers,
+                workers=workers,
                 dtype=dtype.value,
                 precision=precision.value if precision else None,
                 device=device,

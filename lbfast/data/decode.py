@@ -6,6 +6,7 @@ import bisect
 import contextlib
 import itertools
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,19 @@ from lbfast.processing.media import Reading
 from lbfast.processing.processor import Processor, transform_dict
 from lbfast.processing.threads import one_thread
 
+_MOST = 64  # workers, where nobody says how many
 _STARTS = 2  # how often a worker may fail to start before the run stops
+
+
+def default_workers(files: int, device: torch.device) -> int:
+    """How many processes to decode with, where nobody says. One file is decoded in this one, which starts sooner.
+
+    Each computes with one thread. Beside a GPU all cores but one decode; a CPU's cores also run the model, which takes
+    longer over a file than its decoder: half of them decode.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    some = cores - 1 if device.type == "cuda" else cores // 2
+    return min(max(some, 1), _MOST, files) if files > 1 else 0
 
 
 @dataclass(frozen=True)

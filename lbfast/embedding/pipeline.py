@@ -17,7 +17,7 @@ import torch
 
 import lbfast
 from lbfast.checkpoints import Checkpoint, open_checkpoints, pick_device, pick_dtype
-from lbfast.data.decode import Decoder, Processors, Task, Undecodable, plain_fields
+from lbfast.data.decode import Decoder, Processors, Task, Undecodable, default_workers, plain_fields
 from lbfast.data.shared import stacked
 from lbfast.data.suffixes import LANGUAGE
 from lbfast.embedding.fused import Group, find_groups, fused_rows, modalities_of
@@ -67,7 +67,7 @@ def embed_files(
     modality: str | None = None,
     fuse: str | Sequence[str] | None = None,
     batch_size: int = 8,
-    workers: int = 0,
+    workers: int | None = 0,
     dtype: str = "auto",
     precision: str | None = None,
     device: str = "auto",
@@ -97,8 +97,8 @@ def embed_files(
         fuse: "video+audio": a row more, of that modality, for every two files of one stem (the path below the folder
             given, without its suffix); their embeddings as `lbfast.fuse` makes them one. Of three or more as well.
         batch_size: files or captions at a time. For videos, that many clips.
-        workers: processes that decode files while the model computes; 0: none. With workers, call this from a script
-            under `if __name__ == "__main__":`, as multiprocessing asks.
+        workers: processes that decode files while the model computes; 0: none; None: see `default_workers`. With
+            workers, call this from a script under `if __name__ == "__main__":`, as multiprocessing asks.
         dtype: "float32", "bfloat16", "float16" or "auto": bfloat16 where the device computes in it, else float32 (see
             `lbfast.model.inference.best_dtype`). Embeddings are normalised and written in float32.
         precision: None, or "int8" or "fp8": of the layers' products, as `lbfast.optimize_for_inference` takes it.
@@ -117,7 +117,8 @@ def embed_files(
         unfinished run. OSError, CheckpointError: a checkpoint cannot be had or used.
     """
     _check_count("batch_size", batch_size, 1)
-    _check_count("workers", workers, 0)
+    if workers is not None:
+        _check_count("workers", workers, 0)
     if not inputs:
         raise ValueError("inputs: expected at least one file or folder, got none")
     out = _check_out(Path(out))
@@ -171,6 +172,8 @@ def embed_files(
             raise FileExistsError(errno.EEXIST, CHANGED, str(out))
         reading = Reading(strict=strict, allow_urls=allow_urls)
         heard = progress or (lambda *_: None)
+        left = sum(item not in journal and item.modality != LANGUAGE for item in listing.items)
+        workers = default_workers(left, target) if workers is None else workers
         run = _Run(checkpoints, journal, reading, batch_size, workers, weights, precision, target, failed, heard)
         summary.resumed = sum(item in journal for item in listing.items)
         run.embed(listing.items)
