@@ -17,7 +17,7 @@ from lbfast.processing.vocabulary import FILES as TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from lbfast.model.config import LanguageBindConfig
-    from lbfast.model.languagebind import LanguageBindModel
+    from lbfast.model.pair import Embedder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -38,17 +38,15 @@ class Checkpoint:
     config: LanguageBindConfig
     hub: dict[str, Any]
 
-    def load(
-        self, dtype: torch.dtype, device: torch.device, batch_size: int, precision: str | None = None
-    ) -> LanguageBindModel:
+    def load(self, dtype: torch.dtype, device: torch.device, batch_size: int, precision: str | None = None) -> Embedder:
         """The model on `device`, optimized for batches of this size; precision as `optimize_for_inference` takes it.
 
         Raises what that and `from_pretrained` raise.
         """
         from lbfast.model.inference import optimize_for_inference
-        from lbfast.model.languagebind import model_dict
+        from lbfast.model.pair import Embedder
 
-        model = model_dict[self.modality].from_pretrained(self.where, torch_dtype=dtype, **self.hub)
+        model = Embedder.from_pretrained(self.where, config=self.config, torch_dtype=dtype, **self.hub)
         sizes = [size for size in (1, 2, 4, 8, 16, 32) if size < batch_size]
         sizes.append(batch_size)
         return optimize_for_inference(model.to(device), dtype=None, precision=precision, batch_sizes=sizes)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import lbfast
 
@@ -59,3 +60,24 @@ def test_public_names(name):
 def test_an_unknown_name():
     with pytest.raises(AttributeError, match="module 'lbfast' has no attribute 'LanguageBend'"):
         lbfast.LanguageBend  # noqa: B018
+
+
+def test_a_picture_is_embedded_without_what_only_training_needs(tmp_path):
+    """transformers' models take two seconds to import, torch's compiler and SymPy one."""
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    program = f"""
+import json, sys
+from lbfast.embedding import embed_files
+embed_files([{str(tmp_path / "a.png")!r}], ["lbfast-mini/image"], {str(tmp_path / "a.parquet")!r}, workers=None)
+print(json.dumps(sorted(sys.modules)))
+"""
+    loaded = set(run(program))
+    assert "lbfast.model.towers" in loaded
+    assert not loaded & {
+        "transformers.modeling_utils",
+        "torch._dynamo",
+        "sympy",
+        "triton",
+        "av",
+        "multiprocessing.spawn",
+    }

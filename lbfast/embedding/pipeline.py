@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,8 +23,10 @@ from lbfast.data.suffixes import LANGUAGE
 from lbfast.embedding.fused import Group, find_groups, fused_rows, modalities_of
 from lbfast.embedding.items import Failure, Item, find_items
 from lbfast.embedding.journal import CHANGED, Journal, differences, partial_path, read_finished, signature
-from lbfast.model.languagebind import LanguageBindModel
 from lbfast.processing.media import Reading
+
+if TYPE_CHECKING:
+    from lbfast.model.pair import Embedder
 
 Progress = Callable[[str, int, int], None]
 """progress(modality, done, total) after each batch; rows done in an earlier run count as done."""
@@ -240,7 +242,7 @@ class _Run:
         tasks = [Task(item.modality, item.path) for item in left if item.modality != LANGUAGE]
         vision = {name: plain_fields(c.config.vision_config) for name, c in self.checkpoints.items()}
         loaded: Checkpoint | None = None
-        model: LanguageBindModel | None = None
+        model: Embedder | None = None
         work, ahead = Processors(vision, self.reading, self.dtype), 2 * self.batch_size + self.workers
         names = list(dict.fromkeys(item.modality for item in items))
         batches = {name: list(self._batches(item for item in items if item.modality == name)) for name in names}
@@ -322,14 +324,14 @@ class _Run:
                 pixels.append(result)
         return good, pixels
 
-    def _files(self, model: LanguageBindModel, pixels: list[np.ndarray]) -> torch.Tensor:
+    def _files(self, model: Embedder, pixels: list[np.ndarray]) -> torch.Tensor:
         """(n, E) before normalisation."""
         if not pixels:
             return torch.empty(0, model.config.projection_dim)
         with torch.inference_mode():
             return model.get_image_features(pixel_values=stacked(pixels, self.dtype, self.device))
 
-    def _captions(self, model: LanguageBindModel, tokenizer: Any, batch: list[Item]) -> torch.Tensor:
+    def _captions(self, model: Embedder, tokenizer: Any, batch: list[Item]) -> torch.Tensor:
         """(n, E) before normalisation. Padded to the longest caption only: what follows the end changes nothing."""
         longest = model.config.text_config.max_position_embeddings
         tokens = tokenizer(

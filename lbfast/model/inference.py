@@ -13,9 +13,16 @@ from torch import nn
 from lbfast import tokenwise
 from lbfast.model.calibration import calibrate
 from lbfast.model.checkpoint import check_fits, parse_dtype
-from lbfast.model.frozen import Float8Linear, FrozenLinear, PackedLinear, PanelLinear, check_float8, check_int8
+from lbfast.model.frozen import (
+    Float8Linear,
+    Freezable,
+    FrozenLinear,
+    PackedLinear,
+    PanelLinear,
+    check_float8,
+    check_int8,
+)
 from lbfast.model.graphs import Graphs
-from lbfast.model.languagebind import LanguageBind, LanguageBindModel
 from lbfast.model.layers import MLP, Attention, Encoder, EncoderLayer, TemporalAttention
 from lbfast.model.lora import merge_lora
 from lbfast.model.plain import are_linear, parts, plain, wholly_plain
@@ -79,7 +86,7 @@ def optimize_for_inference(
         TypeError: another kind of model. ValueError: an unknown dtype or precision, or batch_sizes that are none.
         RuntimeError: the device has no such products.
     """
-    if not isinstance(model, (LanguageBind, LanguageBindModel, VisionTransformer, TextTransformer)):
+    if not isinstance(model, Freezable):
         raise TypeError(
             f"model: expected a LanguageBind model or one of its towers, got {type(model).__name__}; a live upstream "
             "model becomes one by lbfast.accelerate"

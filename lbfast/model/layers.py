@@ -22,6 +22,17 @@ if TYPE_CHECKING:
     from lbfast.model.spans import Spans
 
 
+def drawn(*shape: int) -> torch.Tensor:
+    """As torch.randn; nothing is drawn on "meta", for which torch would import its compiler: a second's work."""
+    values = torch.empty(shape)
+    return values if values.is_meta else values.normal_()
+
+
+def embedding(rows: int, size: int) -> nn.Embedding:
+    """As nn.Embedding, drawn likewise."""
+    return nn.Embedding.from_pretrained(drawn(rows, size), freeze=False)
+
+
 @ours
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation over the last dimension, through `ops.layer_norm`."""
@@ -341,7 +352,7 @@ class EncoderLayer(nn.Module):
         self.add_time_attn = config.add_time_attn
         self.temporal_layer_norm2 = self.temporal_mlp = None
         if self.add_time_attn:
-            self.temporal_embedding = nn.Parameter(torch.randn(1, config.num_frames, width) * width**-0.5)
+            self.temporal_embedding = nn.Parameter(drawn(1, config.num_frames, width) * width**-0.5)
             self.temporal_attn = TemporalAttention(config)
             self.temporal_layer_norm1 = LayerNorm(width, eps=eps)
             if temporal_mlp:

@@ -16,7 +16,7 @@ from lbfast.model import checkpoint
 from lbfast.model.config import Modality
 from lbfast.model.frozen import Freezable
 from lbfast.model.graphs import Graphs
-from lbfast.model.layers import Encoder, LayerNorm, Packing, Padded
+from lbfast.model.layers import Encoder, LayerNorm, Packing, Padded, drawn, embedding
 from lbfast.model.plain import ours, plain, plain_parts
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -75,8 +75,8 @@ class VisionEmbeddings(nn.Module):
         else:
             self.patch_embedding = nn.Conv2d(config.num_channels, self.embed_dim, patch, stride=patch, bias=False)
             class_shape = (self.embed_dim,)
-        self.class_embedding = nn.Parameter(torch.randn(class_shape))
-        self.position_embedding = nn.Embedding(self.num_positions, self.embed_dim)
+        self.class_embedding = nn.Parameter(drawn(*class_shape))
+        self.position_embedding = embedding(self.num_positions, self.embed_dim)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
         state_dict.pop(f"{prefix}position_ids", None)  # 0, 1, 2...: transformers saved them once
@@ -302,8 +302,8 @@ class TextEmbeddings(nn.Module):
 
     def __init__(self, config: Any):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = embedding(config.max_position_embeddings, config.hidden_size)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
         state_dict.pop(f"{prefix}position_ids", None)

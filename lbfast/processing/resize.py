@@ -118,9 +118,11 @@ def resized_crop(
     image = image.detach()
     if image.dtype == torch.uint8 and image.device.type == "cpu" and image.dim() > 2 and not native.why_not():
         return _native(image, rows, cols, scale, offset, dtype)
-    out = _dense(image, rows, cols)
+    once = image.dim() > 2 and image.stride(0) == 0  # one plane seen as several
+    out = _dense(image[:1] if once else image, rows, cols)
     shape = (-1, *(1,) * (image.dim() - 1))
-    out.mul_(torch.tensor(scale).view(shape)).add_(torch.tensor(offset).view(shape))
+    a, b = (torch.tensor(values).view(shape) for values in (scale, offset))
+    out = (out.expand(len(image), *out.shape[1:]) * a).add_(b) if once else out.mul_(a).add_(b)
     return out if dtype == torch.float32 else out.round_().clamp_(0, 255).to(dtype)
 
 
