@@ -11,6 +11,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,7 +21,7 @@ import torch
 from lbfast.data import shared
 from lbfast.data.decode import Decoder, Processors, Task, Undecodable
 from lbfast.data.shared import Desk, Hand, Pool, as_array, stacked
-from lbfast.embedding import embed_files
+from lbfast.embedding import embed_files, pipeline
 from lbfast.embedding.journal import partial_path
 
 from . import runs, tiny
@@ -152,6 +153,39 @@ def test_stacked_follows_the_memory_it_is_given():
     other[:] = 9
     for some in ([rows[0], rows[2]], rows[::-1], [*rows, other], [other, *rows], [np.ones(2, np.float32)] * 2):
         assert torch.equal(stacked(some, torch.float32), torch.from_numpy(np.stack(some)))
+
+
+def test_memory_for_a_gpu_is_pinned_until_it_is_gone(monkeypatch):
+    pinned: dict[int, int] = {}
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda address, size, flags: pinned.update({address: size}) or 0,
+        cudaHostUnregister=lambda address: pinned.pop(address) and 0,
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    pool = Pool(torch.device("cuda"))
+    row = pool.lease(2, 8).row(1)
+    assert pinned == {row.ctypes.data - 8: 16}
+    pool.close()
+    gc.collect()
+    assert pinned  # a row is still seen
+    del row
+    gc.collect()
+    assert not pinned
+    runtime.cudaHostRegister = lambda *_: 2  # the driver pins no more
+    assert Pool(torch.device("cuda")).lease(2, 8).row(0).nbytes == 8
+
+
+def test_the_end_of_a_batch_comes_with_the_next_one_or_with_an_error():
+    done = []
+    with pytest.raises(ZeroDivisionError), pipeline._Late() as late:
+        for number in range(3):
+            late.put(lambda number=number: done.append(number))
+            assert done == list(range(number))
+        raise ZeroDivisionError
+    assert done == [0, 1, 2]
+    late.do()
+    assert done == [0, 1, 2]
 
 
 def descendants(pid: int) -> list[int]:

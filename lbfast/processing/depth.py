@@ -48,7 +48,7 @@ def _millimetres(x: Any) -> torch.Tensor:
         x = x[0]
     if x.dim() != 2 or x.numel() == 0:
         raise MediaError("depth in memory", "shape (H, W)", f"shape {shape}")
-    if not torch.isfinite(x).all():
+    if fractions and not torch.isfinite(x).all():
         raise MediaError("depth in memory", "finite depths in millimetres", "NaN or infinite values")
     if fractions and 0 < (deepest := x.max().item()) <= _METRES:
         raise MediaError("depth in memory", "depths in millimetres", f"floats up to {deepest:g} (metres? times 1000)")
