@@ -193,6 +193,7 @@ def _write(file: int, data: memoryview, offset: int) -> None:
 
 def as_array(values: torch.Tensor) -> np.ndarray:
     """What is sent of a tensor: bfloat16, of which NumPy has none, as the same bits in int16."""
+    values = values.contiguous()
     return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
 
 

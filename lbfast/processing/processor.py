@@ -18,7 +18,7 @@ from PIL import Image
 from lbfast import files
 from lbfast.messages import shown
 from lbfast.processing import audio, depth, image, video
-from lbfast.processing.media import MediaError, Reading
+from lbfast.processing.media import MediaError, Reading, is_readable
 from lbfast.processing.threads import one_thread
 from lbfast.processing.transforms import Compose
 from lbfast.processing.values import plain
@@ -196,6 +196,8 @@ class Processor:
             for i, item in enumerate(items):
                 with _numbered(i, item, len(items)):
                     rows.append(self.image_processor(plain(item), transform, **options))
+            if len(rows) == 1 and is_readable(items[0]):  # it is nobody else's
+                return rows[0].contiguous()[None]
             return torch.stack(rows)
 
     def _items(self, images: Any) -> list[Any]:
