@@ -437,13 +437,13 @@ def test_killed_and_interrupted_from_outside(models, tmp_path, processes):
     """SIGKILL, then SIGINT, to a real run with a worker; a third run finishes what they left."""
     from tests import runs
 
-    count = 400
-    source = tiny.picture(tmp_path / "in" / "000.png")
+    count = 1000
+    source = tiny.picture(tmp_path / "in" / "0000.png")
     for i in range(1, count):
-        os.link(source, tmp_path / "in" / f"{i:03}.png")
+        os.link(source, tmp_path / "in" / f"{i:04}.png")
     out = tmp_path / "out.parquet"
     command = [tmp_path, "embed", tmp_path / "in", "--model", models["image"]]
-    command += ["--out", out, "--batch-size", "2", "--workers", "1"]
+    command += ["--out", out, "--batch-size", "1", "--workers", "1"]
 
     def run_until(size: int, number: int) -> tuple[int, str]:
         process = processes.Process(target=runs.lbfast_command, args=command)
