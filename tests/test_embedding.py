@@ -437,10 +437,10 @@ def test_killed_and_interrupted_from_outside(models, tmp_path, processes):
     """SIGKILL, then SIGINT, to a real run with a worker; a third run finishes what they left."""
     from tests import runs
 
-    count = 1000
-    source = tiny.picture(tmp_path / "in" / "0000.png")
+    count = 600
+    source = tiny.picture(tmp_path / "in" / "000.png")
     for i in range(1, count):
-        os.link(source, tmp_path / "in" / f"{i:04}.png")
+        os.link(source, tmp_path / "in" / f"{i:03}.png")
     out = tmp_path / "out.parquet"
     command = [tmp_path, "embed", tmp_path / "in", "--model", models["image"]]
     command += ["--out", out, "--batch-size", "1", "--workers", "1"]
