@@ -382,7 +382,7 @@ void backward(const Shape& shape, const View<In>& dout, const View<In>& q, const
           float row_scale = scale;
           const int64_t counted = mask_scores(scores + r * ld, keys, at.first + r, masks, b, row_scale);
           softmax_bwd_row(scores + r * ld, dp + r * ld, counted, at.width, row_scale, scale, row_stats[2 * r],
-                          row_stats[2 * r + 1], p + r * ld, ds + r * ld);
+                          p + r * ld, ds + r * ld);
         }
         const int64_t even = round_to_pair<T>(at.count);
         if (even > at.count) {

@@ -118,30 +118,46 @@ void softmax_row(const float* s, int64_t count, int64_t ld, float scale, T* p, f
   sum = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, total);
 }
 
-// Scores and dP of one row -> P and dS, zeros up to ld, s overwritten by P as float; p may be s, ds may be dp.
-// Divided, and less the sum of what is there: where one key counts, P is 1 and dS is 0.
+// Scores and dP of one row -> P and dS, zeros up to ld; s is overwritten, p may be s, ds may be dp.
+// P is divided by the sum of these scores' own exponentials: a forward whose product rounds otherwise gives the shift
+// alone. So P adds up to 1, dS to 0, and one key has just that.
 template <typename T>
 void softmax_bwd_row(float* s, const float* dp, int64_t count, int64_t ld, float scale_s, float scale, float shift,
-                     float sum, T* p, T* ds) {
-  const Vec factor(scale_s), negative(-shift), total(sum), zero(0.0f);
-  Vec deltas(0.0f);
+                     T* p, T* ds) {
+  if (count == 1) {
+    const float none = 0.0f * s[0], gradient = none + 0.0f * dp[0];  // not of NaN and infinities
+    std::fill_n(p, ld, T(0.0f));
+    std::fill_n(ds, ld, T(0.0f));
+    p[0] = T(1.0f + none);
+    ds[0] = T(gradient);
+    return;
+  }
+  const auto sum_of = [](const Vec& v) {
+    return at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return x + y; }, v);
+  };
+  const Vec factor(scale_s), negative(-shift), zero(0.0f);
+  Vec sum = zero, weighted = zero;
   for (int64_t j = 0; j < ld; j += kLanes) {
     Vec e = zero;
     if (j < count) {
-      e = exponential<T>(at::vec::fmadd(Vec::loadu(s + j), factor, negative)) / total;
-      const Vec weighted = e * Vec::loadu(dp + j);
-      deltas = deltas + (j + kLanes <= count ? weighted : Vec::set(zero, weighted, count - j));
-      e = j + kLanes <= count ? e : Vec::set(zero, e, count - j);
+      e = exponential<T>(at::vec::fmadd(Vec::loadu(s + j), factor, negative));
+      Vec part = e * Vec::loadu(dp + j);
+      if (j + kLanes > count) {
+        e = Vec::set(zero, e, count - j);
+        part = Vec::set(zero, part, count - j);
+      }
+      sum = sum + e;
+      weighted = weighted + part;
     }
     e.store(s + j);
   }
-  const Vec delta(at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return x + y; }, deltas)), scaled(scale);
+  const Vec total(sum_of(sum)), delta(sum_of(weighted) / sum_of(sum)), scaled(scale);
   const auto gradient = [&](int64_t j, const Vec& pj) {
     const Vec d = pj * (Vec::loadu(dp + j) - delta) * scaled;
     return j + kLanes <= count ? d : Vec::set(zero, d, std::max<int64_t>(0, count - j));
   };
   for (int64_t j = 0; j < ld; j += 2 * kLanes) {
-    const Vec p0 = Vec::loadu(s + j), p1 = Vec::loadu(s + j + kLanes);
+    const Vec p0 = Vec::loadu(s + j) / total, p1 = Vec::loadu(s + j + kLanes) / total;
     const Vec d0 = gradient(j, p0), d1 = gradient(j + kLanes, p1);
     store(p0, p1, p + j);
     store(d0, d1, ds + j);
