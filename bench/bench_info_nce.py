@@ -89,8 +89,8 @@ def whole_step(name: str, size: int, dim: int, dtype: str) -> Callable[[], Any]:
     return step(name, "both", inputs(size, dim, dtype, "cpu"))
 
 
-def candidates(size: int, dtype: str, device: str) -> tuple[list[str], dict[str, str]]:
-    """Names that can be measured, and those that cannot: why."""
+def ours(dtype: str, device: str) -> tuple[list[str], dict[str, str]]:
+    """Names of our implementations that can be measured, and those that cannot: why."""
     probe = torch.zeros(1, 2, dtype=getattr(torch, dtype), device=device)
     names, absent = [], {}
     for impl, why_not in IMPLEMENTATIONS.items():
@@ -101,6 +101,12 @@ def candidates(size: int, dtype: str, device: str) -> tuple[list[str], dict[str,
             absent[f"lbfast {impl}"] = "absent: " + "; ".join(reasons)
         else:
             names.append(f"lbfast {impl}")
+    return names, absent
+
+
+def candidates(size: int, dtype: str, device: str) -> tuple[list[str], dict[str, str]]:
+    """Names that can be measured, and those that cannot: why."""
+    names, absent = ours(dtype, device)
     for name, (_, why_not) in PEERS.items():
         reason = why_not()
         if size > PEERS_TO:
@@ -141,11 +147,11 @@ def measure(size: int, dim: int, dtype: str, record: harness.Record, passes: Seq
         groups = [[name] for name in able if name != ALL_IN_FORWARD] if part == "bwd" else [able]
         for group in groups:
             _time({n: step(n, part, tensors) for n in group}, part, about, record, seconds, memory)
-    ours = [name for name in able if name.startswith("lbfast ")]
+    own = [name for name in able if name.startswith("lbfast ")]
     if "both" in passes and often:
         high = inputs(size, dim, dtype, record.device, HIGH_SCALE)
         about_high = {**about, "case": f"{size}x{dim}, scale {HIGH_SCALE:g}"}
-        _time({name: step(name, "both", high) for name in ours}, "both", about_high, record, seconds, memory)
+        _time({name: step(name, "both", high) for name in own}, "both", about_high, record, seconds, memory)
         if record.device == "cuda" and size <= GRAPHED:
             _time_graphs(able, tensors, about, record, seconds, memory)
 

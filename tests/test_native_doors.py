@@ -44,6 +44,12 @@ def grads(**given):
     )
 
 
+def sigmoid(**given):
+    arguments = {"x": randn(3, 8), "y": randn(5, 8), "scale": 1.0, "bias": -1.0, "diag": 0, "row_labels": None}
+    more = {"col_labels": None, "workspace": 1 << 20, "dx": torch.zeros(3, 8), "dy": torch.zeros(5, 8)}
+    return torch.ops.lbfast.sigmoid_loss_pass(*{**arguments, **more, **given}.values())
+
+
 def rows(**given):
     arguments = {"pixels": randn(2, 3, 4, 9, 9), "kept": None, "tube": 2, "patch": 3, "dtype": torch.float32}
     return torch.ops.lbfast.patch_rows(*{**arguments, **given}.values())
@@ -65,7 +71,9 @@ def labels(n):
     return torch.zeros(n, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("op", [attention, attention_bwd, temporal, temporal_bwd, stats, grads, rows, fold, resize])
+@pytest.mark.parametrize(
+    "op", [attention, attention_bwd, temporal, temporal_bwd, stats, grads, sigmoid, rows, fold, resize]
+)
 def test_what_fits_is_taken(op):
     op()
 
@@ -111,6 +119,11 @@ REFUSED = [
     (grads, {"dx": torch.zeros(5, 8)}, "dx: expected [3, 8]"),
     (grads, {"dy": torch.zeros(8, 5).T}, "dy: expected a contiguous tensor"),
     (grads, {"y": SAME, "dy": SAME}, "dy: expected memory of its own"),
+    (sigmoid, {"x": randn(3, 0), "y": randn(5, 0)}, "sigmoid_loss: x: expected (m, D), D > 0"),
+    (sigmoid, {"diag": 3}, "sigmoid_loss: diag: expected at most n - m = 2, got 3"),
+    (sigmoid, {"col_labels": labels(5)}, "row_labels, col_labels: expected both or neither"),
+    (sigmoid, {"dy": torch.zeros(5, 8).double()}, "sigmoid_loss: dy: expected Float"),
+    (sigmoid, {"dx": SAME[:3], "dy": SAME}, "dx: expected memory of its own"),
     (grads, {"dx": SAME[:3], "dy": SAME}, "dx: expected memory of its own"),
     (rows, {"pixels": randn(2, 3, 9, 9)}, "pixels: expected (B, C, T, H, W)"),
     (rows, {"pixels": randn(2, 3, 4, 9, 9).half()}, "pixels: expected uint8, float32 or bfloat16"),
