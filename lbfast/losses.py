@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,7 +28,7 @@ class InfoNCELoss(nn.Module):
             drops what other ranks' losses owe to a rank's features.
         rank, world_size: world_size > 1 without `group` takes the default process group. `rank` is not needed.
         use_horovod: must be False.
-        label_smoothing, direction, group, gather, impl, workspace_mib: as in ops.info_nce.
+        label_smoothing, direction, dims, dim_weights, group, gather, impl, workspace_mib: as in ops.info_nce.
         averaged: gradients are averaged over the ranks afterwards, as DistributedDataParallel does. False: features
             get the plain gradient of the loss.
 
@@ -47,6 +47,8 @@ class InfoNCELoss(nn.Module):
         *,
         label_smoothing: float = 0.0,
         direction: Literal["both", "image", "text"] = "both",
+        dims: Sequence[int] | None = None,
+        dim_weights: Sequence[float] | None = None,
         group: Any = None,
         gather: Literal["all", "ring"] = "all",
         averaged: bool = True,
@@ -60,6 +62,7 @@ class InfoNCELoss(nn.Module):
         self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod
         self.label_smoothing = label_smoothing
         self.direction: Literal["both", "image", "text"] = direction
+        self.dims, self.dim_weights = dims, dim_weights
         self.group = group
         self.gather: Literal["all", "ring"] = gather
         self.averaged = averaged
@@ -93,6 +96,8 @@ class InfoNCELoss(nn.Module):
             ids=ids,
             label_smoothing=self.label_smoothing,
             direction=self.direction,
+            dims=self.dims,
+            dim_weights=self.dim_weights,
             group=group,
             gather=self.gather,
             impl=self.impl,

@@ -36,10 +36,12 @@ def grads_of(x, y, s, needs=(True, True, True), **options):
     return loss.detach(), x.grad, y.grad, s.grad
 
 
-def equals_one_process(group, rank, sizes, gather, impl, dtype, needs=(True, True, True), smoothing=0.0, groups=False):
+def equals_one_process(
+    group, rank, sizes, gather, impl, dtype, needs=(True, True, True), smoothing=0.0, groups=False, dims=None
+):
     x, y, s, ids = batch(sum(sizes), dtype)
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    options = {"impl": impl, "label_smoothing": smoothing}
+    options = {"impl": impl, "label_smoothing": smoothing, "dims": dims}
     one = grads_of(x, y, s, needs, ids=ids if groups else None, **options)
     ours = grads_of(x[own], y[own], s, needs, ids=ids[own] if groups else None, group=group, gather=gather, **options)
     for what, a, b in zip(("loss", "image", "text", "scale"), ours, one):
@@ -159,6 +161,8 @@ def every_check(rank, folder):
                 equals_one_process(group, rank, sizes, gather, None, torch.float32, groups=True)
                 equals_one_process(group, rank, sizes, gather, None, torch.float32, smoothing=0.1)
                 equals_one_process(group, rank, sizes, gather, None, torch.float32, groups=True, smoothing=0.1)
+                for groups in (False, True):
+                    equals_one_process(group, rank, sizes, gather, None, torch.float32, groups=groups, dims=(24, 10))
                 for needs in ((True,) * 4, (True, False, True, False), (False, True, False, True)):
                     sigmoid_equals_one_process(group, rank, sizes, gather, "torch", torch.float32, needs)
                 sigmoid_equals_one_process(group, rank, sizes, gather, None, torch.bfloat16, groups=True)

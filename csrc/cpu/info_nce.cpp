@@ -284,13 +284,14 @@ void info_nce_grads(const at::Tensor& x, const at::Tensor& y, double scale, cons
     pairs::with_operand_type(x, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       const float *row_stats = rows.const_data_ptr<float>(), *col_stats = cols.const_data_ptr<float>();
-      const auto finish = [&](float* z, int64_t height, int64_t width, int64_t i, int64_t j) {
+      const auto finish = [&](int64_t, float* z, float*, int64_t height, int64_t width, int64_t i, int64_t j) {
         if (kept == nullptr) {
           finish_logits(z, height, width, i, j, block);
         }
         tile_grads(z, height, width, i, j, block, row_stats + i, row_stats + m + i, col_stats + j, col_stats + n + j);
       };
-      pairs::gradients(x.const_data_ptr<T>(), y.const_data_ptr<T>(), m, n, d, workspace, kept, sums.dx, sums.dy, finish);
+      pairs::gradients(x.const_data_ptr<T>(), y.const_data_ptr<T>(), m, n, {d}, workspace, kept, sums.dx, sums.dy,
+                       finish);
     });
   }
 }

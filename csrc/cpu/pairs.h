@@ -1,6 +1,6 @@
 // Tiles of the products of x [m, D] with y [n, D], and the gradients of a loss that is a function of each: what the
-// contrastive losses of this folder share. Operands are contiguous float or bfloat16, sums and gradients float. Tiles stay
-// in cache; no m x n matrix is stored. The order of additions depends on shapes alone, not on the number of threads.
+// contrastive losses of this folder share. Operands are contiguous float or bfloat16, sums and gradients float. Tiles
+// stay in cache; no m x n matrix is stored. The order of additions depends on shapes alone, not on the threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -98,22 +98,29 @@ inline float max_lanes(const Vec& v) {
 inline void convert(const float* src, float* dst, int64_t n) { std::copy(src, src + n, dst); }
 inline void convert(const float* src, at::BFloat16* dst, int64_t n) { at::vec::convert(src, dst, n); }
 
-// For each chunk of rows: (1) threads own tiles of columns: x @ y^T of a tile [rows, kCols], row0 and col0 its first row
-// and column, to `finish(z, rows, cols, row0, col0)`, which leaves dS there, its columns past `cols` 0; dS goes to the
-// chunk's scratch, and dY_tile += dS^T X_chunk; (2) threads own rows: dX_rows += dS Y. dx and dy may be null; without
-// both, the tiles are finished and no more. `kept`, or null: what is there to finish instead of the products,
-// [tile of columns][m][kCols].
+// For each chunk of rows: (1) threads own tiles of columns: x @ y^T of a tile [rows, kCols], row0 and col0 its first
+// row and column, to `finish(p, products, ds, rows, cols, row0, col0)`, which leaves dS in ds, its columns past `cols`
+// 0; dS goes to the chunk's scratch, and dY_tile += dS^T X_chunk; (2) threads own rows: dX_rows += dS Y. dx and dy may
+// be null; without both, the tiles are finished and no more. `kept`, or null: what is there to finish instead of the
+// products, [tile of columns][m][kCols].
+//
+// `ends`: where nested prefixes of the D numbers end, the last at D. Their products are partial sums of one, finished
+// one after another, p = 0, 1, ...; numbers that several prefixes have are multiplied by the sum of these prefixes' dS.
+// With one prefix, ds is where the products are.
 template <typename T, typename Finish>
-void gradients(const T* x, const T* y, int64_t m, int64_t n, int64_t d, int64_t workspace, const float* kept, float* dx,
-               float* dy, const Finish& finish) {
+void gradients(const T* x, const T* y, int64_t m, int64_t n, const std::vector<int64_t>& ends, int64_t workspace,
+               const float* kept, float* dx, float* dy, const Finish& finish) {
+  const int64_t d = ends.back(), prefixes = static_cast<int64_t>(ends.size());
   const int64_t tiles = ceil_div(n, kCols), ld = tiles * kCols;
-  const int64_t fit = workspace / (ld * static_cast<int64_t>(sizeof(T))) / kRows * kRows;
+  const int64_t fit = workspace / (prefixes * ld * static_cast<int64_t>(sizeof(T))) / kRows * kRows;
   const int64_t all = ceil_div(m, kRows) * kRows;
   const int64_t chunk = dx == nullptr && dy == nullptr ? all : std::min(std::max(fit, kRows), all);
   constexpr bool packs = kPair<T> == 2;
-  Scratch<T> ds_scratch(dx != nullptr ? chunk * ld : 0), pairs_scratch(packs && dy != nullptr ? chunk * d : 0);
-  T* ds = ds_scratch.data();          // [chunk, ld]
+  Scratch<T> ds_scratch(dx != nullptr ? prefixes * chunk * ld : 0);
+  Scratch<T> pairs_scratch(packs && dy != nullptr ? chunk * d : 0);
+  T* ds = ds_scratch.data();          // [prefixes, chunk, ld]
   T* x_pairs = pairs_scratch.data();  // [chunk / 2, D, 2]
+  const auto begin_of = [&](int64_t p) { return p == 0 ? 0 : ends[p - 1]; };
   for (int64_t c = 0; c < m; c += chunk) {
     const int64_t high = std::min(chunk, m - c);
     if constexpr (packs) {
@@ -126,7 +133,8 @@ void gradients(const T* x, const T* y, int64_t m, int64_t n, int64_t d, int64_t 
     }
     at::parallel_for(0, tiles, grain(2 * kCols * high * d), [&](int64_t begin, int64_t end) {
       std::vector<T> packed(d * kCols), turned(kCols * kRows);
-      std::vector<float> z(kRows * kCols), z_turned(kCols * kRows);
+      std::vector<float> products(prefixes > 1 ? kRows * kCols : 0), z(prefixes * kRows * kCols);
+      std::vector<float> z_turned(kCols * kRows);
       for (int64_t t = begin; t < end; ++t) {
         const int64_t j = t * kCols, width = std::min(kCols, n - j);
         if (kept == nullptr) {
@@ -134,32 +142,47 @@ void gradients(const T* x, const T* y, int64_t m, int64_t n, int64_t d, int64_t 
         }
         for (int64_t i = c; i < c + high; i += kRows) {
           const int64_t height = std::min(kRows, c + high - i);
-          if (kept == nullptr) {
-            gemm(height, kCols, d, x + i * d, d, packed.data(), kCols, z.data(), kCols, false);
-          } else {
-            std::copy_n(kept + (t * m + i) * kCols, height * kCols, z.data());
+          for (int64_t p = 0; p < prefixes; ++p) {
+            float* of_prefix = &z[p * kRows * kCols];
+            float* tile = prefixes > 1 ? products.data() : of_prefix;
+            const int64_t from = begin_of(p);
+            if (kept == nullptr) {
+              gemm(height, kCols, ends[p] - from, x + i * d + from, d, &packed[from * kCols], kCols, tile, kCols,
+                   p > 0);
+            } else {
+              std::copy_n(kept + (t * m + i) * kCols, height * kCols, tile);
+            }
+            finish(p, tile, of_prefix, height, width, i, j);
           }
-          finish(z.data(), height, width, i, j);
-          if (dx != nullptr) {
-            for (int64_t r = 0; r < height; ++r) {
-              convert(&z[r * kCols], &ds[(i - c + r) * ld + j], kCols);
+          for (int64_t p = prefixes - 2; p >= 0; --p) {
+            float* less = &z[p * kRows * kCols];
+            for (int64_t k = 0; k < height * kCols; k += kLanes) {
+              (Vec::loadu(less + k) + Vec::loadu(less + kRows * kCols + k)).store(less + k);
             }
           }
-          if (dy != nullptr) {
-            const int64_t depth = round_to_pair<T>(height);
+          for (int64_t p = 0; p < prefixes; ++p) {
+            float* of_prefix = &z[p * kRows * kCols];
+            const int64_t from = begin_of(p), depth = round_to_pair<T>(height);
+            if (dx != nullptr) {
+              for (int64_t r = 0; r < height; ++r) {
+                convert(&of_prefix[r * kCols], &ds[(p * chunk + i - c + r) * ld + j], kCols);
+              }
+            }
+            if (dy == nullptr) {
+              continue;
+            }
             if (depth != height) {
-              std::fill(&z[height * kCols], &z[height * kCols] + kCols, 0.0f);
+              std::fill(&of_prefix[height * kCols], &of_prefix[height * kCols] + kCols, 0.0f);
             }
             float* out = z_turned.data();
-            at::vec::transpose_mxn<float>(z.data(), kCols, out, kRows, depth, kCols);
-            const T* b;
+            at::vec::transpose_mxn<float>(of_prefix, kCols, out, kRows, depth, kCols);
+            float* sums = dy + j * d + from;
+            const int64_t some = ends[p] - from;
             if constexpr (packs) {
               convert(out, turned.data(), kCols * kRows);
-              b = x_pairs + (i - c) * d;
-              gemm(width, d, depth, turned.data(), kRows, b, d, dy + j * d, d, true);
+              gemm(width, some, depth, turned.data(), kRows, x_pairs + (i - c) * d + 2 * from, d, sums, d, true);
             } else {
-              b = x + i * d;
-              gemm(width, d, depth, out, kRows, b, d, dy + j * d, d, true);
+              gemm(width, some, depth, out, kRows, x + i * d + from, d, sums, d, true);
             }
           }
         }
@@ -179,8 +202,11 @@ void gradients(const T* x, const T* y, int64_t m, int64_t n, int64_t d, int64_t 
               b = pairs.data();
             }
             for (int64_t i = group; i < std::min(stop, group + kStrips * kRows); i += kRows) {
-              gemm(std::min(kRows, stop - i), d, round_to_pair<T>(depth), &ds[i * ld + j], ld, b, d,
-                   dx + (c + i) * d, d, true);
+              for (int64_t p = 0; p < prefixes; ++p) {
+                const int64_t from = begin_of(p);
+                gemm(std::min(kRows, stop - i), ends[p] - from, round_to_pair<T>(depth),
+                     &ds[(p * chunk + i) * ld + j], ld, b + kPair<T> * from, d, dx + (c + i) * d + from, d, true);
+              }
             }
           }
         }

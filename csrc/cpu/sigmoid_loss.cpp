@@ -96,10 +96,10 @@ at::Tensor sigmoid_loss_pass(const at::Tensor& x, const at::Tensor& y, double sc
   if (m > 0 && n > 0) {
     pairs::with_operand_type(x, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      const auto finish = [&](float* tile, int64_t rows, int64_t cols, int64_t i, int64_t j) {
+      const auto finish = [&](int64_t, float* tile, float*, int64_t rows, int64_t cols, int64_t i, int64_t j) {
         finish_tile(tile, rows, cols, i, j, block, of_tiles + j / kCols * kSums);
       };
-      pairs::gradients(x.const_data_ptr<T>(), y.const_data_ptr<T>(), m, n, d, workspace, nullptr, into.dx, into.dy,
+      pairs::gradients(x.const_data_ptr<T>(), y.const_data_ptr<T>(), m, n, {d}, workspace, nullptr, into.dx, into.dy,
                        finish);
     });
   }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 
 from lbfast import dispatch, distributed
-from lbfast.ops import _pairs
+from lbfast.ops import _nested, _pairs
 from lbfast.ops._dense import dense_info_nce
 from lbfast.ops._pairs import accumulation, wide
 from lbfast.ops._smoothing import smoothing_means, smoothing_partners, smoothing_start
@@ -28,6 +29,8 @@ def info_nce(
     ids: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
     direction: Literal["both", "image", "text"] = "both",
+    dims: Sequence[int] | None = None,
+    dim_weights: Sequence[float] | None = None,
     group: Any = None,
     gather: Literal["all", "ring"] = "all",
     impl: str | None = None,
@@ -53,6 +56,10 @@ def info_nce(
         label_smoothing: in [0, 1): this share of the target is spread over the positive and all negatives of a row.
             Only with as many texts as images, both ways.
         direction: "both"; or one half: "image", each image against the texts, or "text", each text against the images.
+        dims: of nested embeddings (Matryoshka), numbers of a row: the loss is the mean of those of the first d numbers
+            of each row, divided by their length, for each d in dims. Rows are then normalised here, but for that of
+            plain calls with the renormalised prefixes; on a CPU one product serves them all.
+        dim_weights: of that mean, one for each of dims, at least 0; None: all alike.
         group: a torch.distributed process group: each rank gives its own rows (any number, at least one in all), and
             the loss is that of the concatenated batch on every rank. Every rank must call forward and backward, with
             the same arguments and the same inputs requiring a gradient. A rank that dies raises on the others
@@ -80,6 +87,9 @@ def info_nce(
     scale = _pairs.number("info_nce", "logit_scale", logit_scale, device)
     image_embeds, text_embeds = _pairs.alike(image_embeds, text_embeds)
     name = dispatch.choose("info_nce", impl, IMPLEMENTATIONS, image_embeds, text_embeds)
+    if dim_weights is not None and dims is None:
+        raise ValueError(f"info_nce: dim_weights: expected dims with them, got {tuple(dim_weights)} alone")
+    shares = None if dims is None else _nested.prefixes_of(dims, dim_weights, image_embeds.shape[1])
     world = distributed.world(group)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         same = {
@@ -89,6 +99,7 @@ def info_nce(
             "ids given": ids is not None,
             "label_smoothing": label_smoothing,
             "gather='ring'": gather == "ring",
+            **_nested.facts(shares),
         }
         shards, texts = distributed.Shards.agree(image_embeds, text_embeds, group, world, **same)
         if shards.total == 0:
@@ -98,6 +109,36 @@ def info_nce(
                 f"info_nce: label_smoothing: expected 0 where there are more texts than images, got {label_smoothing}"
             )
         labels = None if ids is None or dispatch.aten_only() else _pairs.labels_of(ids, texts)
+    if shares is not None:
+        sums = None
+        one_product = name == "native" and not label_smoothing and not dispatch.aten_only()
+        if one_product and (shards.world == 1 or gather == "all"):
+            whole = _pairs.workspace_bytes(device, workspace_mib) * (1 if workspace_mib else len(shares))
+            nested_plan = _pairs.Plan(shards, texts, gather, labels, whole)
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                sums = _nested.fused_sums(image_embeds, text_embeds, scale, nested_plan, list(shares))
+        if sums is not None:
+            return _nested.Fused.apply(
+                image_embeds, text_embeds, scale, nested_plan, sums, list(shares.values()), direction
+            )
+
+        def plain(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            return info_nce(
+                image,
+                text,
+                scale,
+                ids=ids,
+                label_smoothing=label_smoothing,
+                direction=direction,
+                group=group,
+                gather=gather,
+                impl=impl,
+                workspace_mib=workspace_mib,
+            )
+
+        # a CPU multiplies them in float32 anyway
+        dtype = image_embeds.dtype if name == "triton" else accumulation(image_embeds.dtype)
+        return _nested.composed(image_embeds, text_embeds, shares, dtype, plain)
     if shards.world == 1 and dispatch.aten_only():
         return dense_info_nce(image_embeds, text_embeds, scale, ids, label_smoothing, direction)
     workspace, room = _memory(image_embeds, texts.total, workspace_mib)
