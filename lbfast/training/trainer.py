@@ -234,6 +234,8 @@ class _Run:
             seed=recipe.seed,
             autocast=autocast,
             scaler=self.scaler,
+            loss=recipe.loss,
+            dims=recipe.dims,
             label_smoothing=recipe.label_smoothing,
             mask_repeats=recipe.mask_repeats,
             offload=recipe.offload,
