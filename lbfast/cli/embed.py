@@ -50,6 +50,9 @@ def embed(
         str | None,
         typer.Option(metavar="MODALITY+MODALITY", help="A row more for files of one stem, as video+audio."),
     ] = None,
+    dim: Annotated[
+        int | None, typer.Option(min=1, help="Keep the first so many numbers, of unit length again. Default: all.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Files, clips or captions at a time.")] = 8,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that decode. Default: one less than the cores, at most 8.")
@@ -82,6 +85,7 @@ def embed(
                 out,
                 modality=modality.value if modality else None,
                 fuse=fuse,
+                dim=dim,
                 batch_size=batch_size,
                 workers=min(8, max(1, (os.cpu_count() or 1) - 1)) if workers is None else workers,
                 dtype=dtype.value,
