@@ -20,7 +20,9 @@ using pairs::kLanes;
 using pairs::Vec;
 
 constexpr int64_t kVecs = kCols / kLanes;
-constexpr int64_t kSums = 3;  // of the losses, of dS, and of dS p
+constexpr int64_t kSums = 3;    // of the losses, of dS, and of dS p
+constexpr int64_t kFlush = 16;  // rows that are added up in float: at first all pairs' losses are alike, and so would
+                                // be the roundings of their sums
 
 struct Block : pairs::Block {
   float scale, bias;
@@ -30,6 +32,16 @@ struct Block : pairs::Block {
 void finish_tile(float* tile, int64_t rows, int64_t cols, int64_t row0, int64_t col0, const Block& block, double* sums) {
   const Vec scale(block.scale), bias(block.bias), zero(0.0f), one(1.0f), two(2.0f);
   Vec totals[kSums] = {zero, zero, zero};
+  const auto flush = [&] {
+    for (int64_t k = 0; k < kSums; ++k) {
+      float lanes[kLanes];
+      totals[k].store(lanes);
+      for (const float lane : lanes) {
+        sums[k] += lane;
+      }
+      totals[k] = zero;
+    }
+  };
   float weights[kCols];
   std::fill(weights, weights + cols, 1.0f);
   std::fill(weights + cols, weights + kCols, 0.0f);
@@ -48,6 +60,7 @@ void finish_tile(float* tile, int64_t rows, int64_t cols, int64_t row0, int64_t 
       product = row[positive];
       weights[positive] = 0.0f;
     }
+    Vec of_row[kSums] = {zero, zero, zero};
     for (int64_t v = 0; v < kVecs; ++v) {
       const Vec p = Vec::loadu(row + v * kLanes), weight = Vec::loadu(weights + v * kLanes);
       const Vec z = at::vec::fmadd(p, scale, bias);
@@ -61,10 +74,16 @@ void finish_tile(float* tile, int64_t rows, int64_t cols, int64_t row0, int64_t 
       }
       const Vec loss = at::vec::fmadd(two * w, series, at::vec::maximum(z, zero));
       const Vec ds = weight * (Vec::blendv(u, one, z >= zero) * beyond * inverse);
-      totals[0] = at::vec::fmadd(weight, loss, totals[0]);
-      totals[1] = totals[1] + ds;
-      totals[2] = at::vec::fmadd(ds, p, totals[2]);
+      of_row[0] = at::vec::fmadd(weight, loss, of_row[0]);
+      of_row[1] = of_row[1] + ds;
+      of_row[2] = at::vec::fmadd(ds, p, of_row[2]);
       ds.store(row + v * kLanes);
+    }
+    for (int64_t k = 0; k < kSums; ++k) {
+      totals[k] = totals[k] + of_row[k];
+    }
+    if (i % kFlush == kFlush - 1) {
+      flush();
     }
     if (positive >= 0) {
       weights[positive] = 1.0f;
@@ -75,13 +94,7 @@ void finish_tile(float* tile, int64_t rows, int64_t cols, int64_t row0, int64_t 
       row[positive] = static_cast<float>(ds);
     }
   }
-  for (int64_t k = 0; k < kSums; ++k) {
-    float lanes[kLanes];
-    totals[k].store(lanes);
-    for (const float lane : lanes) {
-      sums[k] += lane;
-    }
-  }
+  flush();
 }
 
 at::Tensor sigmoid_loss_pass(const at::Tensor& x, const at::Tensor& y, double scale, double bias, int64_t diag,
