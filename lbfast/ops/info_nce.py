@@ -57,8 +57,8 @@ def info_nce(
             Only with as many texts as images, both ways.
         direction: "both"; or one half: "image", each image against the texts, or "text", each text against the images.
         dims: of nested embeddings (Matryoshka), numbers of a row: the loss is the mean of those of the first d numbers
-            of each row, divided by their length, for each d in dims. Rows are then normalised here, but for that of
-            plain calls with the renormalised prefixes; on a CPU one product serves them all.
+            of each row, divided by their length, for each d in dims. It equals the mean of as many calls, and is one
+            product on a CPU ("native", without label smoothing or a ring, |logit_scale| up to 100).
         dim_weights: of that mean, one for each of dims, at least 0; None: all alike.
         group: a torch.distributed process group: each rank gives its own rows (any number, at least one in all), and
             the loss is that of the concatenated batch on every rank. Every rank must call forward and backward, with
