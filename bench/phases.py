@@ -89,7 +89,6 @@ OP_BENCHES = (
     _attention("audio L/14", "--samples", "128", name="-audio", seconds=12),  # whole score matrices of more don't fit
     _attention("text L", name="-text", seconds=9),
     _bench("info-nce", "--size", "32768", "8192", "--dim", "768", *QUICK, seconds=18, op="info_nce", gib=20),
-    _bench("sigmoid-loss", "--size", "32768", *QUICK, seconds=14, op="sigmoid_loss", gib=20),
     _bench("mlp", "--shape", "1024", "4096", *QUICK, seconds=12, op="mlp"),
     _bench("patch-embed", "--width", "1024", *QUICK, seconds=11, op="patch_embed"),
     _bench("layer-norm", "--width", "1024", *QUICK, seconds=11, op="layer_norm"),

@@ -49,7 +49,6 @@ TINY = {  # arguments by which the benches do what a CPU can, in place of the pl
     "bench.bench_layer_norm": ["--tokens", "3", "--width", "64", "--clips", "1", *FEW, "--no-compile"],
     "bench.bench_mlp": ["--rows", "7", "--shape", "16", "32", *FEW, "--no-compile"],
     "bench.bench_info_nce": ["--size", "32", "--dim", "16", *FEW],
-    "bench.bench_sigmoid_loss": ["--size", "32", "--dim", "16", *FEW],
     "bench.bench_training": ["--batch", "2", "--micro-batch", "2", "--width", "64", "--layers", "1", *LITTLE, *FEW],
     "bench.profile": ["--batch", "1", "1", *FEW],
     "bench.tune": [],
