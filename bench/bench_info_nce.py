@@ -28,6 +28,8 @@ from lbfast.ops.info_nce import IMPLEMENTATIONS, info_nce
 from . import contest, harness, peers
 
 GPU_SIZES, CPU_SIZES = [1024, 4096, 8192, 16384, 32768, 65536, 131072], [1024, 4096]
+NESTED = "lbfast nested"
+"""With --nested: the losses of the first 1, 2/3, 1/3 and 1/12 of the numbers at once."""
 FLOPS = {"fwd": 2, "bwd": 6, "both": 8}  # times B^2 D
 PEERS_TO = 2**18
 """Pairs: with more, the others would take minutes; ours then take seconds, and are called once for each number."""
@@ -66,7 +68,14 @@ def inputs(size: int, dim: int, dtype: str, device: str, scale: float = peers.SC
     return [*made, torch.tensor(scale, device=device, requires_grad=True)]
 
 
+def nested_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    d = image.shape[1]
+    return info_nce(image, text, scale, dims=(d, 2 * d // 3, d // 3, d // 12))
+
+
 def loss_of(name: str) -> Callable[..., torch.Tensor]:
+    if name == NESTED:
+        return nested_loss
     if name.startswith("lbfast "):
         return lambda *tensors: info_nce(*tensors, impl=name.removeprefix("lbfast "))
     return PEERS[name][0]
@@ -89,8 +98,8 @@ def whole_step(name: str, size: int, dim: int, dtype: str) -> Callable[[], Any]:
     return step(name, "both", inputs(size, dim, dtype, "cpu"))
 
 
-def candidates(size: int, dtype: str, device: str) -> tuple[list[str], dict[str, str]]:
-    """Names that can be measured, and those that cannot: why."""
+def ours(dtype: str, device: str) -> tuple[list[str], dict[str, str]]:
+    """Names of our implementations that can be measured, and those that cannot: why."""
     probe = torch.zeros(1, 2, dtype=getattr(torch, dtype), device=device)
     names, absent = [], {}
     for impl, why_not in IMPLEMENTATIONS.items():
@@ -101,6 +110,12 @@ def candidates(size: int, dtype: str, device: str) -> tuple[list[str], dict[str,
             absent[f"lbfast {impl}"] = "absent: " + "; ".join(reasons)
         else:
             names.append(f"lbfast {impl}")
+    return names, absent
+
+
+def candidates(size: int, dtype: str, device: str) -> tuple[list[str], dict[str, str]]:
+    """Names that can be measured, and those that cannot: why."""
+    names, absent = ours(dtype, device)
     for name, (_, why_not) in PEERS.items():
         reason = why_not()
         if size > PEERS_TO:
@@ -116,8 +131,17 @@ def candidates(size: int, dtype: str, device: str) -> tuple[list[str], dict[str,
     return names, absent
 
 
-def measure(size: int, dim: int, dtype: str, record: harness.Record, passes: Sequence[str], seconds: float) -> None:
+def measure(
+    size: int,
+    dim: int,
+    dtype: str,
+    record: harness.Record,
+    passes: Sequence[str],
+    seconds: float,
+    nested: bool = False,
+) -> None:
     names, absent = candidates(size, dtype, record.device)
+    names += [NESTED] if nested else []
     tensors = inputs(size, dim, dtype, record.device)
     about = {"case": f"{size}x{dim}", "dtype": dtype}
     record.add({**about, "name": name, "note": reason} for name, reason in absent.items())
@@ -129,7 +153,7 @@ def measure(size: int, dim: int, dtype: str, record: harness.Record, passes: Seq
                 memory[name] = harness.gpu_extra_mib(step(name, "both", tensors), warm=often)
             else:
                 memory[name] = harness.cpu_memory(whole_step, name, size, dim, dtype, warm=(name, 64, dim, dtype)).extra
-            if exact is not None:
+            if exact is not None and name != NESTED:
                 error = abs(float(loss_of(name)(*(x.detach() for x in tensors))) / exact - 1)
                 if not error <= TOLERANCE[getattr(torch, dtype)]:
                     raise AssertionError(f"wrong: {error:.1e} from float64: not timed")
@@ -141,11 +165,11 @@ def measure(size: int, dim: int, dtype: str, record: harness.Record, passes: Seq
         groups = [[name] for name in able if name != ALL_IN_FORWARD] if part == "bwd" else [able]
         for group in groups:
             _time({n: step(n, part, tensors) for n in group}, part, about, record, seconds, memory)
-    ours = [name for name in able if name.startswith("lbfast ")]
+    own = [name for name in able if name.startswith("lbfast ")]
     if "both" in passes and often:
         high = inputs(size, dim, dtype, record.device, HIGH_SCALE)
         about_high = {**about, "case": f"{size}x{dim}, scale {HIGH_SCALE:g}"}
-        _time({name: step(name, "both", high) for name in ours}, "both", about_high, record, seconds, memory)
+        _time({name: step(name, "both", high) for name in own}, "both", about_high, record, seconds, memory)
         if record.device == "cuda" and size <= GRAPHED:
             _time_graphs(able, tensors, about, record, seconds, memory)
 
@@ -209,6 +233,7 @@ def options() -> argparse.ArgumentParser:
     sizes = GPU_SIZES if harness.device() == "cuda" else CPU_SIZES
     parser.add_argument("--size", type=int, nargs="+", default=sizes, help="B; default: %(default)s")
     parser.add_argument("--dim", type=int, nargs="+", default=[512, 768, 1024], help="D; default: %(default)s")
+    parser.add_argument("--nested", action="store_true", help="the losses of four prefixes of a row at once, too")
     return parser
 
 
@@ -220,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for dim in given.dim:
             for dtype in given.dtype:
                 record.begins(f"{size} x {dim}, {dtype}")
-                measure(size, dim, dtype, record, given.passes, given.seconds)
+                measure(size, dim, dtype, record, given.passes, given.seconds, given.nested)
     return contest.show(record)
 
 

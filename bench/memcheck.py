@@ -64,6 +64,7 @@ def cases(device: str, dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any]
             [(pixels / 255).to(dtype).requires_grad_(), *table],
         ),
         "info_nce": (lambda *x: ops.info_nce(*x, impl="triton"), [*unit, scale]),
+        "sigmoid_loss": (lambda *x: ops.sigmoid_loss(*x, -5.0, impl="triton"), [*unit, scale]),
     }
 
 

@@ -97,6 +97,38 @@ def clip_loss_row_chunked(
     return ((torch.cat(row_lse) + col_lse) / 2 - positives).mean()
 
 
+def siglip_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """open_clip's SigLipLoss on one process, its arithmetic."""
+    logits = scale * image @ text.T
+    logits += bias
+    labels = -torch.ones(logits.shape, device=image.device, dtype=image.dtype)
+    labels = 2 * torch.eye(len(image), device=image.device, dtype=image.dtype) + labels
+    return -F.logsigmoid(labels * logits).sum() / image.shape[0]
+
+
+def siglip_loss_row_chunked(
+    image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, rows: int = 1024
+) -> torch.Tensor:
+    """Linear memory in plain torch: chunks of rows under checkpoint, a positive apart from its row's negatives."""
+
+    def chunk(x: torch.Tensor, y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, first: int) -> torch.Tensor:
+        logits = (s * x @ y.T).float() + b
+        positives = logits.diagonal(first)[: len(x)]
+        return F.softplus(logits).sum() - positives.sum()  # softplus(-z) = softplus(z) - z
+
+    total = torch.zeros((), device=image.device)
+    for i, x in enumerate(image.split(rows)):
+        total = total + checkpoint(chunk, x, text, scale, bias, i * rows, use_reentrant=False)
+    return total / len(image)
+
+
+def siglip_kernel_loss(
+    image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """siglip-kernel's, as it chooses by itself; it takes the logarithm of the scale."""
+    return absent("siglip_kernel").fused_siglip_loss(image, text, scale.log(), bias)
+
+
 def memeff_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """memeff: its temperature is a number, so `scale` gets no gradient."""
     from memeff import MemoryEfficientCLIPLoss

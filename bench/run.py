@@ -27,7 +27,7 @@ from typing import Any
 from . import harness, headline
 
 ROOT = harness.HERE.parent
-OPS = ("attention", "info_nce", "layer_norm", "mlp", "patch_embed", "temporal_attention")
+OPS = ("attention", "info_nce", "layer_norm", "mlp", "patch_embed", "sigmoid_loss", "temporal_attention")
 SLOW = "triton or 768 or 1024 or published_sizes or opcheck or compile or export or gradcheck"
 """Of the ops' tests on a CPU: kernels that are not measured there, and what takes long."""
 BUDGET = 590  # seconds, all in all
@@ -63,6 +63,7 @@ PIECES = (
         "image", "--batch", "8", "--seconds", "1", "--candidates", *MAIN, "--no-memory", limit=120, name="image-8"
     ),
     Piece("info-nce", "bench_info_nce", ("--size", "1024", "--dim", "768", "--seconds", "0.1"), limit=90),
+    Piece("sigmoid-loss", "bench_sigmoid_loss", ("--size", "1024", "--seconds", "0.1"), limit=60),
     Piece("attention", "bench_attention", ("--only", "L", *QUICK, "--no-compile"), limit=60),
     Piece(
         "temporal-attention",
@@ -87,6 +88,16 @@ PIECES = (
             f"info-nce-16k-{dtype}",
             "bench_info_nce",
             ("--size", "16384", "--dim", "768", "--dtype", dtype, "--passes", "both", "--seconds", "1"),
+            limit=300,
+            extra=True,
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
+    *(
+        Piece(
+            f"sigmoid-loss-16k-{dtype}",
+            "bench_sigmoid_loss",
+            ("--size", "16384", "--dtype", dtype, "--passes", "both", "--seconds", "1"),
             limit=300,
             extra=True,
         )

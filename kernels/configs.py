@@ -106,15 +106,21 @@ ATTENTION_BWD_PASSES: Mapping[str, Launch] = {
     "interpreter": Launch({"KEYS": 128, "DIM": 128, "LEAST": 320, "MOST": 1024, "COLS": 64}, num_warps=8),
 }
 
-# info_nce: tiles of logits, GROUP rows of tiles swept together. "wide": float32. "labels": where pairs are left out;
-# "kept": whose exponentials are kept, forward and backward.
+# info_nce and sigmoid_loss: tiles of logits, GROUP rows of tiles swept together. "wide": float32. "labels": where pairs
+# are left out; "kept": whose exponentials are kept, forward and backward; "sigmoid": of the latter.
 INFO_NCE: Mapping[str, Launch] = {
     "default": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8}, num_warps=8, num_stages=3),
     "labels": Launch({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8}, num_warps=4, num_stages=3),
+    "sigmoid": Launch({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8}, num_warps=8, num_stages=3),
+    "sigmoid labels": Launch({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8}, num_warps=8, num_stages=3),
     "wide": Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8}, num_warps=4, num_stages=2),
     "sm_80": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8}, num_warps=8, num_stages=4),
     "sm_90": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=4, num_stages=3),
     "sm_90 labels": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=4, num_stages=3),
+    "sm_90 sigmoid labels": Launch(
+        {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3
+    ),
+    "sm_90 sigmoid": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
     "sm_100": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
     "sm_100 bwd": Launch({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
     "sm_100 kept": Launch({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),

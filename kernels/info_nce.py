@@ -20,18 +20,26 @@ Contract: Implementation in lbfast/ops/info_nce.py. Source: CLIP, arXiv 2103.000
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
-from lbfast.kernels.primitives import AotCase, arch, dot_precision, on_device
+from lbfast.kernels.pairs import (
+    LOG2_E,
+    NO_DIAGONAL,
+    diagonal,
+    launch_of,
+    options,
+    products,
+    row_of,
+    rows_contiguous,
+    same_label,
+    tile_of,
+)
+from lbfast.kernels.primitives import AotCase, on_device
 
 from lbfast.kernels import configs
 
-NO_DIAGONAL = -(2**30)
 NONE = tl.constexpr(-3.4028234663852886e38)  # logit of a pair that is left out
-LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST, MOST = tl.constexpr(2.0**-90), tl.constexpr(2.0**126)
 _LEAST_BITS, _RANGE = tl.constexpr((127 - 90) << 23), tl.constexpr((126 + 90) << 23)
 MOST_KEPT = tl.constexpr(2.0**50)
@@ -45,61 +53,6 @@ _MOST_PARTS = 512  # that one program joins
 def shift_of(scale):
     """The tiles' shift: 0, or of a large scale 16 or 32, whose product with LOG2_E is exact."""
     return 16 * tl.minimum(tl.maximum(tl.ceil(tl.abs(scale) / 16) - 5, 0.0), 2.0)
-
-
-@triton.jit
-def tile_of(pid, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Tiles in groups of GROUP rows of tiles, down the columns first: neighbours share their operands in the cache."""
-    tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
-    group = pid // (GROUP * tiles_n)
-    height = tl.minimum(tiles_m - group * GROUP, GROUP)
-    inside = pid % (GROUP * tiles_n)
-    return group * GROUP + inside % height, inside // height
-
-
-@triton.jit
-def products(
-    x_ptr,
-    y_ptr,
-    m,
-    n,
-    stride_x,
-    stride_y,
-    first_m,
-    first_n,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Rows of x from first_m on times those of y from first_n on: [BLOCK_M, BLOCK_N], float32."""
-    o_k = tl.arange(0, BLOCK_K)
-    # 64-bit addresses of the tile's first rows; within the tile 32-bit offsets, which take half the registers
-    x_ptr += first_m.to(tl.int64) * stride_x
-    y_ptr += first_n.to(tl.int64) * stride_y
-    o_x = tl.minimum(tl.arange(0, BLOCK_M), m - 1 - first_m)[:, None] * stride_x + o_k[None, :]
-    o_y = tl.minimum(tl.arange(0, BLOCK_N), n - 1 - first_n)[None, :] * stride_y + o_k[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, D, BLOCK_K):
-        if D % BLOCK_K == 0:
-            b_x, b_y = tl.load(x_ptr + o_x), tl.load(y_ptr + o_y)
-        else:
-            m_k = k + o_k < D
-            b_x = tl.load(x_ptr + o_x, mask=m_k[None, :], other=0.0)
-            b_y = tl.load(y_ptr + o_y, mask=m_k[:, None], other=0.0)
-        acc = tl.dot(b_x, b_y, acc, input_precision=PRECISION)
-        x_ptr += BLOCK_K
-        y_ptr += BLOCK_K
-    return acc
-
-
-@triton.jit
-def same_label(row_labels_ptr, col_labels_ptr, m, n, o_m, o_n):
-    """[BLOCK_M, BLOCK_N]: pairs that share a label."""
-    rows = tl.load(row_labels_ptr + o_m, mask=o_m < m, other=-1)
-    cols = tl.load(col_labels_ptr + o_n, mask=o_n < n, other=-2)
-    return rows[:, None] == cols[None, :]
 
 
 @triton.jit
@@ -343,35 +296,10 @@ def _join_kernel(
     tl.store(p_out + stride_out, total, mask=mask)
 
 
-def row_of(name: str, wide: bool, kind: str = "") -> configs.Launch:
-    """The row of an architecture: "wide" for float32, or of a kind of kernel ("labels", "bwd"), or the plain one."""
-    table = configs.INFO_NCE
-    if wide:
-        return table.get(f"{name} wide", table["wide"])
-    plain = configs.lookup(table, name)
-    return table.get(f"{name} {kind}", table.get(kind, plain) if kind else plain)
-
-
-def launch_of(x: torch.Tensor, kind: str = "") -> configs.Launch:
-    name = arch(x.device)
-    if name == "interpreter":
-        return configs.INFO_NCE[name]
-    return row_of(name, x.dtype == torch.float32, kind)
-
-
 def again(launch: configs.Launch) -> configs.Launch:
     """For the kernels that compute single tiles again, which have more to hold than those that compute all of them."""
     tile = launch.tile
     return configs.Launch(tile, 8 if tile["BLOCK_M"] * tile["BLOCK_N"] > 64 * 64 else 4, min(launch.num_stages, 2))
-
-
-def options(launch: configs.Launch, x: torch.Tensor) -> dict[str, Any]:
-    tile = {"D": x.shape[1], "PRECISION": dot_precision(x.dtype), **launch.tile}
-    return {**tile, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
-
-
-def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _join(sums, shifts, poor, strides, tile, scale, before, positives, first_positive, count, out):
@@ -475,14 +403,6 @@ def aot_shapes(arch: str):
         constants = {"D": d, "PRECISION": precision}
         constants |= {} if labels else {"row_labels_ptr": None, "col_labels_ptr": None}
         yield what, kind, b, [row_of(arch, wide, special or row) for row in ("", "kept", "bwd")], signature, constants
-
-
-def diagonal(launch: configs.Launch, m: int, n: int) -> tuple[int, float]:
-    """Tiles of the first m rows, and the share of them that hold positives."""
-    height, width = launch.tile["BLOCK_M"], launch.tile["BLOCK_N"]
-    tiles_m, tiles_n = triton.cdiv(m, height), triton.cdiv(n, width)
-    held = sum(-(-(i + 1) * height // width) - i * height // width for i in range(tiles_m))
-    return tiles_m * tiles_n, held / (tiles_m * tiles_n)
 
 
 def aot_cases(arch: str) -> list[AotCase]:

@@ -13,34 +13,33 @@ Source: CLIP, arXiv 2103.00020; Inf-CLIP, arXiv 2410.17243.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from lbfast.kernels.info_nce import (
     FLAGS,
-    LOG2_E,
     MOST_KEPT,
-    NO_DIAGONAL,
     again,
     aot_shapes,
+    shift_of,
+    widen,
+)
+from lbfast.kernels.pairs import (
+    LOG2_E,
+    NO_DIAGONAL,
+    add_product,
+    chunk,
     diagonal,
+    headroom_of,
     launch_of,
     options,
     products,
     rows_contiguous,
     same_label,
-    shift_of,
     tile_of,
-    widen,
 )
 from lbfast.kernels.primitives import AotCase, on_device, programs
 
-from lbfast.kernels import configs
-
-_ROUNDING_HEADROOM = 4096.0  # float16 holds dS times this: probabilities of 1/B stay normal numbers
-_ROWS = 4096
 _LOW, _HIGH = tl.constexpr(-64.0), tl.constexpr(120.0)
 
 
@@ -309,21 +308,6 @@ def _weights(stats, scale, positives, cols, diag, block, headroom, target, exact
     return weights, near
 
 
-def _chunk(m: int, n: int, d: int, size: int, workspace: int, launch: configs.Launch, sms: int) -> tuple[int, int]:
-    """Rows and columns of dS (m, n) to have at a time, multiples of the tile: about square, at most workspace bytes.
-
-    dy is read and written once for all rows of a chunk, dx for all columns. About _ROWS rows, or so many that dx's
-    product (128 x 256 numbers a multiprocessor) fills a GPU's multiprocessors; fewer, where that leaves fewer columns.
-    """
-    across = -(-d // 256)
-    waves = max(1, round(_ROWS / 128 * across / sms))
-    numbers = workspace // size
-    rows = min(waves * sms // across * 128 or _ROWS, math.isqrt(numbers), m)
-    block_m, block_n = launch.tile["BLOCK_M"], launch.tile["BLOCK_N"]
-    rows = max(1, rows // block_m) * block_m
-    return rows, max(1, numbers // rows // block_n) * block_n
-
-
 def info_nce_bwd(
     x, y, scale, rows, cols, positives, kept, poor, diag, row_labels, col_labels, workspace, target, dx, dy
 ):
@@ -336,8 +320,8 @@ def info_nce_bwd(
     forward, launch = launch_of(x, kind or "kept"), launch_of(x, kind or "bwd")
     launch = launch if kept is None else forward  # its tiles
     block_m, block_n = launch.tile["BLOCK_M"], launch.tile["BLOCK_N"]
-    headroom = _ROUNDING_HEADROOM if x.dtype == torch.float16 else 1.0
-    step_m, step_n = _chunk(m, n, x.shape[1], x.element_size(), workspace, launch, programs(x.device, 1))
+    headroom = headroom_of(x.dtype)
+    step_m, step_n = chunk(m, n, x.shape[1], x.element_size(), workspace, launch, programs(x.device, 1))
     pitch = triton.cdiv(min(n, step_n), 8) * 8  # rows begin at multiples of 16 bytes
     ds = x.new_empty(min(step_m, m), pitch)
     exact = rows.new_empty(m)
@@ -406,19 +390,9 @@ def info_nce_bwd(
                         **left,
                     )
                 if dx is not None:
-                    _add_product(dx[part_m], ds_c, y_c, 1 / headroom)
+                    add_product(dx[part_m], ds_c, y_c, 1 / headroom)
                 if dy is not None:
-                    _add_product(dy[part_n], ds_c.t(), x_c, 1 / headroom)
-
-
-def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float) -> None:
-    """out += alpha * a @ b, out float32, in place; the library accumulates in float32."""
-    if b.dtype == torch.float32:
-        out.addmm_(a, b, alpha=alpha)
-    elif b.is_cuda:
-        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, alpha=alpha, out=out)
-    else:  # the interpreter: torch has no such product on the CPU
-        out.addmm_(a.float(), b.float(), alpha=alpha)
+                    add_product(dy[part_n], ds_c.t(), x_c, 1 / headroom)
 
 
 def aot_cases(arch: str) -> list[AotCase]:

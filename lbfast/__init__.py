@@ -34,6 +34,7 @@ _WHERE = {
     "MediaError": "lbfast.processing",
     "InfoNCELoss": "lbfast.losses",
     "LanguageBindLoss": "lbfast.losses",
+    "SigLipLoss": "lbfast.losses",
     "use_impl": "lbfast.dispatch",
     **{f"LanguageBind{name}": _MODEL for name in _MODALITIES},
     **{f"LanguageBind{name}Config": _CONFIG for name in _MODALITIES},
@@ -57,7 +58,11 @@ if TYPE_CHECKING:
     from lbfast.auto import register as register
     from lbfast.dispatch import use_impl as use_impl
     from lbfast.languagebind import install_as_languagebind as install_as_languagebind
-    from lbfast.losses import InfoNCELoss as InfoNCELoss, LanguageBindLoss as LanguageBindLoss
+    from lbfast.losses import (
+        InfoNCELoss as InfoNCELoss,
+        LanguageBindLoss as LanguageBindLoss,
+        SigLipLoss as SigLipLoss,
+    )
     from lbfast.model.accelerate import accelerate as accelerate
     from lbfast.model.calibration import calibrate as calibrate
     from lbfast.model.checkpoint import CheckpointError as CheckpointError

@@ -161,6 +161,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def checked_dim(dim: int | None, width: int) -> int | None:
+    """How many numbers of an embedding of `width` to keep; None: all. Raises ValueError."""
+    if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int) or not 1 <= dim <= width):
+        raise ValueError(f"dim: expected a whole number from 1 to {width}, the model's, got {dim!r}")
+    return dim
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {name!r}")

@@ -64,6 +64,7 @@ SAMPLES: dict[str, tuple[str, Sample]] = {
     "mlp": ("mlp", _mlp),
     "patch_embed": ("patch_embed", lambda new: (new(1, 3, 224, 224), new(1024, 3, 14, 14), None)),
     "info_nce": ("info_nce", lambda new: (*[new(64, 768)] * 2,)),
+    "sigmoid_loss": ("sigmoid_loss", lambda new: (*[new(64, 768)] * 2,)),
 }
 """Label -> (op, its inputs in a LanguageBind L/14 as its why_not takes them, made by `new(*shape)`)."""
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from lbfast.ops import info_nce
+from lbfast.ops import info_nce, sigmoid_loss
 
 
 class InfoNCELoss(nn.Module):
@@ -28,7 +28,7 @@ class InfoNCELoss(nn.Module):
             drops what other ranks' losses owe to a rank's features.
         rank, world_size: world_size > 1 without `group` takes the default process group. `rank` is not needed.
         use_horovod: must be False.
-        label_smoothing, direction, group, gather, impl, workspace_mib: as in ops.info_nce.
+        label_smoothing, direction, dims, dim_weights, group, gather, impl, workspace_mib: as in ops.info_nce.
         averaged: gradients are averaged over the ranks afterwards, as DistributedDataParallel does. False: features
             get the plain gradient of the loss.
 
@@ -47,6 +47,8 @@ class InfoNCELoss(nn.Module):
         *,
         label_smoothing: float = 0.0,
         direction: Literal["both", "image", "text"] = "both",
+        dims: Sequence[int] | None = None,
+        dim_weights: Sequence[float] | None = None,
         group: Any = None,
         gather: Literal["all", "ring"] = "all",
         averaged: bool = True,
@@ -60,6 +62,7 @@ class InfoNCELoss(nn.Module):
         self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod
         self.label_smoothing = label_smoothing
         self.direction: Literal["both", "image", "text"] = direction
+        self.dims, self.dim_weights = dims, dim_weights
         self.group = group
         self.gather: Literal["all", "ring"] = gather
         self.averaged = averaged
@@ -83,13 +86,9 @@ class InfoNCELoss(nn.Module):
         logit_bias, one number added to every logit, changes no softmax: it is accepted and gets a gradient of zero.
         ids: integers, one a row of text_features; rows that share one are not negatives of each other.
         """
-        group = self.group
-        if group is None and self.world_size > 1:
-            group = dist.group.WORLD
+        group = _group(self.group, self.world_size)
         if self.averaged and group is not None:
-            ranks = dist.get_world_size(group)
-            image_features = _scale_gradient(image_features, ranks)
-            text_features = _scale_gradient(text_features, ranks)
+            image_features, text_features = _times_ranks(group, image_features, text_features)
         loss = info_nce(
             image_features,
             text_features,
@@ -97,6 +96,8 @@ class InfoNCELoss(nn.Module):
             ids=ids,
             label_smoothing=self.label_smoothing,
             direction=self.direction,
+            dims=self.dims,
+            dim_weights=self.dim_weights,
             group=group,
             gather=self.gather,
             impl=self.impl,
@@ -104,6 +105,84 @@ class InfoNCELoss(nn.Module):
         )
         if logit_bias is not None:
             loss = loss + 0 * logit_bias.sum()
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SigLipLoss(nn.Module):
+    """open_clip's SigLipLoss, constructor and call, in linear memory; see ops.sigmoid_loss for what is computed.
+
+        loss = SigLipLoss(rank=rank, world_size=world_size)
+        losses = loss(image_features, text_features, logit_scale, logit_bias, output_dict=True)
+
+    Over several ranks the loss is that of the whole batch, where open_clip's is that of the rank's own images, whose
+    mean it is. The features' gradients are multiplied by the number of ranks: DistributedDataParallel, which averages,
+    then gives every parameter the gradient of one process with the whole batch, as with open_clip's.
+
+    Args:
+        cache_labels, dist_impl: open_clip's choices between ways to the loss; they change nothing here. `gather` says
+            how texts travel.
+        rank, world_size: world_size > 1 without `group` takes the default process group. `rank` is not needed.
+        group, gather, impl, workspace_mib: as in ops.sigmoid_loss.
+        averaged: as in InfoNCELoss.
+
+    Raises:
+        ValueError: dist_impl is none of open_clip's.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        *,
+        group: Any = None,
+        gather: Literal["all", "ring"] = "all",
+        averaged: bool = True,
+        impl: str | None = None,
+        workspace_mib: int | None = None,
+    ) -> None:
+        super().__init__()
+        known = ("bidir", "shift", "reduce", "gather")
+        if dist_impl is not None and dist_impl not in known:
+            raise ValueError(f"SigLipLoss: dist_impl: expected one of {', '.join(known)}, or None, got {dist_impl!r}")
+        self.cache_labels, self.rank, self.world_size = cache_labels, rank, world_size
+        self.dist_impl = dist_impl or known[0]
+        self.group = group
+        self.gather: Literal["all", "ring"] = gather
+        self.averaged = averaged
+        self.impl = impl
+        self.workspace_mib = workspace_mib
+
+    def forward(
+        self,
+        image_features: torch.Tensor,
+        text_features: torch.Tensor,
+        logit_scale: torch.Tensor,
+        logit_bias: torch.Tensor | None,
+        output_dict: bool = False,
+        *,
+        ids: torch.Tensor | None = None,
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """(B, D), (B, D), the factor (not its logarithm) and the bias -> scalar, or {"contrastive_loss": scalar}.
+
+        text_features may have more rows: those after the B-th are hard negatives of every image. No bias is one of 0.
+        ids: integers, one a row of text_features; rows that share one are not negatives of each other.
+        """
+        group = _group(self.group, self.world_size)
+        if self.averaged and group is not None:
+            image_features, text_features = _times_ranks(group, image_features, text_features)
+        loss = sigmoid_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            0.0 if logit_bias is None else logit_bias,
+            ids=ids,
+            group=group,
+            gather=self.gather,
+            impl=self.impl,
+            workspace_mib=self.workspace_mib,
+        )
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -160,6 +239,16 @@ def _of(value: Any, modality: str) -> Any:
     if modality not in value:
         raise ValueError(f"LanguageBindLoss: expected an entry for {modality!r}, got {sorted(value)}")
     return value[modality]
+
+
+def _group(group: Any, world_size: int) -> Any:
+    """The group given; the default one where there is none and there are ranks."""
+    return dist.group.WORLD if group is None and world_size > 1 else group
+
+
+def _times_ranks(group: Any, *features: torch.Tensor) -> list[torch.Tensor]:
+    """The features, whose gradients are multiplied by the number of ranks."""
+    return [_scale_gradient(x, dist.get_world_size(group)) for x in features]
 
 
 class _ScaleGradient(torch.autograd.Function):

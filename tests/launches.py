@@ -29,7 +29,7 @@ from lbfast.kernels import primitives
 from lbfast.ops.layer_norm import layer_norm_float8
 from lbfast.ops.mlp import ACTIVATIONS, activate_, activate_float8
 
-OPS = ("attention", "temporal_attention", "layer_norm", "mlp", "patch_embed", "info_nce")
+OPS = ("attention", "temporal_attention", "layer_norm", "mlp", "patch_embed", "info_nce", "sigmoid_loss")
 LAUNCHED: collections.Counter[str] = collections.Counter()
 
 
@@ -107,6 +107,7 @@ def ones(dtype: torch.dtype):
         ),
         "patch_embed": (patches, [new(1, 1, 14, 14), new(64, 1, 14, 14), new(64), new(2, 64)]),
         "info_nce": (lambda *x: ops.info_nce(*x, impl="triton"), [new(1, 64), new(1, 64), scale]),
+        "sigmoid_loss": (lambda *x: ops.sigmoid_loss(*x, -5.0, impl="triton"), [new(1, 64), new(1, 64), scale]),
         "info_nce, repeats": (
             lambda *x: ops.info_nce(*x, ids=torch.zeros(300, dtype=torch.int64), impl="triton"),
             [new(300, 64), new(300, 64), scale],
@@ -115,10 +116,17 @@ def ones(dtype: torch.dtype):
 
 
 def unkept(dtype: torch.dtype):
-    """InfoNCE with more logits than it may keep."""
+    """The losses with more logits than they may keep, or than one launch takes; pairs left out."""
     rows = [torch.randn(1024, 64).to(dtype).requires_grad_() for _ in range(2)]
     scale = torch.tensor(14.3, requires_grad=True)
-    return {"info_nce, unkept": (lambda *x: ops.info_nce(*x, workspace_mib=1, impl="triton"), [*rows, scale])}
+    ids = torch.arange(1024) // 2
+    return {
+        "info_nce, unkept": (lambda *x: ops.info_nce(*x, workspace_mib=1, impl="triton"), [*rows, scale]),
+        "sigmoid_loss": (
+            lambda *x: ops.sigmoid_loss(*x, -5.0, ids=ids, workspace_mib=1, impl="triton"),
+            [*rows, scale],
+        ),
+    }
 
 
 def inference(dtype: torch.dtype, float8: bool) -> None:

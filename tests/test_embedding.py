@@ -252,6 +252,13 @@ def test_other_settings_are_not_mixed_in(models, pictures, tmp_path):
     embed_files([pictures], [models["image"]], exact, dtype="float32")
     np.testing.assert_allclose(vectors(out), vectors(exact), atol=2e-2)
     np.testing.assert_allclose(np.linalg.norm(vectors(out), axis=1), 1, atol=1e-6)
+    with pytest.raises(FileExistsError, match="of a run with other settings"):
+        run(dtype="bfloat16", dim=6)
+    run(dim=6, overwrite=True)
+    few = vectors(exact)[:, :6]
+    np.testing.assert_allclose(vectors(out), few / np.linalg.norm(few, axis=1, keepdims=True), atol=1e-6)
+    with pytest.raises(ValueError, match="dim: expected a whole number from 1 to"):
+        run(dim=4096, overwrite=True)
 
 
 def test_a_foreign_file_in_the_journal_s_place_is_left_alone(models, pictures, tmp_path):

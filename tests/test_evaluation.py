@@ -249,6 +249,18 @@ def test_zero_shot_of_folders_and_manifests(data, encoder, tmp_path):
         classify_files(encoder, manifest, classes=["cat", "red_car"])
 
 
+def test_the_first_numbers_of_embeddings(data, encoder):
+    """Of unit length again."""
+    few = Encoder.open(data / "image", device="cpu", dtype="float32", dim=5)
+    for name in ("one", "two"):
+        whole = encoder.texts([name])[:, :5]
+        torch.testing.assert_close(few.texts([name]), whole / whole.norm(dim=1, keepdim=True))
+    assert few.media([])[0].shape == (0, 5) and few.texts([]).shape == (0, 5)
+    for dim in (0, tiny.SIZE + 1):
+        with pytest.raises(ValueError, match=f"dim: expected a whole number from 1 to {tiny.SIZE}.*got {dim}"):
+            Encoder.open(data / "image", device="cpu", dtype="float32", dim=dim)
+
+
 def test_zero_shot_without_anything_to_classify(data, encoder, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder or manifest"):
         classify_files(encoder, tmp_path / "nowhere")
@@ -348,6 +360,7 @@ def test_the_commands(data, tmp_path):
     shown = invoke("retrieval", *given, "--data", manifest, "--caption", "caption")
     assert shown.exit_code == 0 and "image -> text" in shown.stdout and "R@10" in shown.stdout
     assert json.loads(out.read_text())["results"]["text -> image"]["recall"]["5"] == 1
+    assert invoke("retrieval", *given, "--data", manifest, "--dim", "3").exit_code == 0
 
     pairs = table(tmp_path / "p.csv", ["image", "depth"], [[file, tiny.depth_map(tmp_path / "0.png")]])
     two = ("--model", data / "image", "--model", f"depth={data / 'depth'}")

@@ -17,6 +17,7 @@ from lbfast.reference.info_nce import info_nce
 from lbfast.reference.layer_norm import layer_norm
 from lbfast.reference.mlp import mlp
 from lbfast.reference.patch_embed import patch_embed
+from lbfast.reference.sigmoid_loss import sigmoid_loss
 from lbfast.reference.temporal_attention import temporal_attention
 from lbfast.testing import assert_matches, randn
 
@@ -120,6 +121,16 @@ def test_info_nce(size, dim, dtype):
         info_nce,
         embeddings(size, dim, dtype),
         plain=peers.clip_loss if dtype == torch.float32 else peers.clip_loss_row_chunked,
+    )
+
+
+@matrix("size, dim", (257, 768), (4096, 1024))
+def test_sigmoid_loss(size, dim, dtype):
+    assert_matches(
+        lambda *x: ops.sigmoid_loss(*x, impl="triton"),
+        sigmoid_loss,
+        [*embeddings(size, dim, dtype), torch.tensor(-10.0, device=DEVICE)],
+        plain=peers.siglip_loss if dtype == torch.float32 else peers.siglip_loss_row_chunked,
     )
 
 

@@ -11,7 +11,7 @@ from bench import resources
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMBERS = ("lbfast/ops/{}.py", "lbfast/reference/{}.py", "kernels/{}.py", "tests/test_{}.py", "bench/bench_{}.py")
-SHARED_KERNELS = ("lbfast.kernels.primitives", "lbfast.kernels.configs")
+SHARED_KERNELS = ("lbfast.kernels.primitives", "lbfast.kernels.configs", "lbfast.kernels.pairs")
 
 # Imports run downwards: from a module to modules of its own height or below. What is not named is an application.
 HEIGHTS = {

@@ -1,4 +1,4 @@
-"""info_nce over process groups of 1 to 4 ranks (gloo): equal to one process with the whole batch."""
+"""The losses over process groups of 1 to 4 ranks (gloo): equal to one process with the whole batch."""
 
 import datetime
 import multiprocessing
@@ -11,7 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from lbfast.losses import InfoNCELoss
+from lbfast.losses import InfoNCELoss, SigLipLoss
+from lbfast.ops import sigmoid_loss
 from lbfast.ops.info_nce import IMPLEMENTATIONS, info_nce
 from lbfast.testing import ROUNDING, randn, relative_error
 
@@ -35,10 +36,12 @@ def grads_of(x, y, s, needs=(True, True, True), **options):
     return loss.detach(), x.grad, y.grad, s.grad
 
 
-def equals_one_process(group, rank, sizes, gather, impl, dtype, needs=(True, True, True), smoothing=0.0, groups=False):
+def equals_one_process(
+    group, rank, sizes, gather, impl, dtype, needs=(True, True, True), smoothing=0.0, groups=False, dims=None
+):
     x, y, s, ids = batch(sum(sizes), dtype)
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    options = {"impl": impl, "label_smoothing": smoothing}
+    options = {"impl": impl, "label_smoothing": smoothing, "dims": dims}
     one = grads_of(x, y, s, needs, ids=ids if groups else None, **options)
     ours = grads_of(x[own], y[own], s, needs, ids=ids[own] if groups else None, group=group, gather=gather, **options)
     for what, a, b in zip(("loss", "image", "text", "scale"), ours, one):
@@ -66,26 +69,56 @@ def hard_negatives_equal_one_process(group, rank, sizes, gather, direction):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda text, w=where: f"{w}\n{text}")
 
 
+def sigmoid_equals_one_process(group, rank, sizes, gather, impl, dtype, needs=(True,) * 4, groups=False):
+    """Rank r has r more texts than images; of one process, all of them follow all pairs."""
+    pairs, world = sum(sizes), range(len(sizes))
+    x, y, s, ids = batch(pairs + sum(world), dtype)
+    given = (x[:pairs], y, s, torch.tensor(-5.0))
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    extra = slice(pairs + sum(world[:rank]), pairs + sum(world[: rank + 1]))
+
+    def of(*tensors, **options):
+        tensors = [t.detach().clone().requires_grad_(need) for t, need in zip(tensors, needs)]
+        loss = sigmoid_loss(*tensors, **options)
+        loss.backward()
+        return loss.detach(), *(t.grad for t in tensors)
+
+    mine = torch.cat([y[own], y[extra]]), torch.cat([ids[own], ids[extra]])
+    one = of(*given, ids=ids if groups else None, impl=impl)
+    ours = of(x[own], mine[0], *given[2:], ids=mine[1] if groups else None, impl=impl, group=group, gather=gather)
+    dy = None if one[2] is None else torch.cat([one[2][own], one[2][extra]])
+    wanted = (one[0], None if one[1] is None else one[1][own], dy, *one[3:])
+    for what, a, b in zip(("loss", "image", "text", "scale", "bias"), ours, wanted):
+        where = f"sigmoid {what}: rank {rank} of {len(sizes)}, {sizes}, {gather}, {impl}, {needs}"
+        assert (a is None) == (b is None), where
+        error = 0.0 if a is None else relative_error(a, b)
+        assert error <= 8 * ROUNDING[dtype], f"{where}: {error:.1e}"
+
+
 def trains_as_one_process(group, rank, world, gather):
-    """DistributedDataParallel with InfoNCELoss: every parameter's gradient is that of one process."""
+    """DistributedDataParallel with each loss: every parameter's gradient is that of one process."""
 
     class Towers(torch.nn.Module):
-        def __init__(self):
+        def __init__(self, biased):
             super().__init__()
             torch.manual_seed(0)
             self.image, self.text = torch.nn.Linear(8, 16), torch.nn.Linear(8, 16)
             self.log_scale = torch.nn.Parameter(torch.tensor(2.0))
+            self.bias = torch.nn.Parameter(torch.tensor(-3.0), requires_grad=biased)
 
         def forward(self, x, y):
-            return F.normalize(self.image(x), dim=-1), F.normalize(self.text(y), dim=-1), self.log_scale.exp()
+            image, text = F.normalize(self.image(x), dim=-1), F.normalize(self.text(y), dim=-1)
+            return image, text, self.log_scale.exp(), self.bias if self.bias.requires_grad else None
 
     x, y = randn(4 * world, 8, seed=2), randn(4 * world, 8, seed=3)
-    single, own = Towers(), slice(4 * rank, 4 * rank + 4)
-    InfoNCELoss()(*single(x, y)).backward()
-    parallel = torch.nn.parallel.DistributedDataParallel(Towers(), process_group=group)
-    InfoNCELoss(world_size=world, rank=rank, group=group, gather=gather)(*parallel(x[own], y[own])).backward()
-    for (name, a), b in zip(single.named_parameters(), parallel.module.parameters()):
-        torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-7, msg=lambda text, n=name: f"{n}\n{text}")
+    own = slice(4 * rank, 4 * rank + 4)
+    for kind in (InfoNCELoss, SigLipLoss):
+        single = Towers(kind is SigLipLoss)
+        kind()(*single(x, y)).backward()
+        parallel = torch.nn.parallel.DistributedDataParallel(Towers(kind is SigLipLoss), process_group=group)
+        kind(world_size=world, rank=rank, group=group, gather=gather)(*parallel(x[own], y[own])).backward()
+        for (name, a), b in zip(single.named_parameters(), parallel.module.parameters()):
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-7, msg=lambda text, n=name: f"{n}\n{text}")
 
 
 def disagreement_raises(group, rank, world):
@@ -103,6 +136,8 @@ def disagreement_raises(group, rank, world):
             info_nce(x, y, 1.0, group=group, **options)
     with pytest.raises(ValueError, match="at least one row"):
         info_nce(torch.zeros(0, 3), torch.zeros(0, 3), 1.0, group=group)
+    with pytest.raises(ValueError, match=f"got on ranks 0 to {world - 1}: logit_bias.requires_grad "):
+        sigmoid_loss(x, x, 1.0, torch.zeros(()).requires_grad_(odd), group=group)
 
 
 def every_check(rank, folder):
@@ -126,6 +161,11 @@ def every_check(rank, folder):
                 equals_one_process(group, rank, sizes, gather, None, torch.float32, groups=True)
                 equals_one_process(group, rank, sizes, gather, None, torch.float32, smoothing=0.1)
                 equals_one_process(group, rank, sizes, gather, None, torch.float32, groups=True, smoothing=0.1)
+                for groups in (False, True):
+                    equals_one_process(group, rank, sizes, gather, None, torch.float32, groups=groups, dims=(24, 10))
+                for needs in ((True,) * 4, (True, False, True, False), (False, True, False, True)):
+                    sigmoid_equals_one_process(group, rank, sizes, gather, "torch", torch.float32, needs)
+                sigmoid_equals_one_process(group, rank, sizes, gather, None, torch.bfloat16, groups=True)
         for gather in ("all", "ring"):
             for direction in ("both", "image", "text"):
                 hard_negatives_equal_one_process(group, rank, SIZES[1][:world], gather, direction)

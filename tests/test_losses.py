@@ -1,4 +1,4 @@
-"""InfoNCELoss and LanguageBindLoss: the calls that training loops make."""
+"""InfoNCELoss, SigLipLoss and LanguageBindLoss: the calls that training loops make."""
 
 import importlib.util
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import lbfast
-from lbfast.ops import info_nce
+from lbfast.ops import info_nce, sigmoid_loss
 from lbfast.testing import randn
 
 
@@ -36,11 +36,9 @@ def test_open_clip_call():
     torch.testing.assert_close(loss(out["image_features"], out["text_features"], out["logit_scale"]), clip_loss(**out))
 
 
-def test_open_clips_attributes_and_loss():
-    """Constructed as open_clip's, it has its attributes, and on one process its loss and gradients."""
-    loss = lbfast.InfoNCELoss(True, True, True, 1, 2)
-    read = (loss.local_loss, loss.gather_with_grad, loss.cache_labels, loss.rank, loss.world_size, loss.use_horovod)
-    assert read == (True, True, True, 1, 2, False)
+@pytest.fixture(scope="module")
+def open_clips():
+    """open_clip's losses, where it is installed."""
     package = importlib.util.find_spec("open_clip")
     if package is None:
         pytest.skip("open_clip is not installed")
@@ -48,10 +46,46 @@ def test_open_clips_attributes_and_loss():
     spec = importlib.util.spec_from_file_location("open_clip_loss", where)
     peer = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(peer)
+    return peer
+
+
+def test_siglip_call():
+    """Constructor, attributes and call as open_clip's; what its formula gives; no bias is one of 0."""
+    loss = lbfast.SigLipLoss(True, 1, 1, "shift")
+    assert (loss.cache_labels, loss.rank, loss.world_size, loss.dist_impl) == (True, 1, 1, "shift")
+    out = {"image_features": unit(0), "text_features": unit(1), "logit_scale": torch.tensor(14.3)}
+    logits = 14.3 * out["image_features"] @ out["text_features"].T
+    for bias in (torch.tensor(-10.0), None):
+        want = -F.logsigmoid((2 * torch.eye(12) - 1) * (logits + (bias or 0))).sum() / 12
+        losses = loss(**out, logit_bias=bias, output_dict=True)
+        assert list(losses) == ["contrastive_loss"]
+        torch.testing.assert_close(losses["contrastive_loss"], want)
+        torch.testing.assert_close(loss(*out.values(), bias), want)
+    ids = torch.arange(12) // 3
+    assert torch.equal(loss(*out.values(), -10.0, ids=ids), sigmoid_loss(*out.values(), -10.0, ids=ids))
+    with pytest.raises(ValueError, match="dist_impl: expected one of bidir, shift, reduce, gather, or None, got 'no'"):
+        lbfast.SigLipLoss(dist_impl="no")
+
+
+def test_siglip_is_open_clips(open_clips):
+    given = (unit(0, 7, 6), unit(1, 7, 6), torch.tensor(4.0), torch.tensor(-3.0))
+    given = [t.double().requires_grad_() for t in given]
+    results = []
+    for kind in (lbfast.SigLipLoss, open_clips.SigLipLoss):
+        value = kind()(*given, output_dict=True)["contrastive_loss"]
+        results.append((value, *torch.autograd.grad(value, given)))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_open_clips_attributes_and_loss(open_clips):
+    """Constructed as open_clip's, it has its attributes, and on one process its loss and gradients."""
+    loss = lbfast.InfoNCELoss(True, True, True, 1, 2)
+    read = (loss.local_loss, loss.gather_with_grad, loss.cache_labels, loss.rank, loss.world_size, loss.use_horovod)
+    assert read == (True, True, True, 1, 2, False)
     x, y, s = (t.double().requires_grad_() for t in (unit(0, 7, 6), unit(1, 7, 6), torch.tensor(4.0)))
     for options in ({}, {"local_loss": True, "gather_with_grad": True, "cache_labels": True}):
         results = []
-        for kind in (lbfast.InfoNCELoss, peer.ClipLoss):
+        for kind in (lbfast.InfoNCELoss, open_clips.ClipLoss):
             value = kind(**options)(x, y, s, output_dict=True)["contrastive_loss"]
             results.append((value, *torch.autograd.grad(value, (x, y, s))))
         torch.testing.assert_close(results[0], results[1])

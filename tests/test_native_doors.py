@@ -44,6 +44,26 @@ def grads(**given):
     )
 
 
+def nested_sums(**given):
+    arguments = {"x": randn(3, 8), "y": randn(5, 8), "scale": 1.0, "shift": 0.0, "x_factors": torch.ones(2, 3)}
+    more = {"y_factors": torch.ones(2, 5), "ends": [4, 8], "diag": 0, "row_labels": None, "col_labels": None}
+    return torch.ops.lbfast.info_nce_nested_sums(*{**arguments, **more, **given}.values())
+
+
+def nested_grads(**given):
+    arguments = {"x": randn(3, 8), "y": randn(5, 8), "scale": 1.0, "shift": 0.0, "x_factors": torch.ones(2, 3)}
+    arguments |= {"y_factors": torch.ones(2, 5), "ends": [4, 8], "row_weights": torch.ones(2, 3)}
+    arguments |= {"col_weights": torch.ones(2, 5), "exact": torch.ones(2, 3), "diag": 0, "row_labels": None}
+    more = {"col_labels": None, "workspace": 1 << 20, "dx": torch.zeros(3, 8), "dy": torch.zeros(5, 8)}
+    return torch.ops.lbfast.info_nce_nested_grads(*{**arguments, **more, **given}.values())
+
+
+def sigmoid(**given):
+    arguments = {"x": randn(3, 8), "y": randn(5, 8), "scale": 1.0, "bias": -1.0, "diag": 0, "row_labels": None}
+    more = {"col_labels": None, "workspace": 1 << 20, "dx": torch.zeros(3, 8), "dy": torch.zeros(5, 8)}
+    return torch.ops.lbfast.sigmoid_loss_pass(*{**arguments, **more, **given}.values())
+
+
 def rows(**given):
     arguments = {"pixels": randn(2, 3, 4, 9, 9), "kept": None, "tube": 2, "patch": 3, "dtype": torch.float32}
     return torch.ops.lbfast.patch_rows(*{**arguments, **given}.values())
@@ -65,7 +85,13 @@ def labels(n):
     return torch.zeros(n, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("op", [attention, attention_bwd, temporal, temporal_bwd, stats, grads, rows, fold, resize])
+@pytest.mark.parametrize(
+    "op",
+    [
+        *(attention, attention_bwd, temporal, temporal_bwd, stats, grads, nested_sums, nested_grads, sigmoid),
+        *(rows, fold, resize),
+    ],
+)
 def test_what_fits_is_taken(op):
     op()
 
@@ -111,6 +137,21 @@ REFUSED = [
     (grads, {"dx": torch.zeros(5, 8)}, "dx: expected [3, 8]"),
     (grads, {"dy": torch.zeros(8, 5).T}, "dy: expected a contiguous tensor"),
     (grads, {"y": SAME, "dy": SAME}, "dy: expected memory of its own"),
+    (nested_sums, {"ends": [8, 4]}, "ends: expected to rise"),
+    (nested_sums, {"ends": [0, 8]}, "ends: expected to rise"),
+    (nested_sums, {"ends": []}, "ends: expected the last at D = 8"),
+    (nested_sums, {"ends": [4, 16]}, "ends: expected the last at D = 8"),
+    (nested_sums, {"x_factors": torch.ones(3, 2)}, "x_factors: expected [2, 3]"),
+    (nested_sums, {"y_factors": torch.ones(2, 5).double()}, "y_factors: expected Float"),
+    (nested_grads, {"row_weights": torch.ones(1, 3)}, "row_weights: expected [2, 3]"),
+    (nested_grads, {"col_weights": torch.ones(2, 3)}, "col_weights: expected [2, 5]"),
+    (nested_grads, {"exact": torch.ones(3)}, "exact: expected [2, 3]"),
+    (nested_grads, {"dx": SAME[:3], "dy": SAME}, "dx: expected memory of its own"),
+    (sigmoid, {"x": randn(3, 0), "y": randn(5, 0)}, "sigmoid_loss: x: expected (m, D), D > 0"),
+    (sigmoid, {"diag": 3}, "sigmoid_loss: diag: expected at most n - m = 2, got 3"),
+    (sigmoid, {"col_labels": labels(5)}, "row_labels, col_labels: expected both or neither"),
+    (sigmoid, {"dy": torch.zeros(5, 8).double()}, "sigmoid_loss: dy: expected Float"),
+    (sigmoid, {"dx": SAME[:3], "dy": SAME}, "dx: expected memory of its own"),
     (grads, {"dx": SAME[:3], "dy": SAME}, "dx: expected memory of its own"),
     (rows, {"pixels": randn(2, 3, 9, 9)}, "pixels: expected (B, C, T, H, W)"),
     (rows, {"pixels": randn(2, 3, 4, 9, 9).half()}, "pixels: expected uint8, float32 or bfloat16"),

@@ -16,6 +16,7 @@ from lbfast.training import memory
 from lbfast.training.captions import TextCache
 from lbfast.training.checkpoints import load
 from lbfast.training.engine import Place, full, wrap
+from lbfast.training.exporter import export
 from lbfast.training.parameters import groups, trained
 from lbfast.training.step import LargeBatchStep, Towers
 from lbfast.training.trainer import train
@@ -91,6 +92,39 @@ def test_loss_options():
     result, found = gradients(step, batch)
     assert result.loss.item() == pytest.approx(loss, rel=1e-6)
     assert trainees.worst(found, wanted)[0] <= BOUND
+
+
+def test_nested_embeddings():
+    plan = trainees.plan(dims=[16, 8])
+    model, batch = trainees.trainee(plan), trainees.rows("depth", 7)
+    assert plan.dims == (16, 8) and plan.to_dict()["dims"] == [16, 8]
+    loss, wanted = trainees.dense(model, batch, plan)
+    result, found = gradients(LargeBatchStep(Towers(model), 3, dims=plan.dims), batch)
+    assert result.loss.item() == pytest.approx(loss, rel=1e-6)
+    assert trainees.worst(found, wanted)[0] <= BOUND
+    for wrong in ([], [8, 4.0], 8):
+        with pytest.raises(ValueError, match="dims: expected a list of whole numbers"):
+            trainees.plan(dims=wrong)
+
+
+@pytest.mark.parametrize("learn_temperature", [True, False])
+def test_sigmoid_loss(learn_temperature, tmp_path):
+    """Its bias is trained, and is in no exported model."""
+    plan = trainees.plan(loss="sigmoid", learn_temperature=learn_temperature)
+    model, batch = trainees.trainee(plan), trainees.rows("depth", 7)
+    loss, wanted = trainees.dense(model, batch, plan, mask_repeats=True)
+    assert "logit_bias" in wanted and model.logit_bias.item() == -10
+    for micro_batch in (3, 7):
+        result, found = gradients(LargeBatchStep(Towers(model), micro_batch, loss="sigmoid", mask_repeats=True), batch)
+        assert result.loss.item() == pytest.approx(loss, rel=1e-6)
+        assert trainees.worst(found, wanted)[0] <= BOUND
+    for style in ("upstream", "plain"):
+        export(model, tmp_path / style, style)
+        again = model_dict["depth"].from_pretrained(tmp_path / style)
+        assert torch.equal(again.visual_projection.weight, model.visual_projection.weight)
+        assert not hasattr(again, "logit_bias")
+    with pytest.raises(ValueError, match=r"label_smoothing: expected 0 with loss 'sigmoid', got 0\.1"):
+        trainees.plan(loss="sigmoid", label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("what", ["attention", "layers"])

@@ -62,7 +62,13 @@ def dense(model: LanguageBindModel, batch: Any, plan: Recipe, mask_repeats: bool
     dropout.noise = None
     text = unit(model.get_text_features(batch.input_ids, batch.attention_mask))
     ids = batch.groups if mask_repeats else None
-    loss = ops.info_nce(image, text, model.logit_scale.exp(), ids=ids, label_smoothing=plan.label_smoothing)
+    scale = model.logit_scale.exp()
+    if plan.loss == "sigmoid":
+        loss = ops.sigmoid_loss(image, text, scale, model.logit_bias, ids=ids)
+    else:
+        pairs = [(image, text)] if plan.dims is None else [(unit(image[:, :d]), unit(text[:, :d])) for d in plan.dims]
+        losses = [ops.info_nce(*pair, scale, ids=ids, label_smoothing=plan.label_smoothing) for pair in pairs]
+        loss = torch.stack(losses).mean()
     loss.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in trained(model).items()}
     model.zero_grad()

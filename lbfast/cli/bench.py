@@ -16,6 +16,7 @@ BENCHES = {
     "layer_norm": "layer norm, with a residual",
     "mlp": "the two-layer perceptron",
     "info_nce": "the contrastive loss: time and memory",
+    "sigmoid_loss": "SigLIP's loss: time and memory",
     "training": "a step of training: time and memory",
     "files": "files to tensors: CPU time a file, and how busy a model is kept",
 }

@@ -49,6 +49,9 @@ def embed(
         str | None,
         typer.Option(metavar="MODALITY+MODALITY", help="A row more for files of one stem, as video+audio."),
     ] = None,
+    dim: Annotated[
+        int | None, typer.Option(min=1, help="Keep the first so many numbers, of unit length again. Default: all.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Files, clips or captions at a time.")] = 8,
     workers: Annotated[
         int | None,
@@ -85,6 +88,7 @@ def embed(
                 out,
                 modality=modality.value if modality else None,
                 fuse=fuse,
+                dim=dim,
                 batch_size=batch_size,
                 workers=workers,
                 dtype=dtype.value,

@@ -28,6 +28,7 @@ OfProducts = Annotated[
     Products | None, typer.Option("--precision", help="Of the layers' products: int8 on a CPU, fp8 on a GPU.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dim = Annotated[int | None, typer.Option(min=1, help="Of embeddings, the first so many numbers. Default: all.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results there too.")]
 
 
@@ -42,6 +43,7 @@ def zero_shot(
     dtype: Dtype = Precision["auto"],
     precision: OfProducts = None,
     device: Device = "auto",
+    dim: Dim = None,
     json: Json = None,
 ) -> None:
     """Prints top-1 and top-5 accuracy of zero-shot classification; --json writes it too.
@@ -62,7 +64,7 @@ def zero_shot(
         prompts = templates_for(checkpoint.modality, templates)
         named = None if classes is None else [line.strip() for line in classes.read_text("utf-8-sig").splitlines()]
         with progress_bars() as (progress, _):
-            encoder = _open(checkpoint, batch_size, workers, dtype, precision, device, progress)
+            encoder = _open(checkpoint, batch_size, workers, dtype, precision, device, dim, progress)
             report = classify_files(
                 encoder, data, templates=prompts, classes=None if named is None else [name for name in named if name]
             )
@@ -90,6 +92,7 @@ def retrieval(
     dtype: Dtype = Precision["auto"],
     precision: OfProducts = None,
     device: Device = "auto",
+    dim: Dim = None,
     json: Json = None,
 ) -> None:
     """Prints R@1, R@5, R@10, median and mean rank, in both directions; --json writes them too.
@@ -113,7 +116,7 @@ def retrieval(
         with progress_bars() as (progress, _):
 
             def encoder(modality: str) -> Encoder:
-                return _open(opened[modality], batch_size, workers, dtype, precision, device, progress)
+                return _open(opened[modality], batch_size, workers, dtype, precision, device, dim, progress)
 
             if len(opened) == 2:
                 report = pair_files(list(opened), encoder, data[0])
@@ -130,6 +133,7 @@ def _open(
     dtype: Precision,
     precision: Products | None,
     device: str,
+    dim: int | None,
     progress: Progress,
 ) -> Encoder:
     from lbfast import native
@@ -144,6 +148,7 @@ def _open(
         precision=precision.value if precision else None,
         batch_size=batch_size,
         workers=workers,
+        dim=dim,
         progress=progress,
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import lbfast
-from lbfast.checkpoints import Checkpoint, open_checkpoints, pick_device, pick_dtype
+from lbfast.checkpoints import Checkpoint, checked_dim, open_checkpoints, pick_device, pick_dtype
 from lbfast.data.decode import Decoder, Processors, Task, Undecodable, default_workers, plain_fields
 from lbfast.data.shared import stacked
 from lbfast.data.suffixes import LANGUAGE
@@ -68,6 +68,7 @@ def embed_files(
     *,
     modality: str | None = None,
     fuse: str | Sequence[str] | None = None,
+    dim: int | None = None,
     batch_size: int = 8,
     workers: int | None = 0,
     dtype: str = "auto",
@@ -98,6 +99,7 @@ def embed_files(
         modality: of every file whose input names none; "language" for captions.
         fuse: "video+audio": a row more, of that modality, for every two files of one stem (the path below the folder
             given, without its suffix); their embeddings as `lbfast.fuse` makes them one. Of three or more as well.
+        dim: keep the first `dim` numbers of each embedding, of unit length again, as nested ones are. None: all.
         batch_size: files or captions at a time. For videos, that many clips.
         workers: processes that decode files while the model computes; 0: none; None: see `default_workers`. With
             workers, call this from a script under `if __name__ == "__main__":`, as multiprocessing asks.
@@ -144,7 +146,7 @@ def embed_files(
     if not listing.items:
         return summary
     last = list(checkpoints.values())[-1]
-    settings = {
+    settings: dict[str, Any] = {
         "lbfast": lbfast.__version__,
         "dtype": str(weights).removeprefix("torch."),
         "precision": precision,
@@ -154,9 +156,11 @@ def embed_files(
     groups = find_groups(listing.items, inputs, fused)
     if fused:
         settings["fuse"] = list(fused)
+    if dim is not None:
+        settings["dim"] = dim
     for reason, count in groups.ignored.items():
         summary.ignored[reason] = count
-    size = last.config.projection_dim
+    size = checked_dim(dim, last.config.projection_dim) or last.config.projection_dim
     before, inputs = signature(out), _digest(listing.items)
     if before is not None and not overwrite:
         _take_finished(out, settings, inputs, strict, summary)
@@ -176,7 +180,7 @@ def embed_files(
         heard = progress or (lambda *_: None)
         left = sum(item not in journal and item.modality != LANGUAGE for item in listing.items)
         workers = default_workers(left, target) if workers is None else workers
-        run = _Run(checkpoints, journal, reading, batch_size, workers, weights, precision, target, failed, heard)
+        run = _Run(checkpoints, journal, reading, batch_size, workers, weights, precision, target, failed, heard, dim)
         summary.resumed = sum(item in journal for item in listing.items)
         run.embed(listing.items)
         run.fuse(groups.whole)
@@ -235,6 +239,7 @@ class _Run:
     device: torch.device
     failed: Callable[[Failure], None]
     progress: Progress
+    dim: int | None
 
     def embed(self, items: Sequence[Item]) -> None:
         """Embeds what the journal does not have yet. One model is loaded at a time, and only if it has work."""
@@ -349,7 +354,7 @@ class _Run:
         so_far: tuple[str, int, int],
     ) -> Callable[[], None]:
         """What is left to do of a batch when `embeds`, which a GPU may still compute from `pixels`, are there."""
-        rows = torch.nn.functional.normalize(embeds.float(), dim=-1).to("cpu", non_blocking=True)
+        rows = torch.nn.functional.normalize(embeds.float()[:, : self.dim], dim=-1).to("cpu", non_blocking=True)
         there = torch.cuda.current_stream(embeds.device).record_event() if embeds.is_cuda else None
 
         def keep() -> None:

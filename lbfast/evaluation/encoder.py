@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lbfast.checkpoints import Checkpoint, open_checkpoints, pick_device, pick_dtype
+from lbfast.checkpoints import Checkpoint, checked_dim, open_checkpoints, pick_device, pick_dtype
 from lbfast.data.decode import Decoder, Undecodable
 from lbfast.data.reader import Draw, Reader
 from lbfast.data.sample import Sample
@@ -28,7 +28,10 @@ class Encoder:
         tokenizer: for captions.
         batch_size: samples or captions at a time.
         workers: processes that decode ahead; 0: none.
+        dim: keep the first `dim` numbers of embeddings, of unit length again; None: all.
         progress: called after each batch.
+
+    Raises ValueError where a number is wrong.
     """
 
     def __init__(
@@ -39,11 +42,13 @@ class Encoder:
         *,
         batch_size: int = 32,
         workers: int = 0,
+        dim: int | None = None,
         progress: Progress | None = None,
     ):
         if batch_size < 1 or workers < 0:
             raise ValueError(f"batch_size, workers: expected at least 1 and 0, got {batch_size} and {workers}")
         self.model, self.processor, self.tokenizer = model, processor, tokenizer
+        self.dim = checked_dim(dim, model.config.projection_dim)
         self.batch_size, self.workers, self.progress = batch_size, workers, progress or (lambda *_: None)
 
     @classmethod
@@ -107,7 +112,7 @@ class Encoder:
                 if good:
                     batch = stacked(pixels, weight.dtype, self.device)
                     with torch.inference_mode():
-                        embeds = _unit(self.model.get_image_features(pixel_values=batch))
+                        embeds = self._unit(self.model.get_image_features(pixel_values=batch))
                     finite = torch.isfinite(embeds).all(-1)
                     for number, fine in zip(good, finite.tolist()):
                         if fine:
@@ -116,12 +121,12 @@ class Encoder:
                             on_skip(samples[number].path, f"its embedding is not finite in {weight.dtype}")
                     rows.append(embeds[finite])
                 self.progress(self.modality, numbers[-1] + 1, len(samples))
-        return (torch.cat(rows) if kept else torch.empty(0, self.model.config.projection_dim)), kept
+        return (torch.cat(rows) if kept else self._none()), kept
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Unit embeddings (n, E) float32 on the CPU. Longer texts are cut, as in training."""
         longest = self.model.config.text_config.max_position_embeddings
-        rows = [torch.empty(0, self.model.config.projection_dim)]
+        rows = [self._none()]
         for first in range(0, len(texts), self.batch_size):
             batch = list(texts[first : first + self.batch_size])
             tokens = self.tokenizer(batch, max_length=longest, padding=True, truncation=True, return_tensors="pt")
@@ -129,10 +134,12 @@ class Encoder:
                 embeds = self.model.get_text_features(
                     input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
                 )
-            rows.append(_unit(embeds))
+            rows.append(self._unit(embeds))
             self.progress("text", first + len(batch), len(texts))
         return torch.cat(rows)
 
+    def _unit(self, embeds: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(embeds.float()[:, : self.dim], dim=-1).cpu()
 
-def _unit(embeds: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(embeds.float(), dim=-1).cpu()
+    def _none(self) -> torch.Tensor:
+        return torch.empty(0, self.dim or self.model.config.projection_dim)

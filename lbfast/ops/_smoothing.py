@@ -14,11 +14,7 @@ from __future__ import annotations
 import torch
 
 from lbfast import distributed
-
-
-def accumulation(dtype: torch.dtype) -> torch.dtype:
-    """What sums are in: float32, float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from lbfast.ops._pairs import accumulation
 
 
 def smoothing_partners(y: torch.Tensor, mean: torch.Tensor, smoothing: float) -> torch.Tensor:

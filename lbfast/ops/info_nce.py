@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 
 from lbfast import dispatch, distributed
+from lbfast.ops import _nested, _pairs
 from lbfast.ops._dense import dense_info_nce
-from lbfast.ops._smoothing import accumulation as _accumulation, smoothing_means, smoothing_partners, smoothing_start
+from lbfast.ops._pairs import accumulation, wide
+from lbfast.ops._smoothing import smoothing_means, smoothing_partners, smoothing_start
 
-_ROUNDING_HEADROOM = 4096.0  # fp16 rounds dS scaled up by this, so that probabilities of 1/B stay normal numbers
 _ROWS_AT_ONCE = 4096
 """Of 16-bit embeddings, in the backward: their gradients are summed in float32, and then rounded. Four times as many on
 a GPU, which cuts them up as it likes."""
 
-INTERPRETER_KNOWS_BFLOAT16 = False
-"""Tests that have put Triton's interpreter right say so."""
-
 DIRECTIONS = ("both", "image", "text")
-_DEFAULT_WORKSPACE_MIB = {"cpu": 20, "cuda": 256}
 
 
 def info_nce(
@@ -33,6 +29,8 @@ def info_nce(
     ids: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
     direction: Literal["both", "image", "text"] = "both",
+    dims: Sequence[int] | None = None,
+    dim_weights: Sequence[float] | None = None,
     group: Any = None,
     gather: Literal["all", "ring"] = "all",
     impl: str | None = None,
@@ -58,6 +56,10 @@ def info_nce(
         label_smoothing: in [0, 1): this share of the target is spread over the positive and all negatives of a row.
             Only with as many texts as images, both ways.
         direction: "both"; or one half: "image", each image against the texts, or "text", each text against the images.
+        dims: of nested embeddings (Matryoshka), numbers of a row: the loss is the mean of those of the first d numbers
+            of each row, divided by their length, for each d in dims. It equals the mean of as many calls, and is one
+            product on a CPU ("native", without label smoothing or a ring, |logit_scale| up to 100).
+        dim_weights: of that mean, one for each of dims, at least 0; None: all alike.
         group: a torch.distributed process group: each rank gives its own rows (any number, at least one in all), and
             the loss is that of the concatenated batch on every rank. Every rank must call forward and backward, with
             the same arguments and the same inputs requiring a gradient. A rank that dies raises on the others
@@ -79,14 +81,15 @@ def info_nce(
 
     Source: van den Oord et al., arXiv 1807.03748; CLIP, arXiv 2103.00020; tiles as in Inf-CLIP, arXiv 2410.17243.
     """
-    _check_options(label_smoothing, direction, gather, workspace_mib)
-    scale = _check(image_embeds, text_embeds, logit_scale, ids)
+    _check_options(label_smoothing, direction, gather)
+    _pairs.check("info_nce", image_embeds, text_embeds, ids, workspace_mib)
     device = image_embeds.device
-    dtype = torch.promote_types(image_embeds.dtype, text_embeds.dtype)
-    if dtype != torch.float64:
-        dtype = dispatch.autocast_dtype(device) or dtype
-    image_embeds, text_embeds = image_embeds.to(dtype), text_embeds.to(dtype)
+    scale = _pairs.number("info_nce", "logit_scale", logit_scale, device)
+    image_embeds, text_embeds = _pairs.alike(image_embeds, text_embeds)
     name = dispatch.choose("info_nce", impl, IMPLEMENTATIONS, image_embeds, text_embeds)
+    if dim_weights is not None and dims is None:
+        raise ValueError(f"info_nce: dim_weights: expected dims with them, got {tuple(dim_weights)} alone")
+    shares = None if dims is None else _nested.prefixes_of(dims, dim_weights, image_embeds.shape[1])
     world = distributed.world(group)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         same = {
@@ -96,6 +99,7 @@ def info_nce(
             "ids given": ids is not None,
             "label_smoothing": label_smoothing,
             "gather='ring'": gather == "ring",
+            **_nested.facts(shares),
         }
         shards, texts = distributed.Shards.agree(image_embeds, text_embeds, group, world, **same)
         if shards.total == 0:
@@ -104,49 +108,46 @@ def info_nce(
             raise ValueError(
                 f"info_nce: label_smoothing: expected 0 where there are more texts than images, got {label_smoothing}"
             )
-        labels = None if ids is None or dispatch.aten_only() else _labels(ids, texts)
+        labels = None if ids is None or dispatch.aten_only() else _pairs.labels_of(ids, texts)
+    if shares is not None:
+        sums = None
+        one_product = name == "native" and not label_smoothing and not dispatch.aten_only()
+        if one_product and (shards.world == 1 or gather == "all"):
+            whole = _pairs.workspace_bytes(device, workspace_mib) * (1 if workspace_mib else len(shares))
+            nested_plan = _pairs.Plan(shards, texts, gather, labels, whole)
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                sums = _nested.fused_sums(image_embeds, text_embeds, scale, nested_plan, list(shares))
+        if sums is not None:
+            return _nested.Fused.apply(
+                image_embeds, text_embeds, scale, nested_plan, sums, list(shares.values()), direction
+            )
+
+        def plain(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            return info_nce(
+                image,
+                text,
+                scale,
+                ids=ids,
+                label_smoothing=label_smoothing,
+                direction=direction,
+                group=group,
+                gather=gather,
+                impl=impl,
+                workspace_mib=workspace_mib,
+            )
+
+        # a CPU multiplies them in float32 anyway
+        dtype = image_embeds.dtype if name == "triton" else accumulation(image_embeds.dtype)
+        return _nested.composed(image_embeds, text_embeds, shares, dtype, plain)
     if shards.world == 1 and dispatch.aten_only():
         return dense_info_nce(image_embeds, text_embeds, scale, ids, label_smoothing, direction)
-    memory = _memory(image_embeds, texts.total, workspace_mib)
+    workspace, room = _memory(image_embeds, texts.total, workspace_mib)
     smoothing = label_smoothing if shards.total > 1 else 0.0  # a row by itself has nothing to spread it over
-    plan = _Plan(_implementation(name), shards, texts, gather, labels, *memory, smoothing, direction)
+    plan = _Plan(shards, texts, gather, labels, workspace, room, _implementation(name), smoothing, direction)
     return _InfoNCE.apply(image_embeds, text_embeds, scale, plan)
 
 
-def _check(
-    image_embeds: torch.Tensor,
-    text_embeds: torch.Tensor,
-    logit_scale: torch.Tensor | float,
-    ids: torch.Tensor | None,
-) -> torch.Tensor:
-    """Raises on wrong arguments; returns the scale as a tensor of no dimensions on the embeddings' device."""
-    for name, x in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
-        if not x.is_floating_point():
-            raise TypeError(f"info_nce: {name}: expected a floating dtype, got {x.dtype}")
-        if x.dim() != 2 or x.shape[1] == 0:
-            raise ValueError(f"info_nce: {name}: expected (B, D), got {tuple(x.shape)}")
-    if image_embeds.shape[1] != text_embeds.shape[1] or len(text_embeds) < len(image_embeds):
-        raise ValueError(
-            f"info_nce: text_embeds: expected image_embeds' shape {tuple(image_embeds.shape)}, or more rows, "
-            f"got {tuple(text_embeds.shape)}"
-        )
-    if image_embeds.device != text_embeds.device:
-        raise ValueError(f"info_nce: text_embeds: expected on {image_embeds.device}, got {text_embeds.device}")
-    if not isinstance(logit_scale, torch.Tensor):
-        logit_scale = torch.tensor(float(logit_scale), dtype=torch.float64)
-    if logit_scale.numel() != 1:
-        raise ValueError(f"info_nce: logit_scale: expected one element, got {tuple(logit_scale.shape)}")
-    if not logit_scale.is_floating_point():
-        raise TypeError(f"info_nce: logit_scale: expected a floating dtype, got {logit_scale.dtype}")
-    if ids is not None:
-        if ids.is_floating_point() or ids.is_complex():
-            raise TypeError(f"info_nce: ids: expected integers, got {ids.dtype}")
-        if ids.shape != text_embeds.shape[:1]:
-            raise ValueError(f"info_nce: ids: expected ({text_embeds.shape[0]},), got {tuple(ids.shape)}")
-    return logit_scale.reshape(()).to(image_embeds.device)
-
-
-def _check_options(label_smoothing: float, direction: str, gather: str, workspace_mib: int | None) -> None:
+def _check_options(label_smoothing: float, direction: str, gather: str) -> None:
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"info_nce: label_smoothing: expected a number in [0, 1), got {label_smoothing}")
     if direction not in DIRECTIONS:
@@ -155,13 +156,11 @@ def _check_options(label_smoothing: float, direction: str, gather: str, workspac
         raise ValueError(f"info_nce: label_smoothing: expected 0 with one direction, got {label_smoothing}")
     if gather not in ("all", "ring"):
         raise ValueError(f"info_nce: gather: expected 'all' or 'ring', got {gather!r}")
-    if workspace_mib is not None and workspace_mib < 1:
-        raise ValueError(f"info_nce: workspace_mib: expected at least 1, got {workspace_mib}")
 
 
 def _memory(x: torch.Tensor, columns: int, workspace_mib: int | None) -> tuple[int, int]:
     """Bytes of scratch, and bytes that may be kept from the forward to the backward, for x (b, D)."""
-    workspace = (workspace_mib or _DEFAULT_WORKSPACE_MIB.get(x.device.type, 20)) << 20
+    workspace = _pairs.workspace_bytes(x.device, workspace_mib)
     wanted = 2 * len(x) * columns
     if workspace_mib or not x.is_cuda or wanted <= workspace or torch.cuda.is_current_stream_capturing():
         return workspace, workspace
@@ -170,26 +169,13 @@ def _memory(x: torch.Tensor, columns: int, workspace_mib: int | None) -> tuple[i
 
 
 @dataclass(frozen=True)
-class Block:
-    """One rectangle of the matrix of logits: local images against some texts."""
+class Block(_pairs.Block):
+    """One rectangle of the matrix of logits, and what the softmaxes need to know of it."""
 
-    diag: int | None
-    """Column of row 0's positive (row i's is diag + i); None where the rectangle holds no positives."""
-    row_labels: torch.Tensor | None
-    col_labels: torch.Tensor | None
-    """(m,) and (n,) int32: a pair with equal labels that is no positive is left out."""
-    workspace: int
-    """Scratch memory, bytes."""
     room: int
     """Bytes that may be kept for the backward."""
     target: float
     """What dS has less of positives: 1 of each side; of smoothed targets their share of it."""
-
-    def rows(self, part: slice) -> Block:
-        """The same for some of the rows."""
-        diag = None if self.diag is None else self.diag + part.start
-        labels = None if self.row_labels is None else self.row_labels[part]
-        return dataclasses.replace(self, diag=diag, row_labels=labels)
 
 
 class Implementation(Protocol):
@@ -223,17 +209,10 @@ class Implementation(Protocol):
 
 
 @dataclass(frozen=True)
-class _Plan:
-    implementation: Implementation
-    shards: distributed.Shards
-    """Of the images."""
-    texts: distributed.Shards
-    gather: str
-    labels: torch.Tensor | None
-    """(texts,) int32 on every rank."""
-    workspace: int
+class _Plan(_pairs.Plan):
     room: int
     """As in Block."""
+    implementation: Implementation
     smoothing: float
     direction: str
 
@@ -243,21 +222,7 @@ class _Plan:
 
     def block(self, owner: int | None) -> Block:
         """The local rows against the texts of rank `owner`; of every rank when None."""
-        texts, labels, target = self.texts, self.labels, self.sides * (1 - self.smoothing)
-        if owner is None:
-            diag: int | None = texts.start(texts.rank)
-            columns = slice(0, texts.total)
-        else:
-            diag = 0 if owner == texts.rank else None
-            columns = texts.span(owner)
-        if labels is None:
-            return Block(diag, None, None, self.workspace, self.room, target)
-        return Block(diag, self.paired(labels), labels[columns], self.workspace, self.room, target)
-
-    def paired(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., texts) -> that of the texts of the local images, (..., images)."""
-        start = self.texts.start(self.texts.rank)
-        return x[..., start : start + self.shards.sizes[self.shards.rank]]
+        return Block(*self.where(owner), self.room, self.sides * (1 - self.smoothing))
 
     def silence(self, rows: torch.Tensor, cols: torch.Tensor) -> None:
         """Makes the probabilities of what is no part of the loss 0: of rows or columns, and of texts without images."""
@@ -274,9 +239,9 @@ class _InfoNCE(torch.autograd.Function):
     def forward(ctx, image_embeds, text_embeds, scale, plan):
         shards, texts, implementation = plan.shards, plan.texts, plan.implementation
         with torch.autocast(image_embeds.device.type, enabled=False):
-            s = scale.to(_accumulation(image_embeds.dtype))
+            s = scale.to(accumulation(image_embeds.dtype))
             kept = None
-            if shards.world == 1 or plan.gather == "all":
+            if plan.whole:
                 y = texts.gather_rows(text_embeds)
                 keep = any(ctx.needs_input_grad[:3])
                 rows, cols, positives, kept = implementation.stats(image_embeds, y, s, plan.block(None), keep)
@@ -287,12 +252,12 @@ class _InfoNCE(torch.autograd.Function):
             total: Any = 0.0
             for side, shift, tail in (("image", *rows), ("text", *plan.paired(cols))):
                 if plan.direction in (side, "both"):  # (shift - positive) first: where the two are near, it is exact
-                    total = total + _wide((shift - positives) + tail.log()).sum()
+                    total = total + wide((shift - positives) + tail.log()).sum()
             plan.silence(rows, cols)
             means: list[torch.Tensor] = []
             if plan.smoothing:
                 means = [smoothing_means(e, shards, plan.labels) for e in (text_embeds, image_embeds)]
-                total += _wide(s) * _dot(image_embeds, smoothing_partners(text_embeds, means[0], plan.smoothing))
+                total += wide(s) * _dot(image_embeds, smoothing_partners(text_embeds, means[0], plan.smoothing))
             loss = shards.sum(total) / (plan.sides * shards.total)
         ctx.plan, ctx.means = plan, len(means)
         ctx.save_for_backward(image_embeds, y, scale, rows, cols, positives, *means, *(kept or ()))
@@ -306,13 +271,12 @@ class _InfoNCE(torch.autograd.Function):
         plan, (need_x, need_y, need_s) = ctx.plan, ctx.needs_input_grad[:3]
         shards, texts = plan.shards, plan.texts
         with torch.autocast(image_embeds.device.type, enabled=False):
-            acc = _accumulation(image_embeds.dtype)
+            acc = accumulation(image_embeds.dtype)
             s = scale.to(acc)
             factor = grad.to(acc) / (plan.sides * shards.total)
             dx: Any = None
             dy: Any = None
-            whole = shards.world == 1 or plan.gather == "all"
-            own = y[texts.span(texts.rank)] if whole else y
+            own = y[texts.span(texts.rank)] if plan.whole else y
             start: list[Any] = [None, None]
             if means:
                 start = [
@@ -322,8 +286,8 @@ class _InfoNCE(torch.autograd.Function):
             if need_y:
                 dy = y.new_zeros(y.shape, dtype=acc)
                 if start[1] is not None:
-                    (dy[texts.span(texts.rank)] if whole else dy).copy_(start[1])
-            if whole:
+                    (dy[texts.span(texts.rank)] if plan.whole else dy).copy_(start[1])
+            if plan.whole:
                 dx, ds = _row_grads(
                     image_embeds, y, s, rows, cols, positives, plan, kept, need_x, dy, factor * s, start[0]
                 )
@@ -350,19 +314,19 @@ def _row_grads(x, y, s, rows, cols, positives, plan, kept, need_x, dy, factor, s
     if not need_x and dy is not None:
         plan.implementation.grads(x, y, s, rows, cols, positives, plan.block(None), kept, None, dy)
         return None, None
-    wide = x.dtype == s.dtype
-    if wide:
+    exact = x.dtype == s.dtype
+    if exact:
         dx = x.new_zeros(x.shape) if start is None else start
     else:
         dx = x.new_empty(x.shape)
-    ds: Any = _wide(s.new_zeros(()))
+    ds: Any = wide(s.new_zeros(()))
     at_once = 4 * _ROWS_AT_ONCE if x.is_cuda else _ROWS_AT_ONCE
-    step = max(1, len(x)) if wide or kept else min(len(x), at_once)
-    scratch = dx if wide else x.new_empty((step, *x.shape[1:]), dtype=s.dtype)
+    step = max(1, len(x)) if exact or kept else min(len(x), at_once)
+    scratch = dx if exact else x.new_empty((step, *x.shape[1:]), dtype=s.dtype)
     for a in range(0, len(x), max(1, step)):
         part = slice(a, a + step)
-        dx_c = scratch if wide else scratch[: len(x[part])].zero_()
-        if start is not None and not wide:
+        dx_c = scratch if exact else scratch[: len(x[part])].zero_()
+        if start is not None and not exact:
             dx_c.copy_(start[part])
         some, block = rows[:, part].contiguous(), plan.block(None).rows(part)
         plan.implementation.grads(x[part], y, s, some, cols, positives[part], block, kept, dx_c, dy)
@@ -399,9 +363,9 @@ def _ring_grads(x, y, s, rows, cols, positives, plan, dx, dy):
 def _dot(x: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
     """sum(x * dx) in float64, some rows at a time: sum(dS * x @ y.T), for dx = dS @ y."""
     rows = 128 if x.device.type == "cpu" else 4096  # a CPU's allocator keeps what is freed: little
-    total = _wide(dx.new_zeros(()))
+    total = wide(dx.new_zeros(()))
     for x_c, dx_c in zip(x.split(rows), dx.split(rows)):
-        total = total + torch.dot(_wide(dx_c).flatten(), x_c.flatten().to(total.dtype))
+        total = total + torch.dot(wide(dx_c).flatten(), x_c.flatten().to(total.dtype))
     return total
 
 
@@ -418,25 +382,14 @@ def _no_statistics(n: int, s: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _labels(ids: torch.Tensor, shards: distributed.Shards) -> torch.Tensor:
-    """(total,) int32 on every rank: equal where ids are."""
-    every = shards.gather_rows(ids.to(torch.int64)[:, None])[:, 0]
-    return torch.unique(every, return_inverse=True)[1].to(torch.int32)
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    """x in float64, where the device has it."""
-    return x if x.device.type == "mps" else x.double()
-
-
 class _Torch:
     """Row chunks in plain torch, on any device: what serves where nothing else does."""
 
     def stats(self, x, y, scale, block, keep):
         rows, cols = _no_statistics(x.shape[0], scale), _no_statistics(y.shape[0], scale)
         positives = None if block.diag is None else scale.new_empty(x.shape[0])
-        y = _operand(y)
-        for a, b in self._spans(x, y, block):
+        y = _pairs.operand(y)
+        for a, b in _pairs.row_spans(len(x), len(y), x.dtype, block.workspace):
             z = self._logits(x[a:b], y, scale, block, a, b)
             if positives is not None:
                 positives[a:b] = z.diagonal(block.diag + a)[: b - a]
@@ -449,33 +402,25 @@ class _Torch:
         return rows, cols, positives, None
 
     def grads(self, x, y, scale, rows, cols, positives, block, kept, dx, dy):
-        y = _operand(_unrounded(y, block))
-        for a, b in self._spans(x, y, block):
-            x_c = _operand(_unrounded(x[a:b], block))
+        y = _pairs.operand(_unrounded(y, block))
+        for a, b in _pairs.row_spans(len(x), len(y), x.dtype, block.workspace):
+            x_c = _pairs.operand(_unrounded(x[a:b], block))
             z = self._logits(x_c, y, scale, block, a, b)
             p = torch.sub(z, rows[0, a:b, None]).exp_().div_(rows[1, a:b, None])
             p += z.sub_(cols[0]).exp_().div_(cols[1])
             if block.diag is not None:
                 p.diagonal(block.diag + a)[: b - a].sub_(block.target)
             if dx is not None:
-                dx[a:b] += _product(p, y)
+                dx[a:b] += _pairs.product(p, y)
             if dy is not None:
-                dy += _product(p.t(), x_c)
-
-    @staticmethod
-    def _spans(x: torch.Tensor, y: torch.Tensor, block: Block) -> Iterator[tuple[int, int]]:
-        m, n = x.shape[0], y.shape[0]
-        step = max(1, block.workspace // max(1, 4 * n * torch.finfo(_accumulation(x.dtype)).bits // 8))
-        return ((a, min(a + step, m)) for a in range(0, m if n else 0, step))
+                dy += _pairs.product(p.t(), x_c)
 
     @staticmethod
     def _logits(x_c, y, scale, block, a, b):
-        z = _product(_operand(x_c), y.t()).mul_(scale)
-        if block.row_labels is not None:
-            same = block.row_labels[a:b, None] == block.col_labels
-            if block.diag is not None:
-                same.diagonal(block.diag + a)[: b - a].fill_(False)
-            z.masked_fill_(same, torch.finfo(z.dtype).min)
+        z = _pairs.product(_pairs.operand(x_c), y.t()).mul_(scale)
+        left_out = block.left_out(a, b)
+        if left_out is not None:
+            z.masked_fill_(left_out, torch.finfo(z.dtype).min)
         return z
 
 
@@ -485,34 +430,18 @@ def _unrounded(x: torch.Tensor, block: Block) -> torch.Tensor:
     return x.float() if block.target <= 1 and x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _operand(x: torch.Tensor) -> torch.Tensor:
-    """CPU: 16-bit inputs in float32, for torch has no product of 16-bit matrices with a float32 result there."""
-    return x if x.is_cuda or x.dtype == torch.float64 else x.float()
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in float32 (float64), whatever b's dtype; a is rounded to b's."""
-    if b.dtype in (torch.float32, torch.float64):
-        return a @ b
-    if a.dtype == b.dtype:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    if b.dtype == torch.float16:
-        return torch.mm(a.mul(_ROUNDING_HEADROOM).half(), b, out_dtype=torch.float32).div_(_ROUNDING_HEADROOM)
-    return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
-
-
 _TILE_COLUMNS = 64
-"""kCols of csrc/cpu/info_nce.cpp: the logits that it keeps end with a whole tile."""
+"""kCols of csrc/cpu/pairs.h: the logits that it keeps end with a whole tile."""
 
 
 class _Native:
-    """csrc/cpu/info_nce.cpp. bfloat16 where the machine multiplies it (D even); other 16-bit inputs in float32.
+    """csrc/cpu/info_nce.cpp.
 
     Logits are kept for the backward where they take half of the workspace at most.
     """
 
     def stats(self, x, y, scale, block, keep):
-        x, y = self._operand(x), self._operand(y)
+        x, y = _pairs.native_operand(x), _pairs.native_operand(y)
         labels = (block.row_labels, block.col_labels)
         diag = -1 if block.diag is None else block.diag
         size = len(x) * -(-len(y) // _TILE_COLUMNS) * _TILE_COLUMNS  # of all logits
@@ -521,17 +450,12 @@ class _Native:
         return rows, cols, None if block.diag is None else positives, None if logits is None else [logits]
 
     def grads(self, x, y, scale, rows, cols, positives, block, kept, dx, dy):
-        x, y = self._operand(_unrounded(x, block)), self._operand(_unrounded(y, block))
+        x, y = _pairs.native_operand(_unrounded(x, block)), _pairs.native_operand(_unrounded(y, block))
         diag = -1 if block.diag is None else block.diag
         labels = (block.row_labels, block.col_labels)
         logits = kept[0] if kept else None
         numbers = (block.workspace, block.target)
         torch.ops.lbfast.info_nce_grads(x, y, float(scale), rows, cols, diag, *labels, logits, *numbers, dx, dy)
-
-    @staticmethod
-    def _operand(x: torch.Tensor) -> torch.Tensor:
-        pairs = x.dtype == torch.bfloat16 and x.shape[1] % 2 == 0 and torch.ops.lbfast.has_bf16_gemm()
-        return x.contiguous() if pairs else x.float().contiguous()
 
 
 class _Triton:
@@ -556,33 +480,9 @@ class _Triton:
         )
 
 
-def _why_not_triton(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> list[str]:
-    reasons = dispatch.why_not_triton(image_embeds, text_embeds)
-    if image_embeds.dtype == torch.float64:
-        reasons = [*reasons, "float64 is computed by the torch implementation"]
-    if image_embeds.dtype == torch.bfloat16 and dispatch.triton_interpreted() and not INTERPRETER_KNOWS_BFLOAT16:
-        reasons = [*reasons, "Triton's interpreter multiplies bfloat16 wrongly"]
-    return reasons
-
-
-def _why_not_native(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> list[str]:
-    reasons = dispatch.why_not_native(image_embeds, text_embeds)
-    if image_embeds.dtype == torch.float64:
-        reasons = [*reasons, "float64 is computed by the torch implementation"]
-    return reasons
-
-
-def _why_not_torch(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> list[str]:
-    return []
-
-
 def _implementation(name: str) -> Implementation:
     made: dict[str, type[Implementation]] = {"triton": _Triton, "native": _Native, "torch": _Torch}
     return made[name]()
 
 
-IMPLEMENTATIONS: dict[str, dispatch.Reasons] = {
-    "triton": _why_not_triton,
-    "native": _why_not_native,
-    "torch": _why_not_torch,
-}
+IMPLEMENTATIONS: dict[str, dispatch.Reasons] = dict(_pairs.REASONS)

@@ -152,6 +152,9 @@ _FORMULAS: dict[str, Callable[..., float]] = {
     "lbfast::temporal_attention_native": _attention(1),
     "lbfast::temporal_attention_native_bwd": _after_grad(_attention(2.5)),
     "lbfast::info_nce_stats": lambda x, y, *rest, out: 2 * x.numel() * y.shape[0],
+    "lbfast::sigmoid_loss_pass": lambda x, y, *rest, out: (
+        2 * (1 + sum(part is not None for part in rest[-2:])) * x.numel() * y.shape[0]
+    ),
     "lbfast::info_nce_grads": lambda x, y, *rest, out: (6 if rest[6] is None else 4) * x.numel() * y.shape[0],
 }
 """Name -> the FLOP of a call. Attention's backward counts two and a half forwards."""

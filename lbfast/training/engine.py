@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lbfast.training.parameters import BIAS
 from lbfast.training.step import Towers
 
 Engine = Literal["auto", "ddp", "fsdp"]
@@ -86,7 +87,7 @@ def _shard(towers: Towers, place: Place) -> nn.Module:
 
     model = towers.model
     mesh = DeviceMesh.from_group(place.group, place.device.type)
-    whole = {model.logit_scale}  # has no dimension to shard
+    whole = {p for p in (model.logit_scale, getattr(model, BIAS, None)) if p is not None}  # no dimension to shard
     encoders = [model.vision_model.encoder]
     if towers.text_trained:
         encoders.append(model.text_model.encoder)

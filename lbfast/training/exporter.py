@@ -24,7 +24,7 @@ from lbfast.model.lora import lora_modules
 from lbfast.processing.vocabulary import FILES
 from lbfast.training.checkpoints import foreign, load, newest
 from lbfast.training.engine import full
-from lbfast.training.parameters import trained
+from lbfast.training.parameters import BIAS, trained
 from lbfast.training.recipes import from_dict
 from lbfast.training.start import ADAPTER_FILES, ADAPTER_ROOT, OTHERS, initial_model, tokenizer_of
 
@@ -72,7 +72,7 @@ def export(
     if style == "merged":
         model = copy.deepcopy(model).merge_lora()
     state = checkpoint.upstream_keys(model) if style == "upstream" else model.state_dict()
-    state = {name: full(value).cpu() if write else full(value) for name, value in state.items()}
+    state = {name: full(value).cpu() if write else full(value) for name, value in state.items() if name != BIAS}
     if not write:
         return
     with _made(Path(folder), "config.json") as staged:
@@ -152,7 +152,9 @@ def _export_adapter(model: LanguageBindModel, folder: Path, write: bool) -> None
     if not adapters:
         raise ValueError("style: expected a model with adapters for 'peft', got one without")
     others = {
-        name: full(parameter).cpu().contiguous() for name, parameter in trained(model).items() if ".lora_" not in name
+        name: full(parameter).cpu().contiguous()
+        for name, parameter in trained(model).items()
+        if ".lora_" not in name and name != BIAS
     }
     if not write:
         return

@@ -13,13 +13,17 @@ from lbfast.model.languagebind import LanguageBindModel
 from lbfast.model.lora import add_lora, lora_modules
 from lbfast.training.recipes import Recipe
 
+BIAS = "logit_bias"
+"""Parameter of a model that is trained with a sigmoid loss; no checkpoint of a model has it."""
+FIRST_BIAS = -10.0
+
 
 def prepare(model: LanguageBindModel, recipe: Recipe) -> LanguageBindModel:
     """Puts adapters into the vision tower where the recipe asks for them, and chooses what is trained. In place.
 
     Trained: the adapters, or all of the vision tower; its class embedding, temporal embeddings and norms, last norm and
-    projection; the temperature; the text tower if asked. Never the position embedding; with lock_image neither the
-    patch embedding nor the norm after it.
+    projection; the temperature, and the bias of a sigmoid loss; the text tower if asked. Never the position embedding;
+    with lock_image neither the patch embedding nor the norm after it.
 
     Raises ValueError where the model has adapters of another rank, or is of another modality.
     """
@@ -56,6 +60,8 @@ def prepare(model: LanguageBindModel, recipe: Recipe) -> LanguageBindModel:
     for text in (model.text_model, model.text_projection):
         text.requires_grad_(recipe.train_text)
     model.logit_scale.requires_grad_(recipe.learn_temperature)
+    if recipe.loss == "sigmoid" and not hasattr(model, BIAS):
+        model.register_parameter(BIAS, nn.Parameter(torch.full_like(model.logit_scale, FIRST_BIAS)))
     vision.patch_dropout.prob = fields.force_patch_dropout = recipe.patch_dropout
     return training_mode(model)
 

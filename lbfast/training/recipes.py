@@ -34,6 +34,10 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             return None
         hint = next(option for option in options if option is not type(None))
         origin = typing.get_origin(hint)
+    if origin is tuple:  # of whole numbers
+        if not isinstance(value, list | tuple) or not value or any(type(item) is not int for item in value):
+            raise ValueError(f"{name}: expected a list of whole numbers, got {value!r}")
+        return tuple(value)
     if origin is not None:  # a mapping
         if not isinstance(value, Mapping):
             raise ValueError(f"{name}: expected a mapping, got {value!r}")
@@ -65,7 +69,10 @@ class Recipe:
         lr: of adapters. coef_lr: every other parameter has lr * coef_lr. warmup: steps to reach it, then a cosine to 0.
         weight_decay, beta1, beta2, eps: of AdamW; biases, norms and the temperature do not decay.
         clip_norm: largest norm of the gradient; None: any.
-        label_smoothing: of the loss. mask_repeats: pairs whose captions are equal are not negatives of each other.
+        loss: "infonce", or SigLIP's "sigmoid", whose bias, -10 at first, is trained and serves training alone.
+        dims: of nested embeddings, numbers of a row: InfoNCE is the mean of those of the renormalised first d numbers,
+            for each d; None: of whole rows.
+        label_smoothing: of InfoNCE. mask_repeats: pairs whose captions are equal are not negatives of each other.
         precision: of the towers' arithmetic: float32, bfloat16 or float16 (with a gradient scaler); auto: float32 on a
             CPU, bfloat16 on a GPU. Weights stay float32.
         captions: the data's captions by name with their weights, where samples have several; None: the data's own.
@@ -97,6 +104,8 @@ class Recipe:
     beta2: float = 0.98
     eps: float = 1e-6
     clip_norm: float | None = None
+    loss: Literal["infonce", "sigmoid"] = "infonce"
+    dims: tuple[int, ...] | None = None
     label_smoothing: float = 0.0
     mask_repeats: bool = False
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -119,10 +128,15 @@ class Recipe:
             if value is not None and not (least <= value < below):
                 limit = f" and below {below:g}" if below < _ANY else ""
                 raise ValueError(f"{name}: expected a number of at least {least:g}{limit}, got {value}")
+        if self.loss != "infonce" and self.label_smoothing:
+            raise ValueError(f"label_smoothing: expected 0 with loss {self.loss!r}, got {self.label_smoothing}")
+        if self.loss != "infonce" and self.dims is not None:
+            raise ValueError(f"dims: expected none with loss {self.loss!r}, got {list(self.dims)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as of a YAML file."""
-        return {**dataclasses.asdict(self), "vision": dict(self.vision)}
+        dims = None if self.dims is None else list(self.dims)
+        return {**dataclasses.asdict(self), "vision": dict(self.vision), "dims": dims}
 
     def replace(self, **changes: Any) -> Recipe:
         """The same with some fields changed. Raises ValueError for an unknown field."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from lbfast import distributed, ops
 from lbfast.model.languagebind import LanguageBindModel, normalised
 from lbfast.training.captions import TextCache
 from lbfast.training.memory import Offload
+from lbfast.training.parameters import BIAS
 
 CAPTIONS_AT_ONCE = 64
 _NOISE_ROWS = 64
@@ -64,7 +65,8 @@ class Towers(nn.Module):
     def forward(
         self, pixels: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, noise: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """m rows -> unit image embeddings (m, E), those of the captions where they are trained, and the log-scale."""
+        """m rows -> unit image embeddings (m, E), those of the captions where they are trained, and the loss's numbers:
+        the log-scale and, where there is one, the bias: (1,) or (2,)."""
         dropout = self.model.vision_model.patch_dropout
         dropout.noise = noise
         try:
@@ -72,7 +74,8 @@ class Towers(nn.Module):
         finally:
             dropout.noise = None
         text = self.captions(ids, mask) if self.text_trained else None
-        return image, text, self.model.logit_scale.clone()
+        bias = getattr(self.model, BIAS, None)
+        return image, text, torch.stack([self.model.logit_scale, *([] if bias is None else [bias])])
 
     def captions(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(m, L) -> unit embeddings (m, E)."""
@@ -103,7 +106,8 @@ class LargeBatchStep:
         seed: of everything random in a step.
         autocast: dtype of the towers' arithmetic, or None.
         scaler: gradients come multiplied by its scale.
-        label_smoothing: of the loss.
+        loss: "infonce", or "sigmoid", for whose bias the model was prepared.
+        dims, label_smoothing: of InfoNCE.
         mask_repeats: rows that share an id of `batch.groups` are not negatives of each other.
         offload: saved activations wait in the CPU's memory.
         cache: of caption embeddings, where the text tower is not trained.
@@ -118,6 +122,8 @@ class LargeBatchStep:
         seed: int = 0,
         autocast: torch.dtype | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        loss: str = "infonce",
+        dims: Sequence[int] | None = None,
         label_smoothing: float = 0.0,
         mask_repeats: bool = False,
         offload: bool = False,
@@ -129,7 +135,7 @@ class LargeBatchStep:
         self.inner: Towers = towers.module if isinstance(towers, nn.parallel.DistributedDataParallel) else towers  # type: ignore[assignment]
         self.micro_batch, self.group, self.seed = micro_batch, group, seed
         self.autocast, self.scaler, self.label_smoothing = autocast, scaler, label_smoothing
-        self.mask_repeats, self.cache = mask_repeats, cache
+        self.loss, self.dims, self.mask_repeats, self.cache = loss, dims, mask_repeats, cache
         self.offload = Offload(self.inner) if offload else None
         self.device = self.inner.model.logit_scale.device
 
@@ -165,28 +171,31 @@ class LargeBatchStep:
         image_leaf = torch.cat(images).requires_grad_(kept[0].requires_grad)
         if texts is None:
             texts = torch.cat([text for text in trained_texts if text is not None]).requires_grad_()
-        log_scale = self.inner.model.logit_scale.detach().clone().requires_grad_(kept[2].requires_grad)
+        numbers = kept[2].detach().clone().requires_grad_(kept[2].requires_grad)
         del images, trained_texts
-        loss = ops.info_nce(
-            image_leaf,
-            texts,
-            log_scale.exp(),
-            ids=batch.groups.to(self.device) if self.mask_repeats else None,
-            label_smoothing=self.label_smoothing,
-            group=self.group,
-        )
+        loss = self._loss(image_leaf, texts, numbers, batch.groups.to(self.device) if self.mask_repeats else None)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
         ranks = distributed.world(self.group)[1]  # the engines average over them
         gradients = [None if leaf.grad is None else leaf.grad * ranks for leaf in (image_leaf, texts)]
-        _backward(kept, last, gradients, log_scale.grad if len(pieces) == 1 else None)
+        _backward(kept, last, gradients, numbers.grad if len(pieces) == 1 else None)
         del kept
         for piece in pieces[:-1]:
             final = piece is pieces[-2]
             outputs = self._forward_with_graph(batch, piece, synchronise=final)
-            _backward(outputs, piece, gradients, log_scale.grad if final else None)
+            _backward(outputs, piece, gradients, numbers.grad if final else None)
             del outputs
         return Result(loss.detach(), total)
+
+    def _loss(
+        self, images: torch.Tensor, texts: torch.Tensor, numbers: torch.Tensor, ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Of this process's embeddings and Towers' numbers."""
+        scale = numbers[0].exp()
+        if self.loss == "sigmoid":
+            return ops.sigmoid_loss(images, texts, scale, numbers[1], ids=ids, group=self.group)
+        options = {"dims": self.dims, "label_smoothing": self.label_smoothing}
+        return ops.info_nce(images, texts, scale, ids=ids, group=self.group, **options)  # type: ignore[arg-type]
 
     def embed_captions(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(b, L) -> unit embeddings (b, E) without gradients, some at a time, bitwise the same with a cache as without.
@@ -292,9 +301,9 @@ def _backward(
     outputs: tuple[Any, Any, Any],
     piece: _Piece,
     gradients: list[torch.Tensor | None],
-    scale_gradient: torch.Tensor | None,
+    of_numbers: torch.Tensor | None,
 ) -> None:
-    """Back-propagates the piece's rows of the embeddings' gradients, and the log-scale's where this is the last."""
+    """Back-propagates the piece's rows of the embeddings' gradients, and the numbers' where this is the last."""
     tensors, seeds = [], []
     for output, gradient in zip(outputs[:2], gradients):
         if output is not None and output.requires_grad:
@@ -305,7 +314,7 @@ def _backward(
             seeds.append(seed)
     if outputs[2].requires_grad:
         tensors.append(outputs[2])
-        seeds.append(torch.zeros_like(outputs[2]) if scale_gradient is None else scale_gradient)
+        seeds.append(torch.zeros_like(outputs[2]) if of_numbers is None else of_numbers)
     torch.autograd.backward(tensors, seeds)
 
 

@@ -234,6 +234,8 @@ class _Run:
             seed=recipe.seed,
             autocast=autocast,
             scaler=self.scaler,
+            loss=recipe.loss,
+            dims=recipe.dims,
             label_smoothing=recipe.label_smoothing,
             mask_repeats=recipe.mask_repeats,
             offload=recipe.offload,
@@ -423,7 +425,8 @@ class _Run:
 
     def _same(self, path: Path, state: Mapping[str, Any]) -> None:
         """Raises CheckpointError where a checkpoint is of a run with another recipe, model or data."""
-        theirs, ours = state["recipe"], self.recipe.to_dict()
+        ours = self.recipe.to_dict()
+        theirs = {**Recipe(self.recipe.modality).to_dict(), **state["recipe"]}  # what it knew nothing of is as it was
         changed = [k for k in ours if k not in MEMORY_FIELDS and theirs.get(k) != ours[k]]
         if changed:
             listed = ", ".join(f"{k} was {theirs.get(k)!r} and is {ours[k]!r}" for k in changed)

@@ -105,7 +105,7 @@ def main() -> None:
         from tests import interpreter
 
         interpreter.install()
-        importlib.import_module("lbfast.ops.info_nce").INTERPRETER_KNOWS_BFLOAT16 = True  # type: ignore[attr-defined]
+        importlib.import_module("lbfast.ops._pairs").INTERPRETER_KNOWS_BFLOAT16 = True  # type: ignore[attr-defined]
         impl = "triton"
     for index in range(options.first, options.first + options.count):
         print(json.dumps({"case": index}), flush=True)

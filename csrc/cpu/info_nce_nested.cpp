@@ -1,0 +1,318 @@
+// Nested InfoNCE on the CPU: the losses of several prefixes of the D numbers of each row, for little more than one.
+//
+// Contract: lbfast/ops/_nested.py. The product of two rows' prefixes is a partial sum of the product of the rows: one
+// product gives all logits, z_p = scale * x_factor_p * y_factor_p * (sum over the prefix), the factors being the
+// reciprocal norms of the prefixes. |z| is at most |scale|: one shift serves all exponentials, no largest one is looked
+// for. Positives stay out of the sums, and what dS has for them comes from outside.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <tuple>
+
+#include "pairs.h"
+
+namespace lbfast {
+namespace {
+
+using pairs::ceil_div;
+using pairs::kCols;
+using pairs::kLanes;
+using pairs::kRows;
+using pairs::Vec;
+
+constexpr int64_t kVecs = kCols / kLanes;
+constexpr int64_t kMaxGroups = 64;  // of columns in the forward: bounds the partial row sums
+
+struct Block : pairs::Block {
+  float scale, shift;
+  const float *x_factors, *y_factors;  // of one prefix: [m] and [n]
+};
+
+// What the pairs of a row of a tile weigh: 1, or 0 where they are left out or past the end.
+class Weights {
+ public:
+  Weights(const Block& block, int64_t col0, int64_t cols) : block_(block), col0_(col0), cols_(cols) {
+    std::fill(of_, of_ + cols, 1.0f);
+    std::fill(of_ + cols, of_ + kCols, 0.0f);
+  }
+  // Column of the row's positive in the tile, or negative; the positive weighs nothing.
+  int64_t row(int64_t row) {
+    if (block_.row_labels != nullptr) {
+      const int32_t label = block_.row_labels[row];
+      for (int64_t j = 0; j < cols_; ++j) {
+        of_[j] = block_.col_labels[col0_ + j] == label ? 0.0f : 1.0f;
+      }
+    } else if (last_ >= 0) {
+      of_[last_] = 1.0f;
+    }
+    last_ = block_.positive(row, col0_, cols_);
+    if (last_ >= 0) {
+      of_[last_] = 0.0f;
+    }
+    return last_;
+  }
+  Vec at(int64_t v) const { return Vec::loadu(of_ + v * kLanes); }
+
+ private:
+  const Block& block_;
+  int64_t col0_, cols_, last_ = -1;
+  float of_[kCols];
+};
+
+// Numbers of a tile's columns, 0 past the end.
+void load_columns(const float* from, int64_t cols, Vec (&to)[kVecs]) {
+  float padded[kCols] = {};
+  std::copy_n(from, cols, padded);
+  for (int64_t v = 0; v < kVecs; ++v) {
+    to[v] = Vec::loadu(padded + v * kLanes);
+  }
+}
+
+void add_columns(const Vec (&sums)[kVecs], int64_t cols, float* to) {
+  float padded[kCols];
+  for (int64_t v = 0; v < kVecs; ++v) {
+    sums[v].store(padded + v * kLanes);
+  }
+  for (int64_t j = 0; j < cols; ++j) {
+    to[j] += padded[j];
+  }
+}
+
+// Adds sums of exp(z - shift) of a tile's negatives to row_sums [rows] and col_sums [cols]; positives [rows] get their cosines.
+void tile_sums(const float* tile, int64_t rows, int64_t cols, int64_t row0, int64_t col0, const Block& block,
+               float* row_sums, float* col_sums, float* positives) {
+  Vec factors[kVecs], sums[kVecs];
+  load_columns(block.y_factors + col0, cols, factors);
+  for (auto& sum : sums) {
+    sum = Vec(0.0f);
+  }
+  Weights weights(block, col0, cols);
+  const Vec shift(-block.shift), scale(block.scale);
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* row = tile + i * kCols;
+    const float factor = block.x_factors[row0 + i];
+    const int64_t positive = weights.row(row0 + i);
+    if (positive >= 0) {
+      positives[i] = row[positive] * (factor * block.y_factors[col0 + positive]);
+    }
+    Vec sum(0.0f);
+    for (int64_t v = 0; v < kVecs; ++v) {
+      const Vec cosine = Vec::loadu(row + v * kLanes) * (Vec(factor) * factors[v]);
+      const Vec e = at::vec::fmadd(cosine, scale, shift).exp() * weights.at(v);  // the backward's, to the last bit
+      sum = sum + e;
+      sums[v] = sums[v] + e;
+    }
+    row_sums[i] += pairs::sum_lanes(sum);
+  }
+  add_columns(sums, cols, col_sums);
+}
+
+// One prefix's weights and results, for all rows and columns.
+struct Sides {
+  const float *row_weights, *col_weights;  // [m], [n]: p is exp(z - shift) times their sum
+  const float* exact;                      // [m]: dS of positives
+  float* col_dots;                         // [n]
+};
+
+// A tile of products -> G = dS x_factor y_factor; row_dots [rows] = sums of dS cos, added to for columns.
+void tile_grads(const float* tile, float* out, int64_t rows, int64_t cols, int64_t row0, int64_t col0,
+                const Block& block, const Sides& sides, float* row_dots) {
+  Vec factors[kVecs], col_weights[kVecs], dots[kVecs];
+  load_columns(block.y_factors + col0, cols, factors);
+  load_columns(sides.col_weights + col0, cols, col_weights);
+  for (auto& dot : dots) {
+    dot = Vec(0.0f);
+  }
+  Weights weights(block, col0, cols);
+  const Vec shift(-block.shift), scale(block.scale);
+  float col_dots[kCols] = {};
+  for (int64_t i = 0; i < rows; ++i) {
+    const float *row = tile + i * kCols, factor = block.x_factors[row0 + i];
+    const int64_t positive = weights.row(row0 + i);
+    const float product = positive >= 0 ? row[positive] : 0.0f;
+    const Vec row_weight(sides.row_weights[row0 + i]);
+    Vec dot(0.0f);
+    for (int64_t v = 0; v < kVecs; ++v) {
+      const Vec both = Vec(factor) * factors[v];
+      const Vec cosine = Vec::loadu(row + v * kLanes) * both;
+      const Vec e = at::vec::fmadd(cosine, scale, shift).exp() * weights.at(v);
+      const Vec ds = e * (row_weight + col_weights[v]);
+      dot = at::vec::fmadd(ds, cosine, dot);
+      dots[v] = at::vec::fmadd(ds, cosine, dots[v]);
+      (ds * both).store(out + i * kCols + v * kLanes);
+    }
+    row_dots[i] = pairs::sum_lanes(dot);
+    if (positive >= 0) {
+      const float both = factor * block.y_factors[col0 + positive], ds = sides.exact[row0 + i];
+      out[i * kCols + positive] = ds * both;
+      row_dots[i] += ds * product * both;
+      col_dots[positive] += ds * product * both;
+    }
+  }
+  add_columns(dots, cols, sides.col_dots + col0);
+  for (int64_t j = 0; j < cols; ++j) {
+    sides.col_dots[col0 + j] += col_dots[j];
+  }
+}
+
+template <typename T>
+void sums_kernel(const T* x, const T* y, int64_t m, int64_t n, const std::vector<int64_t>& ends,
+                 const std::vector<Block>& blocks, float* rows, float* cols, float* positives) {
+  const int64_t d = ends.back(), prefixes = static_cast<int64_t>(ends.size()), tiles = ceil_div(n, kCols);
+  const int64_t wide = ceil_div(tiles, std::min(tiles, kMaxGroups));  // tiles in a group
+  const int64_t groups = ceil_div(tiles, wide);
+  std::vector<float> parts(groups * prefixes * m, 0.0f);
+  at::parallel_for(0, groups, pairs::grain(wide * kCols * m * d), [&](int64_t begin, int64_t end) {
+    std::vector<T> packed(wide * d * kCols);
+    std::vector<float> tile(kRows * kCols);
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t first = g * wide, last = std::min(tiles, first + wide);
+      for (int64_t t = first; t < last; ++t) {
+        pack_transposed(y + t * kCols * d, d, std::min(kCols, n - t * kCols), d, &packed[(t - first) * d * kCols],
+                        kCols);
+      }
+      for (int64_t i = 0; i < m; i += kRows) {
+        const int64_t height = std::min(kRows, m - i);
+        for (int64_t t = first; t < last; ++t) {
+          const int64_t j = t * kCols, width = std::min(kCols, n - j);
+          for (int64_t p = 0; p < prefixes; ++p) {
+            const int64_t from = p == 0 ? 0 : ends[p - 1];
+            gemm(height, kCols, ends[p] - from, x + i * d + from, d, &packed[((t - first) * d + from) * kCols], kCols,
+                 tile.data(), kCols, p > 0);
+            tile_sums(tile.data(), height, width, i, j, blocks[p], &parts[(g * prefixes + p) * m + i], cols + p * n + j,
+                      positives + p * m + i);
+          }
+        }
+      }
+    }
+    gemm_release<T>();
+  });
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t k = 0; k < prefixes * m; ++k) {
+      rows[k] += parts[g * prefixes * m + k];
+    }
+  }
+}
+
+const float* numbers(const char* name, const at::Tensor& x, at::IntArrayRef sizes) {
+  expect_dense(name, x, at::kFloat, sizes);
+  return x.const_data_ptr<float>();
+}
+
+// A block for each prefix. Raises where arguments don't fit each other.
+std::vector<Block> checked_blocks(const at::Tensor& x, const at::Tensor& y, double scale, double shift,
+                                  const at::Tensor& x_factors, const at::Tensor& y_factors, at::IntArrayRef ends,
+                                  int64_t diag, const pairs::MaybeTensor& row_labels,
+                                  const pairs::MaybeTensor& col_labels) {
+  const pairs::Block block = pairs::checked_block("info_nce", x, y, diag, row_labels, col_labels);
+  const int64_t m = x.size(0), n = y.size(0), even = x.scalar_type() == at::kFloat ? 1 : 2;
+  const int64_t prefixes = static_cast<int64_t>(ends.size());
+  int64_t before = 0;
+  for (const int64_t end : ends) {
+    TORCH_CHECK_VALUE(end > before && end % even == 0,
+                      "info_nce: ends: expected to rise, even for bfloat16, got ", ends);
+    before = end;
+  }
+  TORCH_CHECK_VALUE(before == x.size(1), "info_nce: ends: expected the last at D = ", x.size(1), ", got ", ends);
+  const float* rows = numbers("info_nce: x_factors", x_factors, {prefixes, m});
+  const float* cols = numbers("info_nce: y_factors", y_factors, {prefixes, n});
+  std::vector<Block> blocks;
+  for (int64_t p = 0; p < prefixes; ++p) {
+    blocks.push_back({block, static_cast<float>(scale), static_cast<float>(shift), rows + p * m, cols + p * n});
+  }
+  return blocks;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_nested_sums(
+    const at::Tensor& x, const at::Tensor& y, double scale, double shift, const at::Tensor& x_factors,
+    const at::Tensor& y_factors, at::IntArrayRef ends, int64_t diag, const pairs::MaybeTensor& row_labels,
+    const pairs::MaybeTensor& col_labels) {
+  const std::vector<Block> blocks =
+      checked_blocks(x, y, scale, shift, x_factors, y_factors, ends, diag, row_labels, col_labels);
+  const int64_t m = x.size(0), n = y.size(0), prefixes = static_cast<int64_t>(ends.size());
+  const auto options = x.options().dtype(at::kFloat);
+  at::Tensor rows = at::zeros({prefixes, m}, options), cols = at::zeros({prefixes, n}, options);
+  at::Tensor positives = at::zeros({prefixes, m}, options);
+  if (m > 0 && n > 0) {
+    pairs::with_operand_type(x, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      sums_kernel(x.const_data_ptr<T>(), y.const_data_ptr<T>(), m, n, ends.vec(), blocks,
+                  rows.mutable_data_ptr<float>(), cols.mutable_data_ptr<float>(), positives.mutable_data_ptr<float>());
+    });
+  }
+  return {rows, cols, positives};
+}
+
+std::tuple<at::Tensor, at::Tensor> info_nce_nested_grads(
+    const at::Tensor& x, const at::Tensor& y, double scale, double shift, const at::Tensor& x_factors,
+    const at::Tensor& y_factors, at::IntArrayRef ends, const at::Tensor& row_weights, const at::Tensor& col_weights,
+    const at::Tensor& exact, int64_t diag, const pairs::MaybeTensor& row_labels, const pairs::MaybeTensor& col_labels,
+    int64_t workspace, const pairs::MaybeTensor& dx, const pairs::MaybeTensor& dy) {
+  const std::vector<Block> blocks =
+      checked_blocks(x, y, scale, shift, x_factors, y_factors, ends, diag, row_labels, col_labels);
+  const int64_t m = x.size(0), n = y.size(0), prefixes = static_cast<int64_t>(ends.size());
+  const float* by_row = numbers("info_nce: row_weights", row_weights, {prefixes, m});
+  const float* by_col = numbers("info_nce: col_weights", col_weights, {prefixes, n});
+  const float* of_positives = numbers("info_nce: exact", exact, {prefixes, m});
+  const pairs::Sums into = pairs::checked_sums("info_nce", x, y, dx, dy,
+                                               {x, y, x_factors, y_factors, row_weights, col_weights, exact});
+  const auto options = x.options().dtype(at::kFloat);
+  at::Tensor row_dots = at::zeros({prefixes, m}, options), col_dots = at::zeros({prefixes, n}, options);
+  if (m > 0 && n > 0) {
+    pairs::with_operand_type(x, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      const int64_t d = x.size(1), tiles = ceil_div(n, kCols);
+      const int64_t fit = workspace / (prefixes * tiles * kCols * static_cast<int64_t>(sizeof(T))) / kRows * kRows;
+      const int64_t chunk = std::min(std::max(fit, kRows), m);
+      pairs::Scratch<float> scratch(tiles * prefixes * chunk);  // row sums of each tile of columns, which threads own
+      float *parts = scratch.data(), *sums = row_dots.mutable_data_ptr<float>();
+      for (int64_t c = 0; c < m; c += chunk) {
+        const int64_t high = std::min(chunk, m - c);
+        std::vector<Block> of_rows = blocks;
+        std::vector<Sides> sides;
+        for (int64_t p = 0; p < prefixes; ++p) {
+          Block& block = of_rows[p];
+          block.diag += diag >= 0 ? c : 0;
+          block.row_labels += block.row_labels != nullptr ? c : 0;
+          block.x_factors += c;
+          sides.push_back({by_row + p * m + c, by_col + p * n, of_positives + p * m + c,
+                           col_dots.mutable_data_ptr<float>() + p * n});
+        }
+        const auto finish = [&](int64_t p, float* tile, float* out, int64_t rows, int64_t cols, int64_t i, int64_t j) {
+          tile_grads(tile, out, rows, cols, i, j, of_rows[p], sides[p],
+                     &parts[(j / kCols * prefixes + p) * chunk + i]);
+        };
+        pairs::gradients(x.const_data_ptr<T>() + c * d, y.const_data_ptr<T>(), high, n, ends.vec(), workspace, nullptr,
+                         into.dx == nullptr ? nullptr : into.dx + c * d, into.dy, finish);
+        for (int64_t t = 0; t < tiles; ++t) {
+          for (int64_t p = 0; p < prefixes; ++p) {
+            for (int64_t r = 0; r < high; ++r) {
+              sums[p * m + c + r] += parts[(t * prefixes + p) * chunk + r];
+            }
+          }
+        }
+      }
+    });
+  }
+  return {row_dots, col_dots};
+}
+
+}  // namespace
+}  // namespace lbfast
+
+TORCH_LIBRARY_FRAGMENT(lbfast, m) {
+  m.def(
+      "info_nce_nested_sums(Tensor x, Tensor y, float scale, float shift, Tensor x_factors, Tensor y_factors,"
+      " int[] ends, int diag, Tensor? row_labels, Tensor? col_labels) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "info_nce_nested_grads(Tensor x, Tensor y, float scale, float shift, Tensor x_factors, Tensor y_factors,"
+      " int[] ends, Tensor row_weights, Tensor col_weights, Tensor exact, int diag, Tensor? row_labels,"
+      " Tensor? col_labels, int workspace, Tensor(a!)? dx, Tensor(b!)? dy) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(lbfast, CPU, m) {
+  m.impl("info_nce_nested_sums", lbfast::info_nce_nested_sums);
+  m.impl("info_nce_nested_grads", lbfast::info_nce_nested_grads);
+}
