@@ -117,27 +117,34 @@ def _sum(original: Any) -> Any:
 
 
 def _patched_once(launch: Any) -> Any:
-    """Triton's interpreter patches its language at every call of a device function: here once a file and launch.
+    """Triton's interpreter patches its language at every call of a device function: here once a launch.
 
-    What it patches is looked for once a file.
+    What it patches follows from which of its modules a file has, and is looked for where nothing is patched yet: it
+    does not see what is.
     """
     patch, patches = interpreter._patch_lang, {}
 
+    @functools.cache
+    def seen_by(function: Any) -> tuple[bool, ...]:
+        return tuple(any(value is lang for value in function.__globals__.values()) for lang in (tl, tl.core))
+
     def launch_patched(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
         scope = interpreter._LangPatchScope()  # the launch restores it
-        files = set()
+        patched = set()
 
         def patch_lang(function: Any) -> Any:
-            file = id(function.__globals__)
-            if file not in files:
-                files.add(file)
-                if file in patches:
-                    for obj, name, value in patches[file]:
-                        scope.set_attr(obj, name, value)
-                else:
-                    changes = patch(function)._changes
-                    scope._changes += changes
-                    patches[file] = [(obj, name, vars(obj)[name]) for obj, name, _ in changes]
+            seen = seen_by(function)
+            if seen in patched:
+                return scope
+            if seen in patches:
+                for obj, name, value in patches[seen]:
+                    scope.set_attr(obj, name, value)
+            else:
+                changes = patch(function)._changes
+                scope._changes += changes
+                if not patched:
+                    patches[seen] = [(obj, name, vars(obj)[name]) for obj, name, _ in changes]
+            patched.add(seen)
             return scope
 
         interpreter._patch_lang = patch_lang

@@ -1,5 +1,6 @@
 """bfloat16 in Triton's interpreter (tests/interpreter.py) is torch's, bit by bit."""
 
+import importlib
 import os
 
 import pytest
@@ -148,3 +149,17 @@ def test_dot_sums_exact_products_in_float32():
     _dot_kernel[(1,)](a, b, out, 32, 32, 32)
     exact = a.double() @ b.double() + c.double()
     assert (out.double() - exact).abs().max() < 32 * 2**-24 * exact.abs().max()
+
+
+def test_a_file_is_met_in_anothers_launch_first(tmp_path, monkeypatch):
+    """What is patched then is not seen; the file's own launch is patched all the same."""
+    lines = "import triton\nimport triton.language as tl\n"
+    kernel = "@triton.jit\ndef kernel(x_ptr):\n    tl.store(x_ptr + tl.program_id(0), {})\n"
+    inner = f"{lines}core = tl.core\n@triton.jit\ndef one_more(x_ptr):\n    return tl.load(x_ptr) + 1\n"
+    (tmp_path / "met_inner.py").write_text(inner + kernel.format("one_more(x_ptr)"))
+    (tmp_path / "met_outer.py").write_text(f"{lines}from met_inner import one_more\n{kernel.format('one_more(x_ptr)')}")
+    monkeypatch.syspath_prepend(tmp_path)
+    x = torch.zeros(1)
+    for name in ("met_outer", "met_inner", "met_outer"):
+        importlib.import_module(name).kernel[(1,)](x)
+    assert x.item() == 3
