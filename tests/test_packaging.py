@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("lbfast", "kernels", "bench", "csrc", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
+PARTS = ("lbfast", "kernels", "bench", "csrc", "docs", "examples", "tests", "mkdocs.yml")
+PARTS += ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md")
 
 
 def python(*arguments: str, cwd: Path, **environment: str) -> str:
@@ -71,6 +72,19 @@ def test_the_wheel_has_every_file(wheel):
     wanted |= sources("lbfast/mini/weights", "*.*") | sources("lbfast/mini/recipes", "*.yaml")
     assert wanted <= names
     assert {name.split("/")[0] for name in names} == {"lbfast"}
+
+
+def test_an_sdist_is_small_and_its_weights_are_the_same(sdist, wheel):
+    """Packed in the sdist, without what a checkout alone needs; a wheel of it has them to the byte."""
+    assert sdist.stat().st_size < 5e6
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert "lbfast/mini/weights.tar.xz" in names
+    assert not [name for name in names if name.startswith(("tests", "bench/results", "lbfast/mini/weights/"))]
+    with zipfile.ZipFile(wheel) as built:
+        assert "lbfast/mini/weights.tar.xz" not in built.namelist()
+        for name in sources("lbfast/mini/weights", "*.*"):
+            assert built.read(name) == (ROOT / name).read_bytes(), name
 
 
 def test_an_installed_wheel_runs(wheel, tmp_path):
