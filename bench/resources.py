@@ -19,6 +19,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import importlib
 import io
 import json
@@ -215,6 +216,17 @@ def _compile(case: Any, arch: str, lines: bool = False) -> Any:
 
 
 def _sass(compiled: Any) -> str:
+    """The disassembly, kept in Triton's cache: it takes longer than all else that is done with a compiled kernel."""
+    from triton.runtime.cache import get_cache_manager
+
+    name = "disassembled.sass"
+    kept = get_cache_manager(hashlib.sha256(compiled.asm["cubin"]).hexdigest())
+    if (file := kept.get_file(name)) is None:
+        file = kept.put(_disassembled(compiled), name, binary=False)
+    return Path(file).read_text(encoding="utf-8")
+
+
+def _disassembled(compiled: Any) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -119,8 +119,8 @@ def _sum(original: Any) -> Any:
 def _patched_once(launch: Any) -> Any:
     """Triton's interpreter patches its language at every call of a device function: here once a launch.
 
-    What it patches follows from which of its modules a file has, and is looked for where nothing is patched yet: it
-    does not see what is.
+    What it patches follows from which of its modules a file has, and from what is patched already, which it passes
+    over: it is looked for once each.
     """
     patch, patches = interpreter._patch_lang, {}
 
@@ -130,21 +130,21 @@ def _patched_once(launch: Any) -> Any:
 
     def launch_patched(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
         scope = interpreter._LangPatchScope()  # the launch restores it
-        patched = set()
+        patched: tuple[Any, ...] = ()
 
         def patch_lang(function: Any) -> Any:
+            nonlocal patched
             seen = seen_by(function)
             if seen in patched:
                 return scope
-            if seen in patches:
-                for obj, name, value in patches[seen]:
+            patched += (seen,)
+            if patched in patches:
+                for obj, name, value in patches[patched]:
                     scope.set_attr(obj, name, value)
             else:
                 changes = patch(function)._changes
                 scope._changes += changes
-                if not patched:
-                    patches[seen] = [(obj, name, vars(obj)[name]) for obj, name, _ in changes]
-            patched.add(seen)
+                patches[patched] = [(obj, name, vars(obj)[name]) for obj, name, _ in changes]
             return scope
 
         interpreter._patch_lang = patch_lang
