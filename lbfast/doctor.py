@@ -170,10 +170,8 @@ def _devices() -> Table:
     flags, name = set(_cpu_fields().get("flags", "").split()), cpu_name()
     wide = ", ".join(f"{flag} {'yes' if flag in flags else 'no'}" for flag in _FLAGS)
     capability = torch.backends.cpu.get_cpu_capability()
-    table.add_row(
-        "cpu",
-        escape(f"{name}; {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch uses {capability}; {wide}"),
-    )
+    threads = f"cores: {os.cpu_count()}, torch's threads: {torch.get_num_threads()}, which use {capability}"
+    table.add_row("cpu", escape(f"{name}; {threads}; {wide}"))
     if torch.cuda.device_count() == 0:
         built = torch.version.cuda or torch.version.hip
         reason = f"torch is built for {built}, and finds no device or driver" if built else "torch is a CPU build"

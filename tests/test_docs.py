@@ -137,6 +137,9 @@ def every_command(command=None, path=("lbfast",)):
 def test_every_command_says_what_it_prints_and_gives_an_example():
     for path, command in every_command():
         first = command.help.splitlines()[0]
+        assert all("\n" not in part.strip() for part in command.help.split("\n\n")), (
+            f"{path}: a terminal wraps its lines"
+        )
         verb, where = first.split()[0], r"\b(prints?|table|folder|file|it|them)\b"
         assert verb == "Prints" or (verb in ("Writes", "Makes", "Binds") and re.search(where, first)), path
         example = re.search(r"Example: (lbfast [^\n]+)", command.help)

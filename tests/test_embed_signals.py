@@ -38,6 +38,14 @@ def of_session(session: int) -> list[str]:
     return found
 
 
+def left_after(run: subprocess.Popen[str], seconds: float = 1) -> list[str]:
+    """The processes of its session that live for longer than that."""
+    end = time.monotonic() + seconds
+    while (left := of_session(run.pid)) and time.monotonic() < end:
+        time.sleep(0.01)
+    return left
+
+
 @pytest.fixture
 def run(tmp_path):
     """Starts a run in a session of its own, and waits until it has finished rows with two workers."""
@@ -69,8 +77,7 @@ def test_a_line_and_the_status(run, number, group):
     (os.killpg if group else os.kill)(run.pid, number)
     out, said = run.communicate()
     assert (run.returncode, out, said) == (128 + number, "", LINE)
-    time.sleep(1)
-    assert not of_session(run.pid)
+    assert not left_after(run)
 
 
 MOMENTS = ("lbfast.cli", "typer.core", "rich.console", "torch._C", "transformers")
@@ -167,8 +174,7 @@ process.kill()
 def test_nobody_lives_on_after_a_kill(run):
     run.kill()
     out, said = run.communicate(timeout=30)
-    time.sleep(1)
-    assert not of_session(run.pid)
+    assert not left_after(run)
     assert (out, said) == ("", "")
 
 

@@ -96,8 +96,7 @@ def retrieval(
 
     Example: lbfast eval retrieval --model LanguageBind_Video_FT --data msrvtt.csv
 
-    Rows with one file are one item with several captions. A query's rank is that of its best match; what ties with it
-    is before it.
+    Rows with one file are one item of several captions. A query's rank is its best match's, after what ties with it.
     """
     from lbfast.checkpoints import open_checkpoints
     from lbfast.evaluation.report import check_place
