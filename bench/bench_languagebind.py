@@ -392,7 +392,7 @@ def chosen(given: argparse.Namespace) -> list[str]:
 
 
 def show(record: harness.Record) -> int:
-    print(harness.describe(record.header))
+    harness.say(harness.describe(record.header))
     columns = ("case", "layers", "name", "dtype", "median ms", "p20", "p80", "items/s", "MFU", "cosine", "peak MiB")
     rows = []
     for row in record.rows:
@@ -402,7 +402,7 @@ def show(record: harness.Record) -> int:
             rows.append((row["case"], row["layers"], row["name"], row["dtype"], *times, *numbers))
     print(f"\n{record.title}\n\n{harness.table(columns, rows, left=4)}\n")
     for note in dict.fromkeys(f"{row['name']}: not timed: {row['note']}" for row in record.rows if "note" in row):
-        print(note)
+        harness.say(note)
     if record.out:
         print(record.out)
     return int(any(contest.is_wrong(row) for row in record.rows))

@@ -194,7 +194,7 @@ def _give_back(device: str) -> None:
 
 
 def show(record: harness.Record) -> None:
-    print(harness.describe(record.header))
+    harness.say(harness.describe(record.header))
     columns = ["trained", "step", "batch", "micro_batch", "ms", "p20_ms", "p80_ms", "of_dense"]
     rows = [row for row in record.rows if "ms" in row]
     print(harness.table(columns, [[row.get(name, "") for name in columns] for row in rows], left=2))

@@ -177,7 +177,7 @@ def show(record: harness.Record) -> int:
     """Prints the device, a table, what was not timed and why, and each case in short. 1 where one of ours is wrong,
     else 0. A terminal that is too narrow for the table gets the medians alone.
     """
-    print(harness.describe(record.header))
+    harness.say(harness.describe(record.header))
     names = ("case", "dtype", "part", "name", "median ms", "p20", "p80", "TFLOP/s", "GB/s", "of floor", "extra MiB")
     rows = []
     for row in record.rows:
@@ -191,7 +191,7 @@ def show(record: harness.Record) -> int:
         text = harness.table(names[:5], [row[:5] for row in rows], left=4)
     print(f"\n{record.title}\n\n{text}\n")
     for note in dict.fromkeys(f"{row['name']}: not timed: {row['note']}" for row in record.rows if "note" in row):
-        print(note)
+        harness.say(note)
     print("\n".join(in_short(record.rows)))
     if record.out:
         print(record.out)

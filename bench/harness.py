@@ -16,9 +16,11 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -160,6 +162,14 @@ def describe(header: Mapping[str, Any]) -> str:
     rest = (f"{key} {value}" for key, value in header.items() if key not in (*first, "title", "slug"))
     threads = [f"{header['threads']} threads"] if "threads" in header else []
     return ", ".join([str(header["device"]), *threads, *rest])
+
+
+def say(line: str) -> None:
+    """Prints a line, which on a terminal is broken between words."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+    print(line, flush=True)
 
 
 def interleaved(

@@ -164,6 +164,15 @@ def test_small_cases_of_every_kernel(monkeypatch, capsys):
     assert kernels <= named
 
 
+def test_lines_are_broken_between_words_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "20")
+    harness.say("CPU, torch 2.13.0, matmul_tflops_float32 1")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    harness.say("CPU, torch 2.13.0, matmul_tflops_float32 1")
+    whole, *broken = capsys.readouterr().out.splitlines()
+    assert whole == " ".join(broken) and broken == ["CPU, torch 2.13.0,", "matmul_tflops_float32", "1"]
+
+
 # Whole encoders
 
 
