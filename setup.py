@@ -19,7 +19,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
@@ -110,12 +110,15 @@ class build_py_native(build_py):
             print(f"lbfast: native kernels not built, the torch implementations will serve: {error}", file=sys.stderr)
 
 
+class DistributionNative(Distribution):
+    """With a compiled library it is a platform's own, and a wheel's files lie where such ones do."""
+
+    def has_ext_modules(self):
+        return NATIVE
+
+
 class bdist_wheel_native(bdist_wheel):
     """Tags a wheel that carries the compiled library with this platform; the library is none of Python's ABI."""
-
-    def finalize_options(self):
-        super().finalize_options()
-        self.root_is_pure = not NATIVE
 
     def get_tag(self):
         return ("py3", "none", super().get_tag()[2])
@@ -125,5 +128,6 @@ unpack_weights(HERE)
 setup(
     packages=sorted({*find_packages(include=["lbfast", "lbfast.*"]), "lbfast.kernels", "lbfast.bench"}),
     package_dir={"lbfast.kernels": "kernels", "lbfast.bench": "bench"},  # an sdist has no signposts
+    distclass=DistributionNative,
     cmdclass={"build_py": build_py_native, "bdist_wheel": bdist_wheel_native, "sdist": sdist_packed},
 )
