@@ -360,7 +360,7 @@ def test_commands(tmp_path):
     fields = ["batch_size=6", "epochs=1", "warmup=1", "micro_batch=4"]
     settings = [item for field in fields for item in ("--set", field)]
     command = ["train", "--recipe", "depth", "--model", str(model), "--data", str(data), "--out", str(out), *settings]
-    result = invoke(lbfast.cli.app, command)
+    result = invoke(lbfast.cli.app, [*command, "--caption", "caption"])
     assert result.exit_code == 0, result.stderr
     assert "3 of 3 steps, 18 samples" in result.stdout
     for style in ("upstream", "merged", "peft"):
@@ -379,6 +379,9 @@ def test_commands(tmp_path):
         (["--recipe", "deth"], "recipe: expected one of"),
         (["--set", "lrr=1"], "unknown field 'lrr'; did you mean lr?"),
         (["--set", "lr"], "expected FIELD=VALUE"),
+        (["--caption", "title"], "missing: title"),
+        (["--caption", "caption", "--set", "captions={caption: 2}"], "by --caption or with weights by --set captions="),
+        (["--set", "batch_size=21"], "`--set batch_size=20` makes one step of them all"),
         (["--set", "lr=high"], "lr: expected a number"),
         (["--data", str(tmp_path / "nothing.csv")], "nothing.csv"),
         (["--device", "cuda"], "PyTorch sees no GPU"),

@@ -34,7 +34,9 @@ Style = Enum("Style", {name: name for name in ("upstream", "plain", "merged", "p
 def train(
     recipe: Annotated[
         str,
-        typer.Option(metavar="NAME_OR_FILE", help="video-lora, video-full, audio, depth, thermal, or a .yaml file."),
+        typer.Option(
+            metavar="NAME_OR_FILE", help="image, video-lora, video-full, audio, depth, thermal, or a .yaml file."
+        ),
     ],
     model: Annotated[
         str, typer.Option(metavar="DIR_OR_NAME", help="What to start from: LanguageBind of any modality, or CLIP.")
@@ -55,6 +57,9 @@ def train(
         Path | None, typer.Option(metavar="DIR", help="Go on from these adapters, in peft's format.")
     ] = None,
     media: Annotated[str | None, typer.Option(help="The data's column or suffix of media; see the README.")] = None,
+    caption: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="Column or field of captions; of several, one is drawn.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Where keys of shards end: at the first or last dot of a name.")] = "first",
     raw: Annotated[bool, typer.Option("--raw", help="Keep pixels as bytes until they are embedded.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode.")] = 0,
@@ -76,7 +81,12 @@ def train(
     from lbfast.training.start import initial_model, tokenizer_of
 
     with plain_errors(), processes(device) as place:
-        plan = recipes.recipe(recipe, **changes(set_ or []))
+        fields = changes(set_ or [])
+        if caption:
+            if "captions" in fields:
+                raise ValueError("caption: expected columns by --caption or with weights by --set captions=, got both")
+            fields["captions"] = dict.fromkeys(caption, 1.0)
+        plan = recipes.recipe(recipe, **fields)
         hub: dict[str, Any] = {"cache_dir": cache_dir, "revision": revision}
         made = initial_model(model, plan, random=random, text=text, adapter=adapter, **hub)
         tokenizer, files = tokenizer_of(text or model, plan.modality, **hub)

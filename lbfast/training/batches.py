@@ -133,7 +133,10 @@ class Batches:
         if not len(self):
             raise ValueError(f"data: expected samples, got none{_first(self.skipped)}")
         if training and len(self) < batch_size:
-            raise ValueError(f"batch_size: expected at most {len(self)}, the samples there are, got {batch_size}")
+            raise ValueError(
+                f"batch_size: expected at most {len(self)}, the samples there are, got {batch_size}; "
+                f"`--set batch_size={len(self)}` makes one step of them all"
+            )
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.steps_per_epoch = len(self) // batch_size if training else -(-len(self) // batch_size)
         self._seed, self._shuffle, self._workers, self._prefetch = seed, shuffle, workers, prefetch

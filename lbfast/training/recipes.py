@@ -158,6 +158,7 @@ _SMALL = {"lora_r": 2, "patch_dropout": 0.5, "coef_lr": 1e-3, "epochs": 1, "warm
 _CLIP = {"add_time_attn": True, "num_frames": 8}
 
 RECIPES: dict[str, Recipe] = {
+    "image": Recipe("image", lora_r=16, patch_dropout=0.1, lr=1e-4, epochs=16, warmup=200),
     "video-lora": Recipe("video", _CLIP, lora_r=16, patch_dropout=0.3, lr=1e-4, epochs=16, batch_size=640),
     "video-full": Recipe(
         "video", {**_CLIP, "clip_type": "vl_new", "tube_size": 1}, patch_dropout=0.3, lr=1e-4, epochs=6
@@ -173,11 +174,12 @@ RECIPES: dict[str, Recipe] = {
     "depth": Recipe("depth", lr=5e-4, **_SMALL),  # type: ignore[arg-type]
     "thermal": Recipe("thermal", lr=1e-4, **_SMALL),  # type: ignore[arg-type]
 }
-"""The paper's, by name; lr of the audio recipe and coef_lr as in its training scripts."""
+"""The paper's, by name, but for that of images, which it has none of: as video's, shorter. lr of the audio recipe and
+coef_lr as in the paper's training scripts."""
 
 
 def recipe(name_or_file: str | os.PathLike[str], **changes: Any) -> Recipe:
-    """A recipe of the paper by name, or one from a YAML file; `changes` replace fields.
+    """A recipe by name, or one from a YAML file; `changes` replace fields.
 
     A file may name another recipe as its `base` and give only the fields that differ.
 
