@@ -45,13 +45,10 @@ class Checkpoint:
 
         Raises what that and `from_pretrained` raise.
         """
-        from lbfast.model.inference import optimize_for_inference
         from lbfast.model.languagebind import model_dict
 
         model = model_dict[self.modality].from_pretrained(self.where, torch_dtype=dtype, **self.hub)
-        sizes = [size for size in (1, 2, 4, 8, 16, 32) if size < batch_size]
-        sizes.append(batch_size)
-        return optimize_for_inference(model.to(device), dtype=None, precision=precision, batch_sizes=sizes)  # type: ignore[arg-type]
+        return ready(model, device, batch_size, precision)
 
     def tokenizer(self) -> Any:
         """The tokenizer beside the weights; CLIP's own where there is none and the model's vocabulary is CLIP's.
@@ -144,6 +141,17 @@ def _modality_of(where: str, hub: dict[str, Any]) -> str:
             "where the weights are LanguageBind's all the same, say which: MODALITY=DIRECTORY"
         )
     return by_type[written]
+
+
+def ready(
+    model: LanguageBindModel, device: torch.device, batch_size: int, precision: str | None = None
+) -> LanguageBindModel:
+    """A loaded model on `device`, optimized for batches of this size, in place."""
+    from lbfast.model.inference import optimize_for_inference
+
+    sizes = [size for size in (1, 2, 4, 8, 16, 32) if size < batch_size]
+    sizes.append(batch_size)
+    return optimize_for_inference(model.to(device), dtype=None, precision=precision, batch_sizes=sizes)  # type: ignore[arg-type]
 
 
 def pick_device(name: str) -> torch.device:

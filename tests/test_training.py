@@ -23,9 +23,10 @@ from typer.testing import CliRunner
 import lbfast.cli
 from lbfast.model.checkpoint import CheckpointError
 from lbfast.model.languagebind import model_dict
-from lbfast.training import checkpoints, report, trainer
+from lbfast.training import checkpoints, report
 from lbfast.training.checkpoints import CheckpointWriteError
-from lbfast.training.trainer import TrainingError, scheduled, train
+from lbfast.training.run import TrainingError, scheduled
+from lbfast.training.trainer import train
 from tests import tiny, trainees
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,7 +179,7 @@ def test_a_loss_that_is_no_number(tmp_path):
 
 
 def test_a_gradient_that_is_no_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "gradient_norm", lambda parameters, group: torch.tensor(math.inf))
+    monkeypatch.setattr("lbfast.training.run.gradient_norm", lambda parameters, group: torch.tensor(math.inf))
     with pytest.raises(TrainingError, match=r"gradient is inf at step 1 of 9: .*there is no checkpoint yet"):
         run(tmp_path, save_every=1)
     assert not checkpoints.existing(tmp_path / "checkpoints")

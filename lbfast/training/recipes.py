@@ -71,6 +71,8 @@ class Recipe:
         captions: the data's captions by name with their weights, where samples have several; None: the data's own.
         context_length: tokens of a caption, at most.
         seed: of weights that are drawn, of dropout, and of the data's order.
+        ema: decay of moving averages of the trained weights, which are evaluated and exported besides; None: none.
+        layer_decay: each layer of a tower learns at this times the rate of the one after it; the projections at lr.
         micro_batch: rows of each process that are back-propagated at once; None: as many as fit the budget.
         memory_budget_mib: for the activations of a micro-batch; None: 2048 on a CPU, 60 % of what is free on a GPU.
         checkpointing: recompute activations in the backward: "none", "attention" or whole "layers".
@@ -103,6 +105,8 @@ class Recipe:
     captions: Mapping[str, float] | None = None
     context_length: int = 77
     seed: int = 0
+    ema: float | None = None
+    layer_decay: float = 1.0
     micro_batch: int | None = None
     memory_budget_mib: float | None = None
     checkpointing: Literal["none", "attention", "layers"] = "none"
@@ -150,6 +154,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "label_smoothing": (0, 1),
     "context_length": (3, _ANY),
     "seed": (0, _ANY),
+    "ema": (0, 1),
+    "layer_decay": (_TINY, 1.0001),
     "micro_batch": (1, _ANY),
     "memory_budget_mib": (_TINY, _ANY),
 }
