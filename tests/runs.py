@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import signal
@@ -18,11 +19,12 @@ import lbfast.cli
 import lbfast.embedding.pipeline
 from lbfast.evaluation import encoder
 from lbfast.processing.text import TOKENIZERS, default_tokenizer
+from lbfast.training import engine
 from lbfast.training.checkpoints import CheckpointWriteError
 from lbfast.training.plan import plan
 from lbfast.training.report import memory_mib
 from lbfast.training.trainer import train
-from lbfast.training.watch import Evaluation
+from lbfast.training.watch import Evaluation, Watch
 from tests import tiny, trainees
 
 with contextlib.suppress(ImportError):
@@ -124,3 +126,26 @@ def watched(out: Path, fields: dict, data: Path, dies: bool) -> None:
     encoder._unit = embedded
     evaluation = Evaluation([str(data)], default_tokenizer(TOKENIZERS["depth"]), 3, "ema/R@5", batch_size=16)
     train(plan, trainees.trainee(plan), trainees.Data(), out, save_every=2, evaluation=evaluation)
+
+
+def evaluated(rank: int, folder: Path, data: Path) -> None:
+    """One of three processes: what they find together, and what is said where the second of them then fails."""
+    torch.set_num_threads(1)
+    address = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=3)
+    plan, wanted = trainees.plan(), Evaluation([str(data)], default_tokenizer(TOKENIZERS["depth"]), batch_size=8)
+    watch, model = Watch(wanted, plan, engine.here(torch.device("cpu")), False), trainees.trainee(plan)
+    found = watch(model, "eval")
+
+    def fails(embeds: torch.Tensor) -> torch.Tensor:
+        raise ValueError("no")
+
+    if rank == 1:
+        encoder._unit = fails
+    try:
+        watch(model, "eval")
+        said = ""
+    except (ValueError, RuntimeError) as error:
+        said = f"{type(error).__name__}: {error}"
+    (folder / f"{rank}.json").write_text(json.dumps([found, said]))
+    torch.distributed.destroy_process_group()

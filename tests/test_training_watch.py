@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 import lbfast.cli
 from lbfast.processing.text import TOKENIZERS, default_tokenizer
 from lbfast.training import checkpoints, report
+from lbfast.training.engine import Place
 from lbfast.training.parameters import groups
 from lbfast.training.trainer import train
-from lbfast.training.watch import Evaluation, task_of
+from lbfast.training.watch import Evaluation, Watch, task_of
 from tests import tiny, trainees
 
 
@@ -144,6 +145,23 @@ def test_killed_in_an_evaluation(tmp_path, scenes, processes):
     for part in ("averages", "best"):
         assert str(ends[0][1][part]) == str(ends[1][1][part])
     assert found_of(tmp_path / "whole") == found_of(tmp_path / "killed")
+
+
+def test_processes_evaluate_together(tmp_path, scenes, processes):
+    """Three processes find what one finds, to the bit; where one of them fails all say so."""
+    from tests import runs
+
+    plan = trainees.plan()
+    alone = Watch(evaluation(scenes, batch_size=8), plan, Place(0, 1, torch.device("cpu"), None), False)
+    wanted = alone(trainees.trainee(plan), "eval")
+    children = [processes.Process(target=runs.evaluated, args=(rank, tmp_path, scenes)) for rank in range(3)]
+    for child in children:
+        child.start()
+    for rank, child in enumerate(children):
+        child.join(120)
+        found, said = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert {**found, "eval/seconds": 0} == {**wanted, "eval/seconds": 0}
+        assert said == ("ValueError: no" if rank == 1 else "RuntimeError: evaluation: process 1 failed: ValueError: no")
 
 
 def test_what_is_evaluated(tmp_path, scenes):

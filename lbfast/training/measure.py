@@ -128,9 +128,13 @@ def measure(
 
         return run
 
+    optimizer = torch.optim.AdamW(groups(model, recipe), lr=0.0, fused=True)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0  # and so the weights stay
     with _undisturbed(model):
+        first = min(2, micro_batch)
+        most = _as_in_a_run(towers, recipe, autocast, optimizer, first)
         kept = Line(*memory.activations(towers, recipe, device, arithmetic))
-        step(1, 2)()  # libraries make room for themselves at first
         one, two = (_peak(step(rows, 2), device, model) - own for rows in (1, 2))
         backward = Line.through((1, one), (2, max(two, one + 1)))
         captions, caption = Line(0, 0), 0.0
@@ -146,32 +150,34 @@ def measure(
             caption = _seconds(embed, device) / count if time_it else 0.0
         loss, loss_seconds = _loss(towers, recipe, device, time_it)
         pixels = 0 if device.type == "cuda" else synthetic(towers, recipe, 1).pixel_values.nbytes
-        optimizer = torch.optim.AdamW(groups(model, recipe), lr=0.0, weight_decay=0.0, fused=True)
-        for group in optimizer.param_groups:
-            group["weight_decay"] = 0.0
-        rows, once, twice = 1, 0.0, 0.0
+        rows, once, twice, seconds = 1, 0.0, 0.0, 0.0
         if time_it:
             once = _seconds(step(1, 1), device)
             while once < ENOUGH and rows < micro_batch:
                 rows = min(micro_batch, 4 * rows)
                 once = _seconds(step(rows, 1), device)
         costs = Costs(weights, own, kept, backward, captions, loss, pixels, 0.0, loading)
-        resident, seconds = 0.0, 0.0
-        again = step(rows, 2)
-        if device.type == "cpu":
-            _forget()
-        again()
-        optimizer.step()
-        again()
-        if device.type == "cpu":
-            resident = memory_mib(device) * memory.MIB - costs.live(rows, 2 * rows, 2 * rows)
+        resident = most - costs.live(first, 2 * first, 2 * first) if device.type == "cpu" else 0.0
         if time_it:
-            twice, seconds = _seconds(again, device), _seconds(optimizer.step, device)
+            twice, seconds = _seconds(step(rows, 2), device), _seconds(optimizer.step, device)
         flops = _flops(towers, recipe, autocast)
     return Costs(
         weights, own, kept, backward, captions, loss, pixels, max(resident, 0.0), loading,
         once / rows, max(twice - once, once) / rows, caption, seconds, loss_seconds, flops,
     )  # fmt: skip
+
+
+def _as_in_a_run(
+    towers: Towers, recipe: Recipe, autocast: torch.dtype | None, optimizer: torch.optim.Optimizer, rows: int
+) -> float:
+    """The most bytes that the process has in two steps of two micro-batches, before anything else is done here."""
+    batch, taken = synthetic(towers, recipe, 2 * rows), LargeBatchStep(towers, rows, autocast=autocast)
+    _forget()
+    for _ in range(2):
+        towers.model.zero_grad(set_to_none=True)
+        taken(batch, 0)
+        optimizer.step()
+    return memory_mib(taken.device) * memory.MIB
 
 
 def synthetic(towers: Towers, recipe: Recipe, rows: int, pixels: bool = True) -> SimpleNamespace:

@@ -97,9 +97,10 @@ class Watch:
                 )
         del encoder
         gc.collect()
-        return {f"{prefix}/{name}": value for name, value in numbers(report).items()} | {
-            f"{prefix}/seconds": round(time.perf_counter() - begun, 3)
-        }
+        found = {f"{prefix}/{name}": value for name, value in numbers(report).items()}
+        if report.skipped:
+            found[f"{prefix}/skipped"] = len(report.skipped)
+        return {**found, f"{prefix}/seconds": round(time.perf_counter() - begun, 3)}
 
     def _encoder(self, model: LanguageBindModel) -> _Shared:
         """Of a copy, made as a checkpoint is opened."""
