@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -17,7 +17,9 @@ from lbfast.processing.vocabulary import FILES as TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from lbfast.model.config import LanguageBindConfig
-    from lbfast.model.pair import Embedder
+    from lbfast.model.pair import Embedder, Pair
+
+Model = TypeVar("Model", bound="Pair")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -43,13 +45,10 @@ class Checkpoint:
 
         Raises what that and `from_pretrained` raise.
         """
-        from lbfast.model.inference import optimize_for_inference
         from lbfast.model.pair import Embedder
 
         model = Embedder.from_pretrained(self.where, config=self.config, torch_dtype=dtype, **self.hub)
-        sizes = [size for size in (1, 2, 4, 8, 16, 32) if size < batch_size]
-        sizes.append(batch_size)
-        return optimize_for_inference(model.to(device), dtype=None, precision=precision, batch_sizes=sizes)  # type: ignore[arg-type]
+        return ready(model, device, batch_size, precision)
 
     def tokenizer(self) -> Any:
         """The tokenizer beside the weights; CLIP's own where there is none and the model's vocabulary is CLIP's.
@@ -142,6 +141,15 @@ def _modality_of(where: str, hub: dict[str, Any]) -> str:
             "where the weights are LanguageBind's all the same, say which: MODALITY=DIRECTORY"
         )
     return by_type[written]
+
+
+def ready(model: Model, device: torch.device, batch_size: int, precision: str | None = None) -> Model:
+    """A loaded model on `device`, optimized for batches of this size, in place."""
+    from lbfast.model.inference import optimize_for_inference
+
+    sizes = [size for size in (1, 2, 4, 8, 16, 32) if size < batch_size]
+    sizes.append(batch_size)
+    return optimize_for_inference(model.to(device), dtype=None, precision=precision, batch_sizes=sizes)  # type: ignore[arg-type]
 
 
 def pick_device(name: str) -> torch.device:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import lbfast.__main__
 import lbfast.cli
 import lbfast.embedding.pipeline
+from lbfast.evaluation import encoder
+from lbfast.processing.text import TOKENIZERS, default_tokenizer
+from lbfast.training import engine
 from lbfast.training.checkpoints import CheckpointWriteError
+from lbfast.training.plan import plan
+from lbfast.training.report import memory_mib
 from lbfast.training.trainer import train
+from lbfast.training.watch import Evaluation, Watch
 from tests import tiny, trainees
 
 with contextlib.suppress(ImportError):
@@ -87,3 +95,57 @@ def wait_for(path: Path, seconds: float = 60) -> None:
         if time.monotonic() > end:
             raise TimeoutError(f"{path} did not come")
         time.sleep(0.05)
+
+
+def planned(fields: dict, out: Any) -> None:
+    torch.set_num_threads(1)
+    made = trainees.plan(**fields)
+    out.send(plan(made, trainees.trainee(made)).peak)
+
+
+def taken(fields: dict, folder: Path, out: Any) -> None:
+    """The most memory that a run of two steps has had, in bytes."""
+    torch.set_num_threads(1)
+    made = trainees.plan(**fields)
+    data = trainees.Data(made.modality, 2 * made.batch_size, made.batch_size)
+    train(made, trainees.trainee(made), data, folder)
+    out.send(memory_mib(torch.device("cpu")) * 2**20)
+
+
+def watched(out: Path, fields: dict, data: Path, dies: bool) -> None:
+    """A run that is evaluated at every third step, and dies in the second evaluation between two of its batches."""
+    torch.set_num_threads(1)
+    plan, seen, unit = trainees.plan(**fields), [], encoder._unit
+
+    def embedded(embeds: torch.Tensor) -> torch.Tensor:
+        seen.append(len(embeds))
+        if dies and sum(seen) > 4 * 40:  # the captions once, the items twice: as they are and averaged
+            os.kill(os.getpid(), signal.SIGKILL)
+        return unit(embeds)
+
+    encoder._unit = embedded
+    evaluation = Evaluation([str(data)], default_tokenizer(TOKENIZERS["depth"]), 3, "ema/R@5", batch_size=16)
+    train(plan, trainees.trainee(plan), trainees.Data(), out, save_every=2, evaluation=evaluation)
+
+
+def evaluated(rank: int, folder: Path, data: Path) -> None:
+    """One of three processes: what they find together, and what is said where the second of them then fails."""
+    torch.set_num_threads(1)
+    address = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=3)
+    plan, wanted = trainees.plan(), Evaluation([str(data)], default_tokenizer(TOKENIZERS["depth"]), batch_size=8)
+    watch, model = Watch(wanted, plan, engine.here(torch.device("cpu")), False), trainees.trainee(plan)
+    found = watch(model, "eval")
+
+    def fails(embeds: torch.Tensor) -> torch.Tensor:
+        raise ValueError("no")
+
+    if rank == 1:
+        encoder._unit = fails
+    try:
+        watch(model, "eval")
+        said = ""
+    except (ValueError, RuntimeError) as error:
+        said = f"{type(error).__name__}: {error}"
+    (folder / f"{rank}.json").write_text(json.dumps([found, said]))
+    torch.distributed.destroy_process_group()

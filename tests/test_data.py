@@ -360,7 +360,10 @@ def test_segments_of_long_sounds(tmp_path):
     "options, message",
     [
         ({"batch_size": 0}, "batch_size: expected a whole number of at least 1, got 0"),
-        ({"batch_size": COUNT + 1}, f"batch_size: expected at most {COUNT}, the samples there are, got {COUNT + 1}"),
+        (
+            {"batch_size": COUNT + 1},
+            f"at most {COUNT}, the samples there are, got {COUNT + 1}; `--set batch_size={COUNT}",
+        ),
         ({"rank": 2, "world_size": 2}, "rank: expected 0 <= rank < world_size = 2, got 2"),
         ({"workers": -1}, "workers: expected"),
         ({"captions": {}}, "captions: expected views with weights"),

@@ -19,7 +19,8 @@ from lbfast import files
 from lbfast.model.checkpoint import CheckpointError
 from lbfast.training import checkpoints, report
 from lbfast.training.captions import TextCache
-from lbfast.training.trainer import TrainingError, train
+from lbfast.training.run import TrainingError
+from lbfast.training.trainer import train
 from tests import tiny, trainees
 
 

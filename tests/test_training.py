@@ -23,9 +23,10 @@ from typer.testing import CliRunner
 import lbfast.cli
 from lbfast.model.checkpoint import CheckpointError
 from lbfast.model.languagebind import model_dict
-from lbfast.training import checkpoints, report, trainer
+from lbfast.training import checkpoints, report
 from lbfast.training.checkpoints import CheckpointWriteError
-from lbfast.training.trainer import TrainingError, scheduled, train
+from lbfast.training.run import TrainingError, scheduled
+from lbfast.training.trainer import train
 from tests import tiny, trainees
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,7 +179,7 @@ def test_a_loss_that_is_no_number(tmp_path):
 
 
 def test_a_gradient_that_is_no_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "gradient_norm", lambda parameters, group: torch.tensor(math.inf))
+    monkeypatch.setattr("lbfast.training.run.gradient_norm", lambda parameters, group: torch.tensor(math.inf))
     with pytest.raises(TrainingError, match=r"gradient is inf at step 1 of 9: .*there is no checkpoint yet"):
         run(tmp_path, save_every=1)
     assert not checkpoints.existing(tmp_path / "checkpoints")
@@ -360,7 +361,7 @@ def test_commands(tmp_path):
     fields = ["batch_size=6", "epochs=1", "warmup=1", "micro_batch=4"]
     settings = [item for field in fields for item in ("--set", field)]
     command = ["train", "--recipe", "depth", "--model", str(model), "--data", str(data), "--out", str(out), *settings]
-    result = invoke(lbfast.cli.app, command)
+    result = invoke(lbfast.cli.app, [*command, "--caption", "caption"])
     assert result.exit_code == 0, result.stderr
     assert "3 of 3 steps, 18 samples" in result.stdout
     for style in ("upstream", "merged", "peft"):
@@ -379,6 +380,9 @@ def test_commands(tmp_path):
         (["--recipe", "deth"], "recipe: expected one of"),
         (["--set", "lrr=1"], "unknown field 'lrr'; did you mean lr?"),
         (["--set", "lr"], "expected FIELD=VALUE"),
+        (["--caption", "title"], "missing: title"),
+        (["--caption", "caption", "--set", "captions={caption: 2}"], "by --caption or with weights by --set captions="),
+        (["--set", "batch_size=21"], "`--set batch_size=20` makes one step of them all"),
         (["--set", "lr=high"], "lr: expected a number"),
         (["--data", str(tmp_path / "nothing.csv")], "nothing.csv"),
         (["--device", "cuda"], "PyTorch sees no GPU"),

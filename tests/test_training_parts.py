@@ -37,7 +37,7 @@ def test_the_papers_recipes(name):
     assert plan.lora_alpha == 16 and not plan.train_text and plan.lock_image
     assert plan.coef_lr == (1e-3 if name in ("depth", "thermal") else 1)
     assert plan.modality == name.split("-")[0]
-    assert RECIPES.keys() == PAPER.keys()
+    assert RECIPES.keys() == PAPER.keys() | {"image"}
 
 
 def test_recipe_files(tmp_path):
@@ -65,7 +65,7 @@ def test_recipe_files(tmp_path):
         ("modality: depth\npatch_dropout: 1\n", "patch_dropout: expected a number of at least 0 and below 1, got 1"),
         ("modality: depth\nlr: .nan\n", "lr: expected a number of at least 0, got nan"),
         ("modality: depth\nvision: 3\n", "vision: expected a mapping, got 3"),
-        ("base: deth\n", "base: expected one of video-lora"),
+        ("base: deth\n", "base: expected one of image, video-lora"),
         ("- depth\n", "expected a YAML mapping of fields to values, got list"),
         ("a: [\n", "expected a YAML file, cannot read it"),
         ("", "got NoneType"),
@@ -80,7 +80,7 @@ def test_bad_recipes(tmp_path, text, message):
 
 
 def test_recipes_that_are_not_there(tmp_path):
-    with pytest.raises(ValueError, match=r"recipe: expected one of video-lora, .* or a .yaml file, got 'video'"):
+    with pytest.raises(ValueError, match=r"recipe: expected one of image, video-lora, .* or a .yaml file, got 'video'"):
         recipe("video")
     with pytest.raises(FileNotFoundError):
         recipe(tmp_path / "none.yaml")

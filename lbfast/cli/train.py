@@ -14,8 +14,10 @@ from lbfast.cli.app import app, errors, plain_errors
 from lbfast.messages import plain
 
 if TYPE_CHECKING:
+    from lbfast.model.languagebind import LanguageBindModel
+    from lbfast.training.batches import Batches
     from lbfast.training.recipes import Recipe
-    from lbfast.training.trainer import Summary
+    from lbfast.training.run import Summary
 
 Engine = Enum("Engine", {name: name for name in ("auto", "ddp", "fsdp")})  # type: ignore[misc]
 Style = Enum("Style", {name: name for name in ("upstream", "plain", "merged", "peft")})  # type: ignore[misc]
@@ -34,7 +36,9 @@ Style = Enum("Style", {name: name for name in ("upstream", "plain", "merged", "p
 def train(
     recipe: Annotated[
         str,
-        typer.Option(metavar="NAME_OR_FILE", help="video-lora, video-full, audio, depth, thermal, or a .yaml file."),
+        typer.Option(
+            metavar="NAME_OR_FILE", help="image, video-lora, video-full, audio, depth, thermal, or a .yaml file."
+        ),
     ],
     model: Annotated[
         str, typer.Option(metavar="DIR_OR_NAME", help="What to start from: LanguageBind of any modality, or CLIP.")
@@ -42,7 +46,9 @@ def train(
     data: Annotated[
         list[str], typer.Option(metavar="PATH", help="Manifest, shards or folder of them. May be given again.")
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where everything of this run goes.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where everything of this run goes. Needed but with --plan.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the recipe.")
     ] = None,
@@ -55,6 +61,9 @@ def train(
         Path | None, typer.Option(metavar="DIR", help="Go on from these adapters, in peft's format.")
     ] = None,
     media: Annotated[str | None, typer.Option(help="The data's column or suffix of media; see the README.")] = None,
+    caption: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="Column or field of captions; of several, one is drawn.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Where keys of shards end: at the first or last dot of a name.")] = "first",
     raw: Annotated[bool, typer.Option("--raw", help="Keep pixels as bytes until they are embedded.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode.")] = 0,
@@ -66,6 +75,26 @@ def train(
     text_cache: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep caption embeddings here, for this run and others.")
     ] = None,
+    eval_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--eval",
+            metavar="PATH",
+            help="Data to evaluate on meanwhile and at the end: classes' folders or path,label for zero-shot, "
+            "manifests or shards with captions for retrieval.",
+        ),
+    ] = None,
+    eval_every: Annotated[int | None, typer.Option(min=1, help="Steps between them. Else: --save-every.")] = None,
+    best: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Keep the checkpoint of the best R@1, top-1, ema/R@1...")
+    ] = None,
+    log: Annotated[list[str] | None, typer.Option(help="wandb: numbers go there as well.")] = None,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Print the memory and time that the run would take, and do nothing.")
+    ] = False,
+    tflops: Annotated[
+        float | None, typer.Option(help="With --plan: the towers' TFLOP/s to compute time by. Else it is measured.")
+    ] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of checkpoints on the hub.")] = None,
 ) -> None:
@@ -74,12 +103,28 @@ def train(
     from lbfast.training.batches import Batches
     from lbfast.training.engine import processes
     from lbfast.training.start import initial_model, tokenizer_of
+    from lbfast.training.watch import Evaluation
 
     with plain_errors(), processes(device) as place:
-        plan = recipes.recipe(recipe, **changes(set_ or []))
+        if out is None and not plan_only:
+            raise ValueError("out: expected a directory for the run, got none")
+        fields = changes(set_ or [])
+        if caption:
+            if "captions" in fields:
+                raise ValueError("caption: expected columns by --caption or with weights by --set captions=, got both")
+            fields["captions"] = dict.fromkeys(caption, 1.0)
+        plan = recipes.recipe(recipe, **fields)
         hub: dict[str, Any] = {"cache_dir": cache_dir, "revision": revision}
         made = initial_model(model, plan, random=random, text=text, adapter=adapter, **hub)
         tokenizer, files = tokenizer_of(text or model, plan.modality, **hub)
+        evaluation = None
+        if best is not None and not eval_:
+            raise ValueError(f"best: expected data by --eval for {best}, got none")
+        if eval_:
+            views = None if plan.captions is None else {name: 1.0 for name, weight in plan.captions.items() if weight}
+            evaluation = Evaluation(
+                list(eval_), tokenizer, eval_every or save_every, best, views, media, split, workers=workers
+            )
 
         def skipped(key: str, reason: str) -> None:
             errors.print(
@@ -102,6 +147,10 @@ def train(
             context_length=plan.context_length,
             on_skip=skipped,
         )
+        if out is None or plan_only:
+            if place.first:
+                _plan(plan, made.to(place.device), batches, place.world, workers, tflops)  # type: ignore[arg-type]
+            return
         where = str(Path(model).resolve()) if Path(model).exists() else model
         summary = trainer.train(
             plan,
@@ -124,6 +173,8 @@ def train(
                 **{key: value and str(value) for key, value in hub.items()},
             },
             console=errors,
+            evaluation=evaluation,
+            log=log or (),
         )
         if place.first:
             _summarise(summary, plan, len(batches.skipped))
@@ -143,12 +194,13 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The model's files in an earlier export are replaced.")],
     style: Annotated[Style, typer.Option()] = Style["upstream"],
+    ema: Annotated[bool, typer.Option("--ema", help="The averaged weights of a run with ema.")] = False,
 ) -> None:
     from lbfast.training.exporter import check_place, export as write, rebuilt
 
     with plain_errors():
         check_place(out, run)
-        made, checkpoint, files = rebuilt(run)
+        made, checkpoint, files = rebuilt(run, averages=ema)
         write(made, out, style.value, files=files)
     typer.echo(f"{checkpoint} -> {out}")
 
@@ -169,6 +221,15 @@ def changes(given: list[str]) -> dict[str, Any]:
     return found
 
 
+def _plan(
+    recipe: Recipe, model: LanguageBindModel, batches: Batches, world: int, workers: int, tflops: float | None
+) -> None:
+    from lbfast.training.plan import plan as make
+
+    errors.print("a few steps of few rows are measured", highlight=False)
+    typer.echo(make(recipe, model, batches, world=world, workers=workers, tflops=tflops).text())
+
+
 def _summarise(summary: Summary, plan: Recipe, skipped: int) -> None:
     rate = summary.samples / summary.seconds if summary.seconds else 0.0
     line = f"{summary.steps} of {summary.total} steps, {summary.samples} samples now at {rate:.1f}/s"
@@ -178,4 +239,6 @@ def _summarise(summary: Summary, plan: Recipe, skipped: int) -> None:
         line += f", {skipped} samples skipped"
     if summary.stopped:
         line += f"; stopped by {signal.Signals(summary.stopped).name}: the same command goes on"
+    if summary.best is not None:
+        line += f"; the best: {summary.best}"
     typer.echo(f"{line} -> {summary.model or summary.checkpoint}")

@@ -12,13 +12,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _WHERE = {
+    "Evaluation": "lbfast.training.watch",
     "LargeBatchStep": "lbfast.training.step",
     "Recipe": "lbfast.training.recipes",
-    "Summary": "lbfast.training.trainer",
+    "Summary": "lbfast.training.run",
     "TextCache": "lbfast.training.captions",
     "Towers": "lbfast.training.step",
     "export": "lbfast.training.exporter",
     "initial_model": "lbfast.training.start",
+    "Plan": "lbfast.training.plan",
+    "plan": "lbfast.training.plan",
     "prepare": "lbfast.training.parameters",
     "recipe": "lbfast.training.recipes",
     "train": "lbfast.training.trainer",
@@ -28,10 +31,13 @@ if TYPE_CHECKING:
     from lbfast.training.captions import TextCache as TextCache
     from lbfast.training.exporter import export as export
     from lbfast.training.parameters import prepare as prepare
+    from lbfast.training.plan import Plan as Plan, plan as plan
     from lbfast.training.recipes import Recipe as Recipe, recipe as recipe
+    from lbfast.training.run import Summary as Summary
     from lbfast.training.start import initial_model as initial_model
     from lbfast.training.step import LargeBatchStep as LargeBatchStep, Towers as Towers
-    from lbfast.training.trainer import Summary as Summary, train as train
+    from lbfast.training.trainer import train as train
+    from lbfast.training.watch import Evaluation as Evaluation
 
 __all__ = list(_WHERE)
 

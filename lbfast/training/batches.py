@@ -6,6 +6,8 @@ import bisect
 import hashlib
 import itertools
 import os
+import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,7 +136,10 @@ class Batches:
         if not len(self):
             raise ValueError(f"data: expected samples, got none{_first(self.skipped)}")
         if training and len(self) < batch_size:
-            raise ValueError(f"batch_size: expected at most {len(self)}, the samples there are, got {batch_size}")
+            raise ValueError(
+                f"batch_size: expected at most {len(self)}, the samples there are, got {batch_size}; "
+                f"`--set batch_size={len(self)}` makes one step of them all"
+            )
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.steps_per_epoch = len(self) // batch_size if training else -(-len(self) // batch_size)
         self._seed, self._shuffle, self._workers, self._prefetch = seed, shuffle, workers, prefetch
@@ -170,6 +175,18 @@ class Batches:
         if not 0 <= start <= self.steps_per_epoch:
             raise ValueError(f"start: expected a step from 0 to {self.steps_per_epoch}, got {start}")
         return self._iterate(epoch, start)
+
+    def reading_seconds(self, samples: int = 8) -> float:
+        """Seconds that reading a sample and its caption takes one process, from the median of a few."""
+        order = np.random.default_rng(self._seed).permutation(len(self))[:samples]
+        tasks, times = _Tasks(self.sample, order, self._seed, 0), []
+        for number in range(len(tasks)):
+            begun = time.perf_counter()
+            result = self._reader.decode(tasks[number])
+            if isinstance(result, Read):
+                self._tokenize([result.caption])
+            times.append(time.perf_counter() - begun)
+        return statistics.median(times)
 
     def _iterate(self, epoch: int, start: int) -> Iterator[Batch]:
         bounds = [self._bounds(step) for step in range(start, self.steps_per_epoch)]

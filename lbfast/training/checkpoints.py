@@ -43,6 +43,7 @@ def save(
     state: Mapping[str, Any],
     keep: int,
     whole: set[Path] | None = None,
+    best: Path | None = None,
 ) -> Path:
     """Writes folder/step-N and then removes older ones, but for the newest `keep` that are whole, this one included.
 
@@ -50,6 +51,7 @@ def save(
 
     Args:
         whole: checkpoints that are known to be, to be spared the reading; this one is added.
+        best: one that stays whatever comes after it.
 
     Raises CheckpointWriteError; then nothing has changed but that the step's own checkpoint is absent.
     """
@@ -76,17 +78,17 @@ def save(
         raise CheckpointWriteError(_why_not_written(folder, final, error)) from error
     whole = set() if whole is None else whole
     whole.add(final)
-    _remove_old(folder, keep, whole)
+    _remove_old(folder, keep, whole, best)
     return final
 
 
-def _remove_old(folder: Path, keep: int, whole: set[Path]) -> None:
-    """Removes what is older than the newest `keep` that are whole. Damaged ones between these stay."""
+def _remove_old(folder: Path, keep: int, whole: set[Path], best: Path | None) -> None:
+    """Removes what is older than the newest `keep` that are whole and not the best. Damaged ones between stay."""
     for path in reversed(existing(folder)):
-        if keep <= 0:
+        if keep <= 0 and path != best:
             _remove(path)
             whole.discard(path)
-        elif path in whole or not problem(path):
+        elif keep > 0 and (path in whole or not problem(path)):
             whole.add(path)
             keep -= 1
 

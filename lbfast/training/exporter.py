@@ -31,8 +31,8 @@ from lbfast.training.start import ADAPTER_FILES, ADAPTER_ROOT, OTHERS, initial_m
 Style = Literal["upstream", "plain", "merged", "peft"]
 STYLES = ("upstream", "plain", "merged", "peft")
 
-CHECKPOINTS, MODEL, ADAPTER = "checkpoints", "model", "adapter"
-"""In a run's directory: its checkpoints, and once it is complete its model, and peft's adapters."""
+CHECKPOINTS, MODEL, ADAPTER, MODEL_EMA = "checkpoints", "model", "adapter", "model-ema"
+"""In a run's directory: its checkpoints, and once it is complete its model, peft's adapters, and the averaged model."""
 
 START = "start.json"
 """In a run's directory: the recipe, and what its model was made from."""
@@ -111,8 +111,10 @@ def run_folder(run: Path) -> Path:
     raise FileNotFoundError(f"{run}: expected the directory of a training run, with {START}, or its checkpoint")
 
 
-def rebuilt(run: Path) -> tuple[LanguageBindModel, Path, list[Path]]:
+def rebuilt(run: Path, averages: bool = False) -> tuple[LanguageBindModel, Path, list[Path]]:
     """The model of a training run, from its directory or one of its checkpoints; the checkpoint; a tokenizer's files.
+
+    With `averages` its weights are the moving averages; ValueError where the run had none.
 
     Raises FileNotFoundError where there is no run or no complete checkpoint, and what `initial_model` raises.
     """
@@ -121,7 +123,12 @@ def rebuilt(run: Path) -> tuple[LanguageBindModel, Path, list[Path]]:
     found = run if run != folder else newest(folder / CHECKPOINTS)
     if found is None:
         raise FileNotFoundError(f"{folder / CHECKPOINTS}: expected a complete checkpoint there, found none")
-    tensors, _ = load(found)
+    tensors, state = load(found)
+    if averages:
+        if state.get("averages") is None:
+            raise ValueError(f"ema: expected a run with averages (--set ema=0.9998), got one without: {found}")
+        with foreign(found):
+            tensors = {name: state["averages"][name] for name in tensors}
     with foreign(start):
         fields = dict(json.loads(start.read_text()))
         recipe, where = from_dict(dict(fields.pop("recipe")), str(start)), str(fields.pop("where"))

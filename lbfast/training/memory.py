@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +22,20 @@ GPU_SHARE = 0.6
 """Of the memory that is free: gradients, the optimiser's state and what the backward holds meanwhile need the rest."""
 
 _SMALL = MIB  # not worth a copy
+
+
+def capacity(device: torch.device) -> int:
+    """Bytes that this process can have: of the GPU, or of this machine's memory within the limit of a container."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
+        limits.append(free + int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(OSError, ValueError):
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))  # "max" is none
+    return min(limits) if limits else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class Offload:
@@ -82,22 +99,31 @@ def recompute(encoder: Any, what: str) -> None:
 def fitting_rows(towers: Any, recipe: Recipe, device: torch.device, arithmetic: Callable[[], Any], most: int) -> int:
     """The largest micro-batch, 1 to `most` rows, whose activations fit the recipe's memory budget.
 
-    What one and two rows keep for the backward is counted, on rows of zeros; what recomputation holds for a moment is
-    added, a layer's worth.
-
     Args:
         towers: of the model, on its device, in training mode.
         arithmetic: a context for the forward: autocast.
     """
-    budget = recipe.memory_budget_mib
-    if budget is not None:
-        limit = budget * MIB
-    elif device.type == "cuda":
-        limit = torch.cuda.mem_get_info(device)[0] * GPU_SHARE
-    else:
-        limit = CPU_BUDGET_MIB * MIB
     if most < 2:
         return 1
+    first, each = activations(towers, recipe, device, arithmetic)
+    return max(1, min(most, (budget(recipe, device) - first) // each))
+
+
+def budget(recipe: Recipe, device: torch.device) -> int:
+    """Bytes that a micro-batch's activations may take."""
+    if recipe.memory_budget_mib is not None:
+        return int(recipe.memory_budget_mib * MIB)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * GPU_SHARE)
+    return CPU_BUDGET_MIB * MIB
+
+
+def activations(towers: Any, recipe: Recipe, device: torch.device, arithmetic: Callable[[], Any]) -> tuple[int, int]:
+    """(a, b): m rows keep a + b m bytes for their backward; b is 1 at least.
+
+    What one and two rows keep is counted, on rows of zeros; what recomputation holds for a moment is added, a layer's
+    worth.
+    """
     model = towers.model
     vision, encoder = model.vision_model, model.vision_model.encoder
     channels, height, width = vision.embeddings.pixel_shape
@@ -119,7 +145,7 @@ def fitting_rows(towers: Any, recipe: Recipe, device: torch.device, arithmetic: 
         one, two = (0, 0) if offloaded else (one, two)
         one, two = one + layer, two + 2 * layer
     each = max(two - one, 1)
-    return max(1, min(most, int((limit - (one - each)) // each)))
+    return one - each, each
 
 
 def _storages(module: nn.Module) -> set[int]:

@@ -79,24 +79,37 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Groups for AdamW: adapters have the recipe's lr, others lr * coef_lr; what has one dimension does not decay."""
-    found: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
+    """Groups for AdamW: adapters have the recipe's lr, others lr * coef_lr; what has one dimension does not decay.
+
+    With layer_decay d, what lies n layers below a tower's end has d ** n of that.
+    """
+    found: dict[tuple[bool, bool, bool, int], dict[str, Any]] = {}
     for name, parameter in trained(model).items():
         adapter = ".lora_" in name
         decays = parameter.ndim > 1 and not name.endswith("logit_scale")
         sharded = isinstance(parameter, DTensor)
+        below = 0 if recipe.layer_decay == 1 else _layers_above(model, name)
         group = found.setdefault(
-            (adapter, decays, sharded),
+            (adapter, decays, sharded, below),
             {
                 "params": [],
                 "names": [],
-                "share": 1.0 if adapter else recipe.coef_lr,  # of the scheduled lr
+                "share": (1.0 if adapter else recipe.coef_lr) * recipe.layer_decay**below,  # of the scheduled lr
                 "weight_decay": recipe.weight_decay if decays else 0.0,
             },
         )
         group["params"].append(parameter)
         group["names"].append(name)
     return list(found.values())
+
+
+def _layers_above(model: nn.Module, name: str) -> int:
+    """Of a parameter of a tower, with its end counted as one; 0 for what belongs to none, or to the end."""
+    tower, _, rest = name.partition(".")
+    if tower not in ("vision_model", "text_model") or rest.startswith(("post_layernorm.", "final_layer_norm.")):
+        return 0
+    layers = len(model.get_submodule(f"{tower}.encoder").layers)  # type: ignore[arg-type]
+    return layers - int(rest.split(".")[2]) if rest.startswith("encoder.layers.") else layers + 1
 
 
 def local(x: torch.Tensor) -> torch.Tensor:

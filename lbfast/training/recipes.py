@@ -78,6 +78,8 @@ class Recipe:
         captions: the data's captions by name with their weights, where samples have several; None: the data's own.
         context_length: tokens of a caption, at most.
         seed: of weights that are drawn, of dropout, and of the data's order.
+        ema: decay of moving averages of the trained weights, which are evaluated and exported besides; None: none.
+        layer_decay: each layer of a tower learns at this times the rate of the one after it; the projections at lr.
         micro_batch: rows of each process that are back-propagated at once; None: as many as fit the budget.
         memory_budget_mib: for the activations of a micro-batch; None: 2048 on a CPU, 60 % of what is free on a GPU.
         checkpointing: recompute activations in the backward: "none", "attention" or whole "layers".
@@ -112,6 +114,8 @@ class Recipe:
     captions: Mapping[str, float] | None = None
     context_length: int = 77
     seed: int = 0
+    ema: float | None = None
+    layer_decay: float = 1.0
     micro_batch: int | None = None
     memory_budget_mib: float | None = None
     checkpointing: Literal["none", "attention", "layers"] = "none"
@@ -164,6 +168,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "label_smoothing": (0, 1),
     "context_length": (3, _ANY),
     "seed": (0, _ANY),
+    "ema": (0, 1),
+    "layer_decay": (_TINY, 1.0001),
     "micro_batch": (1, _ANY),
     "memory_budget_mib": (_TINY, _ANY),
 }
@@ -172,6 +178,7 @@ _SMALL = {"lora_r": 2, "patch_dropout": 0.5, "coef_lr": 1e-3, "epochs": 1, "warm
 _CLIP = {"add_time_attn": True, "num_frames": 8}
 
 RECIPES: dict[str, Recipe] = {
+    "image": Recipe("image", lora_r=16, patch_dropout=0.1, lr=1e-4, epochs=16, warmup=200),
     "video-lora": Recipe("video", _CLIP, lora_r=16, patch_dropout=0.3, lr=1e-4, epochs=16, batch_size=640),
     "video-full": Recipe(
         "video", {**_CLIP, "clip_type": "vl_new", "tube_size": 1}, patch_dropout=0.3, lr=1e-4, epochs=6
@@ -187,11 +194,12 @@ RECIPES: dict[str, Recipe] = {
     "depth": Recipe("depth", lr=5e-4, **_SMALL),  # type: ignore[arg-type]
     "thermal": Recipe("thermal", lr=1e-4, **_SMALL),  # type: ignore[arg-type]
 }
-"""The paper's, by name; lr of the audio recipe and coef_lr as in its training scripts."""
+"""The paper's, by name, but for that of images, which it has none of: as video's, shorter. lr of the audio recipe and
+coef_lr as in the paper's training scripts."""
 
 
 def recipe(name_or_file: str | os.PathLike[str], **changes: Any) -> Recipe:
-    """A recipe of the paper by name, or one from a YAML file; `changes` replace fields.
+    """A recipe by name, or one from a YAML file; `changes` replace fields.
 
     A file may name another recipe as its `base` and give only the fields that differ.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from rich.console import Console
 
 from lbfast import files
+from lbfast.training.recipes import Recipe
 
 METRICS, TENSORBOARD, PLOT = "metrics.jsonl", "tensorboard", "training.png"
 PLAIN_SECONDS = 30.0
@@ -29,10 +31,24 @@ class Report:
         folder: of metrics.jsonl, the folder tensorboard and the plot; None: nothing is written.
         total: steps of the run. start: steps done before; what later ones an earlier run has written is dropped.
         console: where progress is shown; None: nowhere.
+        log: "wandb": the numbers go to Weights & Biases too, one run for this folder, resumed or not.
+        recipe: shown there.
+
+    Raises ValueError for another log, ImportError where its package is not installed.
     """
 
-    def __init__(self, folder: Path | None, total: int, start: int, console: Console | None = None):
+    def __init__(
+        self,
+        folder: Path | None,
+        total: int,
+        start: int,
+        console: Console | None = None,
+        log: Sequence[str] = (),
+        recipe: Recipe | None = None,
+    ):
         self.folder, self.total, self.console = folder, total, console
+        self._wandb: Any = None
+        self._log, self._recipe, self._found = check_log(log), recipe, ""
         self._start, self._shown = start, float("-inf")
         self._file: Any = None
         self._board: Any = None
@@ -49,6 +65,8 @@ class Report:
 
                 # events of steps that are taken again are hidden
                 self._board = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=self._start + 1)
+            if "wandb" in self._log:
+                self._wandb = _wandb(self.folder, self._recipe)
         if self.console is not None and self.console.is_terminal:
             self._bar = _bar(self.console)
             self._task = self._bar.add_task("training", total=self.total, completed=self._start, numbers="")
@@ -62,9 +80,11 @@ class Report:
             self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(error[0] is not None))
 
     def step(self, numbers: Mapping[str, float]) -> None:
-        """One step's numbers: step, epoch, loss, lr, scale, samples_per_second, memory_mib and the like."""
+        """One step's numbers: step, epoch, loss, lr, scale, samples_per_second, memory_mib, eval/R@1 and the like."""
         if self._file is not None:
             try:
                 self._file.write(json.dumps(dict(numbers)) + "\n")
@@ -75,8 +95,12 @@ class Report:
             for name, value in numbers.items():
                 if name != "step":
                     self._board.add_scalar(name, value, int(numbers["step"]))
+        if self._wandb is not None:
+            self._wandb.log(dict(numbers))
+        if (found := headline(numbers)) is not None:
+            self._found = f"{found.partition('/')[2]} {100 * numbers[found]:.1f} %  "
         line = (  # what is worth most first: a narrow terminal shows no more
-            f"loss {numbers['loss']:.4f}  {numbers['samples_per_second']:.1f}/s  "
+            f"loss {numbers['loss']:.4f}  {self._found}{numbers['samples_per_second']:.1f}/s  "
             f"{numbers['memory_mib'] / 1024:.2f} GiB  lr {numbers['lr']:.2e}  scale {numbers['scale']:.2f}"
         )
         if self._bar is not None:
@@ -91,6 +115,35 @@ class Report:
             return None
         rows = read(self.folder / METRICS)
         return _plot(rows, self.folder / PLOT) if rows else None
+
+
+def headline(numbers: Mapping[str, float]) -> str | None:
+    """The first of an evaluation's numbers, if there was one."""
+    return next((name for name in numbers if name.startswith("eval/")), None)
+
+
+def check_log(log: Sequence[str]) -> Sequence[str]:
+    """Raises ValueError for another than "wandb", ImportError where that is not installed."""
+    for name in log:
+        if name != "wandb":
+            raise ValueError(f"log: expected wandb, got {name!r}")
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            raise ImportError("log: wandb is not installed: pip install 'lbfast[wandb]'")
+    return log
+
+
+def _wandb(folder: Path, recipe: Recipe | None) -> Any:
+    """A run of Weights & Biases; resumed, it is the same one."""
+    import wandb
+
+    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    run = wandb.init(
+        project="lbfast", id=key, name=folder.name, dir=str(folder), resume="allow",
+        config=None if recipe is None else recipe.to_dict(),
+    )  # fmt: skip
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def read(path: Path) -> list[dict[str, float]]:
@@ -139,12 +192,20 @@ def _plot(rows: list[dict[str, float]], path: Path) -> Path:
 
     figure = Figure(figsize=(8, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(3, sharex=True)
+    evaluated = {name for row in rows if (name := headline(row)) is not None}
+    panels = figure.subplots(3 + bool(evaluated), sharex=True)
     for axes, name in zip(panels, ("loss", "lr", "scale")):
         axes.plot([row["step"] for row in rows], [row[name] for row in rows], linewidth=1)
         axes.set_ylabel({"lr": "learning rate", "scale": "logit scale"}.get(name, name))
         axes.grid(alpha=0.3)
         axes.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 4))
+    for name in sorted(evaluated | {name.replace("eval/", "ema/") for name in evaluated}):
+        found = [(row["step"], row[name]) for row in rows if name in row]
+        if found:
+            panels[-1].plot(*zip(*found), marker=".", linewidth=1, label=name)
+    if evaluated:
+        panels[-1].legend()
+        panels[-1].grid(alpha=0.3)
     panels[-1].set_xlabel("step")
     with files.replacing(path) as staged:
         figure.savefig(staged, dpi=120)
