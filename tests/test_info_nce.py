@@ -465,6 +465,18 @@ def test_nested_is_the_mean_of_plain_calls(impl, monkeypatch):
     assert torch.isnan(info_nce(x, y, s, dims=(30, 16), impl=impl))
 
 
+@pytest.mark.parametrize("dims", [(3, 2, 1), (16, 1), (16, 4)], ids=str)
+def test_nested_of_few_numbers(dims):
+    """Whose gradient along the row, all of it for one number, cancels."""
+    tensors = [randn(65, max(dims), seed=seed).to(DEVICE) for seed in (0, 1)] + [torch.tensor(5.0, device=DEVICE)]
+    for impl in impls(torch.float32):
+        assert_matches(
+            lambda x, y, s, impl=impl: info_nce(x, y, s, dims=dims, impl=impl),
+            lambda x, y, s: each(x, y, s, dims=dims),
+            tensors,
+        )
+
+
 def test_nested_gradcheck_and_smoothing():
     x, y = randn(5, 6, dtype=torch.float64).to(DEVICE), randn(7, 6, seed=1, dtype=torch.float64).to(DEVICE)
     inputs = [t.requires_grad_() for t in (x, y, torch.tensor(3.0, dtype=torch.float64, device=DEVICE))]

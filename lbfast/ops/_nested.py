@@ -29,6 +29,8 @@ import torch
 from lbfast.ops import _pairs
 from lbfast.ops._pairs import Plan, wide
 
+FEWEST = 4
+"""Numbers of a prefix that `fused` takes: the gradient of fewer is what little cancelling leaves of large terms."""
 _LARGEST_SCALE = 100.0
 _LEAST = 2.0**-90
 """Smaller sums of exponentials are not trusted: what underflows is below 2^-126."""
@@ -200,6 +202,8 @@ def composed(x: torch.Tensor, y: torch.Tensor, shares: dict[int, float], dtype: 
 
     def prefix(e: torch.Tensor, d: int) -> torch.Tensor:
         part = e[:, :d]
+        if d == 1:  # a sign, which no gradient moves: none is left to cancel
+            return torch.where(part.abs() > _EPSILON, part.detach().sign(), part / _EPSILON).to(dtype)
         norm = torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=_pairs.accumulation(e.dtype))
         return (part / norm.clamp(min=_EPSILON)).to(dtype)
 

@@ -112,6 +112,7 @@ def info_nce(
     if shares is not None:
         sums = None
         one_product = name == "native" and not label_smoothing and not dispatch.aten_only()
+        one_product = one_product and min(shares) >= _nested.FEWEST
         if one_product and (shards.world == 1 or gather == "all"):
             whole = _pairs.workspace_bytes(device, workspace_mib) * (1 if workspace_mib else len(shares))
             nested_plan = _pairs.Plan(shards, texts, gather, labels, whole)

@@ -18,6 +18,7 @@ from lbfast.reference.info_nce import info_nce as info_nce_reference
 from lbfast.reference.layer_norm import layer_norm as layer_norm_reference
 from lbfast.reference.mlp import mlp as mlp_reference
 from lbfast.reference.patch_embed import patch_embed as patch_embed_reference
+from lbfast.reference.sigmoid_loss import sigmoid_loss as sigmoid_loss_reference
 from lbfast.reference.temporal_attention import temporal_attention as temporal_reference
 from lbfast.testing import ROUNDING, order_of_sums
 from tests.fuzz.layouts import draw, generator
@@ -270,6 +271,76 @@ def info_nce(rng: random.Random, impl: str, small: bool = False) -> Case:
     )
 
 
+def nested_info_nce(rng: random.Random, impl: str, small: bool = False) -> Case:
+    dtype = dtype_of(rng, torch.float32, torch.float64) if impl == "torch" else torch.float32
+    b, d = rng.choice((1, 2, 7, 17, 64, 130) if not small else (1, 2, 7)), rng.choice((1, 2, 3, 8, 31, 64))
+    dims = sorted(rng.sample(range(1, d + 1), rng.randrange(1, min(4, d) + 1)), key=lambda _: rng.random())
+    tensors = [draw(rng, (b, d), dtype), draw(rng, (b, d), dtype), torch.tensor(rng.choice((1.0, 14.3, 59.0, -3.0)))]
+    weights = rng.choice((None, [rng.random() + 0.1 for _ in dims]))
+    shares = [w / sum(weights) for w in weights] if weights else [1 / len(dims)] * len(dims)
+
+    def reference(x, y, s):
+        sides = [[F.normalize(e[:, :size], dim=-1) for e in (x, y)] for size in dims]
+        return sum(share * info_nce_reference(*pair, s) for share, pair in zip(shares, sides))
+
+    def floors(x, y, s):
+        """What a row's norm takes from its gradient cancels; of one number, all of it."""
+        x, y, s = x.double(), y.double(), s.double()
+        total = [0.0, 0.0, 0.0]
+        for share, size in zip(shares, dims):
+            u, v = (F.normalize(e[:, :size], dim=-1) for e in (x, y))
+            z = u @ v.T * s
+            each = share / (2 * b) * (z.softmax(0) + z.softmax(1) + torch.eye(b, dtype=torch.float64))
+            lengths = [e[:, :size].norm(dim=-1).clamp_min(1e-12) for e in (x, y)]
+            total[0] += float(((each**2).sum(1) / lengths[0] ** 2).sum() * s**2)
+            total[1] += float(((each**2).sum(0) / lengths[1] ** 2).sum() * s**2)
+            total[2] += float((each * (u @ v.T)).square().sum())
+        return [float(1 + s.abs()), *(t**0.5 for t in total)]
+
+    return Case(
+        "nested info_nce",
+        f"{impl} B={b} D={d} dims={dims} scale={float(tensors[2])}",
+        tensors,
+        lambda *x: ops.info_nce(*x, dims=dims, dim_weights=weights, impl=impl),
+        reference,
+        [lambda x, y, s: reference(x, y, s).to(x.dtype)],
+        2 * d + 4 * b,
+        floors=floors,
+    )
+
+
+def sigmoid_loss(rng: random.Random, impl: str, small: bool = False) -> Case:
+    dtype = dtype_of(rng, torch.float32, torch.bfloat16, torch.float16) if impl != "torch" else dtype_of(rng)
+    b, d = rng.choice((1, 2, 3, 7, 63, 64, 65, 130) if not small else (1, 2, 7, 17)), rng.choice((1, 2, 3, 8, 31, 64))
+    n = b + rng.choice((0, 0, 1, 9))
+    scale, bias = rng.choice((1.0, 10.0, 100.0, 1e-3, 0.0, -3.0)), rng.choice((-10.0, 0.0, 3.0))
+    ids = torch.randint(0, max(1, n // 2), (n,), generator=generator(rng)) if rng.random() < 0.3 else None
+    embeds = [F.normalize(draw(rng, (rows, d), torch.float64), dim=-1).to(dtype) for rows in (b, n)]
+    tensors = [*embeds, torch.tensor(scale), torch.tensor(bias)]
+
+    def floors(x, y, s, t):
+        """Probabilities, and their targets, are rounded before they cancel."""
+        x, y, s, t = x.double(), y.double(), s.double(), t.double()
+        z, eye = x @ y.T * s + t, torch.eye(b, n, dtype=torch.float64)
+        each = (z.sigmoid() + eye) / b
+        if ids is not None:
+            each = each.masked_fill((ids[:b, None] == ids[None]) & (eye == 0), 0.0)
+        rows, columns = (each**2 @ y**2).sum().sqrt() * s.abs(), ((each**2).T @ x**2).sum().sqrt() * s.abs()
+        by_scale, by_bias = (each * (x @ y.T)).square().sum().sqrt(), each.square().sum().sqrt()
+        return [float((z.abs() + 1).sum() / b), float(rows), float(columns), float(by_scale), float(by_bias)]
+
+    return Case(
+        "sigmoid_loss",
+        f"{impl} B={b} N={n} D={d} scale={scale} bias={bias} ids={ids is not None}",
+        tensors,
+        lambda *x: ops.sigmoid_loss(*x, ids=ids, impl=impl),
+        lambda *x: sigmoid_loss_reference(*x, ids=ids),
+        [lambda *x: sigmoid_loss_reference(*x, ids=ids).to(torch.promote_types(x[0].dtype, torch.float32))],
+        2 * d + 4 * n,
+        floors=floors,
+    )
+
+
 def layer_norm(rng: random.Random, impl: str, small: bool = False) -> Case:
     dtype = dtype_of(rng)
     few = [size(rng, 8) for _ in range(rng.randrange(0, 4))]
@@ -376,6 +447,8 @@ IMPLS = {
     temporal_attention: ("torch", "native", "native"),
     patch_embed: ("torch", "native"),
     info_nce: ("torch", "native", "native"),
+    nested_info_nce: ("torch", "native", "native"),
+    sigmoid_loss: ("torch", "native", "native"),
     layer_norm: ("torch",),
     mlp: ("torch",),
 }
