@@ -115,15 +115,15 @@ def taken(fields: dict, folder: Path, out: Any) -> None:
 def watched(out: Path, fields: dict, data: Path, dies: bool) -> None:
     """A run that is evaluated at every third step, and dies in the second evaluation between two of its batches."""
     torch.set_num_threads(1)
-    plan, seen, unit = trainees.plan(**fields), [], encoder._unit
+    plan, seen, unit = trainees.plan(**fields), [], encoder.Encoder._unit
 
-    def embedded(embeds: torch.Tensor) -> torch.Tensor:
+    def embedded(self: encoder.Encoder, embeds: torch.Tensor) -> torch.Tensor:
         seen.append(len(embeds))
         if dies and sum(seen) > 4 * 40:  # the captions once, the items twice: as they are and averaged
             os.kill(os.getpid(), signal.SIGKILL)
-        return unit(embeds)
+        return unit(self, embeds)
 
-    encoder._unit = embedded
+    encoder.Encoder._unit = embedded
     evaluation = Evaluation([str(data)], default_tokenizer(TOKENIZERS["depth"]), 3, "ema/R@5", batch_size=16)
     train(plan, trainees.trainee(plan), trainees.Data(), out, save_every=2, evaluation=evaluation)
 
@@ -137,11 +137,11 @@ def evaluated(rank: int, folder: Path, data: Path) -> None:
     watch, model = Watch(wanted, plan, engine.here(torch.device("cpu")), False), trainees.trainee(plan)
     found = watch(model, "eval")
 
-    def fails(embeds: torch.Tensor) -> torch.Tensor:
+    def fails(self: encoder.Encoder, embeds: torch.Tensor) -> torch.Tensor:
         raise ValueError("no")
 
     if rank == 1:
-        encoder._unit = fails
+        encoder.Encoder._unit = fails
     try:
         watch(model, "eval")
         said = ""

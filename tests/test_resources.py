@@ -68,19 +68,21 @@ def check_counts(rows):
 
 @pytest.mark.slow
 def test_every_launch_compiles():
-    """With what a launch makes constant: numbers that are 1, tensors that are None."""
-    done = compiled("tests.launches", *sorted(ARCHS))
+    """With what a launch makes constant: numbers that are 1, tensors that are None. One architecture of each family:
+    what is made of them differs no further, and `test_every_kernel_fits` has them all."""
+    families = ("gfx942", "sm_80", "sm_90", "sm_100")
+    done = compiled("tests.launches", *families)
     assert done.returncode == 0, done.stderr[-3000:]
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob("*.py"))
     every = set(re.findall(r"^def (_\w+_kernel)\(", sources, re.MULTILINE))
     wanted = set()
-    for arch in ARCHS:
+    for arch in families:
         kernels = set(every)
         if arch not in configs.ATTENTION_BWD_WHOLE:
             kernels -= {"_attention_bwd_whole_kernel"}
         if arch not in configs.ATTENTION_BWD_PASSES:
             kernels -= {"_attention_bwd_passes_kernel"}
-        if arch in {"sm_80", "sm_86", "gfx942"}:  # which have no float8 products of ours
+        if arch in {"sm_80", "gfx942"}:  # which have no float8 products of ours
             kernels = {name for name in kernels if "float8" not in name}
         wanted |= {f"{arch} {name}" for name in kernels}
     assert set(done.stdout.splitlines()) == wanted
