@@ -119,9 +119,8 @@ def plan(
     for tower in (model.vision_model, model.text_model) if recipe.train_text else (model.vision_model,):
         memory.recompute(tower.encoder, recipe.checkpointing)
     towers, autocast = Towers(model), autocast_dtype(recipe, place)
-    limit = memory.budget(recipe, place)
     rows = -(-recipe.batch_size // world)
-    wanted = recipe.micro_batch or _fitting(towers, recipe, place, autocast, rows, limit)
+    wanted = recipe.micro_batch or _fitting(towers, recipe, place, autocast, rows)
     micro_batch = min(wanted, rows)
     costs = measure(towers, recipe, place, autocast, micro_batch, tflops is None)
     capacity = memory.capacity(place) * (SHARE if place.type == "cuda" else 1.0)
@@ -165,9 +164,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:.3g} days"
 
 
-def _fitting(
-    towers: Towers, recipe: Recipe, device: torch.device, autocast: torch.dtype | None, most: int, limit: int
-) -> int:
+def _fitting(towers: Towers, recipe: Recipe, device: torch.device, autocast: torch.dtype | None, most: int) -> int:
     def arithmetic() -> torch.autocast:
         return torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
 
