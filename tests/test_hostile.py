@@ -329,3 +329,13 @@ def test_the_search_finds_something(monkeypatch, tmp_path):
 
     monkeypatch.setattr(lbfast.LanguageBindImageConfig, "from_pretrained", broken)
     assert "KeyError" in checkpoints._open(tmp_path / "a", "config")
+
+
+def test_fields_do_not_replace_what_a_configuration_is():
+    """Names of its class's attributes and methods that are no fields."""
+    for kind in (lbfast.LanguageBindImageConfig, type(lbfast.LanguageBindImageConfig().vision_config)):
+        taken = [name for name in dir(kind) if not name.startswith("_") and name not in kind.rules]
+        assert {"rules", "to_dict"} <= set(taken)
+        for name in taken:
+            made = kind.from_dict({name: "x"})
+            assert getattr(made, name, None) != "x", name

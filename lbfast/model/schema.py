@@ -197,9 +197,9 @@ def check_weights(config: Any, keys: Collection[str], where: str) -> None:
 
 @functools.cache
 def _owned() -> frozenset[str]:
-    """Names that transformers gives a meaning, by attributes, methods and fields of its configurations."""
+    """Names that have a meaning already: attributes, methods and fields of transformers' configurations and of ours."""
     own = PretrainedConfig()
-    return frozenset({*dir(own), *own.to_dict(), *_FOREIGN})
+    return frozenset({*dir(own), *own.to_dict(), *_FOREIGN, "from_text_vision_configs", "modality", "rules"})
 
 
 _FOREIGN = (  # by keywords
