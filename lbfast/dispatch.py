@@ -81,10 +81,8 @@ def choose(op: str, impl: str | None, implementations: Mapping[str, Reasons], *a
     if "torch" in implementations and aten_only():
         return "torch"
     for name, why_not in implementations.items():
-        if name == "triton" and triton_interpreted():
-            continue  # the interpreter is for tests that ask for it
-        if not why_not(*args, **kwargs):
-            return name
+        if not why_not(*args, **kwargs) and not (name == "triton" and triton_interpreted()):
+            return name  # the interpreter is for tests that ask for it
     every = explain(implementations, *args, **kwargs)
     raise RuntimeError(
         f"{op}: no implementation can take these inputs: " + "; ".join(f"{k}: {', '.join(v)}" for k, v in every.items())
@@ -144,15 +142,17 @@ def why_not_triton(*tensors: torch.Tensor) -> list[str]:
     """Reasons, common to every op, why a Triton kernel cannot take these tensors."""
     if not installed("triton"):
         return ["triton is not installed (pip install lbfast[gpu])"]
-    if any(t.device.type != "cuda" for t in tensors) and not triton_interpreted():
-        return ["the tensors are not on a GPU"]
+    for t in tensors:  # asked at every call: quicker than a generator
+        if not t.is_cuda:
+            return [] if triton_interpreted() else ["the tensors are not on a GPU"]
     return []
 
 
 def why_not_native(*tensors: torch.Tensor) -> list[str]:
     """Reasons, common to every op, why a native CPU kernel cannot take these tensors. Compiles them at first use."""
-    if any(t.device.type != "cpu" for t in tensors):
-        return ["the tensors are not on the CPU"]
+    for t in tensors:
+        if not t.is_cpu:
+            return ["the tensors are not on the CPU"]
     reason = _native_reason()
     return [reason] if reason else []
 

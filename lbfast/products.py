@@ -43,9 +43,14 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def trained_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """F.linear of these products, with autograd."""
-    if _onednn(x, weight, bias):
-        return _Linear.apply(x, weight, bias)
-    return F.linear(_gapless(x), _gapless(weight), bias)
+    if not _onednn(x, weight, bias):
+        return F.linear(_gapless(x), _gapless(weight), bias)
+    return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _rows_linear(x, weight, bias)
+
+
+def _rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`linear` of x (..., K)."""
+    return linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
 
 
 def _gapless(x: torch.Tensor) -> torch.Tensor:
@@ -63,15 +68,17 @@ def _onednn(*operands: torch.Tensor | None) -> bool:
     """Whether to ask oneDNN for it. A compiled graph's products are the compiler's to choose."""
     if torch.compiler.is_compiling() or not _AVAILABLE:
         return False
-    given = [t for t in operands if t is not None]
-    return all(t.device.type == "cpu" and t.dtype == torch.float32 and t.numel() > 0 for t in given)
+    for t in operands:  # noqa: SIM110 (asked at every product: quicker than a generator)
+        if t is not None and not (t.is_cpu and t.dtype == torch.float32 and t.numel()):
+            return False
+    return True
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+        return _rows_linear(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
