@@ -301,7 +301,7 @@ def feed(eater: Eater, folder: Path, workers: int) -> dict[str, float]:
     model = Pretended(eater, open_checkpoints([name])[eater.modality].config.projection_dim)
     options: Any = {"batch_size": eater.batch, "workers": workers, "dtype": "bfloat16"}
     with (
-        mock.patch("lbfast.embedding.pipeline.Processors", Ready),
+        mock.patch("lbfast.embedding.embedder.Processors", Ready),
         mock.patch.object(Checkpoint, "load", model.load),
     ):
         done = embed_files(sorted(inside.iterdir()), [name], out, modality=eater.modality, **options)

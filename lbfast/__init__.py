@@ -24,6 +24,7 @@ _WHERE = {
     "config_dict": _CONFIG,
     "published_config": _CONFIG,
     "transform_dict": _PROCESSOR,
+    "Embedder": "lbfast.embedding.embedder",
     "accelerate": "lbfast.model.accelerate",
     "calibrate": "lbfast.model.calibration",
     "fuse": "lbfast.model.fusion",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     )
     from lbfast.auto import register as register
     from lbfast.dispatch import use_impl as use_impl
+    from lbfast.embedding.embedder import Embedder as Embedder
     from lbfast.languagebind import install_as_languagebind as install_as_languagebind
     from lbfast.losses import (
         InfoNCELoss as InfoNCELoss,

@@ -17,7 +17,7 @@ from lbfast.processing.vocabulary import FILES as TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from lbfast.model.config import LanguageBindConfig
-    from lbfast.model.pair import Embedder, Pair
+    from lbfast.model.pair import Pair, TwoTowers
 
 Model = TypeVar("Model", bound="Pair")
 
@@ -40,14 +40,16 @@ class Checkpoint:
     config: LanguageBindConfig
     hub: dict[str, Any]
 
-    def load(self, dtype: torch.dtype, device: torch.device, batch_size: int, precision: str | None = None) -> Embedder:
+    def load(
+        self, dtype: torch.dtype, device: torch.device, batch_size: int, precision: str | None = None
+    ) -> TwoTowers:
         """The model on `device`, optimized for batches of this size; precision as `optimize_for_inference` takes it.
 
         Raises what that and `from_pretrained` raise.
         """
-        from lbfast.model.pair import Embedder
+        from lbfast.model.pair import TwoTowers
 
-        model = Embedder.from_pretrained(self.where, config=self.config, torch_dtype=dtype, **self.hub)
+        model = TwoTowers.from_pretrained(self.where, config=self.config, torch_dtype=dtype, **self.hub)
         return ready(model, device, batch_size, precision)
 
     def tokenizer(self) -> Any:
@@ -152,15 +154,24 @@ def ready(model: Model, device: torch.device, batch_size: int, precision: str | 
     return optimize_for_inference(model.to(device), dtype=None, precision=precision, batch_sizes=sizes)  # type: ignore[arg-type]
 
 
-def pick_device(name: str) -> torch.device:
+def check_device(name: str) -> torch.device | None:
+    """What a device is called, which need not be here; None for "auto". Raises ValueError."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return None
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
     if device.type == "meta":
         raise ValueError(f"device: expected one that computes, got {name!r}")
+    return device
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name. ValueError: there is none."""
+    device = check_device(name)
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device: expected one that is here, got {name!r}; torch {torch.__version__} sees "
@@ -176,9 +187,13 @@ def checked_dim(dim: int | None, width: int) -> int | None:
     return dim
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+def check_dtype(name: str) -> None:
     if name not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    check_dtype(name)
     if name == "auto":
         from lbfast.model.inference import best_dtype
 

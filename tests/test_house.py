@@ -32,6 +32,7 @@ HEIGHTS = {
     "lbfast.processing": 3,
     "lbfast.checkpoints": 4,
     "lbfast.data": 4,
+    "lbfast.embeds": 4,
     "lbfast.embedding": 5,
     "lbfast.evaluation": 5,
     "lbfast.training": 5,

@@ -28,6 +28,8 @@ plan = recipe("depth")
 step = LargeBatchStep(Towers(initial_model("lbfast-mini/image", plan)), micro_batch=4)
 summary = embed_files(["clips"], ["lbfast-mini/video"], "clips.parquet")
 done: int = summary.embedded["video"]
+embedder = lbfast.Embedder(["lbfast-mini/image"], batch_size=4)
+width: int = embedder.encode(["a cat"]).shape[1] + embedder({"text": ["a cat"]})["embedding"].shape[1]
 
 
 def wrong() -> None:

@@ -21,7 +21,7 @@ import torch
 
 from lbfast.data import tether
 from lbfast.data.shared import Desk, Hand, Lease, Pool, as_array
-from lbfast.processing.media import Reading
+from lbfast.processing.media import Reading, named
 from lbfast.processing.processor import Processor, transform_dict
 from lbfast.processing.threads import one_thread
 
@@ -42,10 +42,19 @@ def default_workers(files: int, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Task:
-    """A file to decode as a modality."""
+    """A file to decode as a modality.
+
+    Attributes:
+        path: its name; of data in memory what messages call it, "" for what a reader calls it.
+        data: what is in memory instead, as a processor takes an item.
+        start_sec, end_sec: the part that is wanted; None: from its beginning, to its end.
+    """
 
     modality: str
     path: str
+    data: Any = None
+    start_sec: float | None = None
+    end_sec: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,11 +100,16 @@ class Processors:
             if task.modality not in self._made:
                 config = SimpleNamespace(vision_config=SimpleNamespace(**self._vision[task.modality]))
                 self._made[task.modality] = transform_dict[task.modality](config, reading=self._reading)
-            return as_array(self._made[task.modality]([task.path])["pixel_values"][0].to(self._dtype))
+            part: dict[str, Any] = {"clip_start_sec": task.start_sec, "clip_end_sec": task.end_sec}
+            with named(task.path) if task.data is not None and task.path else contextlib.nullcontext():
+                item = task.path if task.data is None else task.data
+                values = self._made[task.modality]([item], **part)["pixel_values"]
+            return as_array(values[0].to(self._dtype))
         except (ValueError, OSError) as error:
             return Undecodable(str(error))
         except Exception as error:  # a codec's own, out of memory, or a fault of ours
-            return Undecodable(f"{task.path}: {type(error).__name__}: {error}")
+            where = f"{task.path}: " if task.path else ""
+            return Undecodable(f"{where}{type(error).__name__}: {error}")
 
 
 def _work(connection: Connection, work: Work) -> None:

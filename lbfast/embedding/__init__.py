@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _WHERE = {
-    "BadFileError": "pipeline",
+    "BadFileError": "embedder",
+    "Embedder": "embedder",
     "Failure": "items",
     "Summary": "pipeline",
     "embed_files": "pipeline",
@@ -14,12 +15,9 @@ _WHERE = {
 }
 
 if TYPE_CHECKING:
+    from lbfast.embedding.embedder import BadFileError as BadFileError, Embedder as Embedder
     from lbfast.embedding.items import Failure as Failure, find_items as find_items
-    from lbfast.embedding.pipeline import (
-        BadFileError as BadFileError,
-        Summary as Summary,
-        embed_files as embed_files,
-    )
+    from lbfast.embedding.pipeline import Summary as Summary, embed_files as embed_files
 
 __all__ = [*_WHERE]
 

@@ -65,6 +65,11 @@ class Listing:
     ignored: dict[str, int] = field(default_factory=dict)
 
 
+def url_path(path: str) -> str:
+    """A URL without what may follow its path; any other path as it is."""
+    return _QUERY.split(path)[0] if is_url(path) else path
+
+
 def split_modality(given: str) -> tuple[str | None, str]:
     """ "depth=maps/" -> ("depth", "maps/"); anything that does not begin with a modality and "=" is left whole."""
     modality, equals, rest = given.partition("=")
@@ -119,7 +124,7 @@ class _Finder:
         elif os.path.isdir(path):
             self._add_folder(path, wanted, named)
         else:
-            found = wanted or modality_of(_QUERY.split(path)[0] if is_url(path) else path, self._available)
+            found = wanted or modality_of(url_path(path), self._available)
             if found is not None and found in self._available:
                 self._add_file(path, found, named)
             else:

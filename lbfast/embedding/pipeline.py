@@ -10,33 +10,24 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 import lbfast
-from lbfast.checkpoints import Checkpoint, checked_dim, open_checkpoints, pick_device, pick_dtype
-from lbfast.data.decode import Decoder, Processors, Task, Undecodable, default_workers, plain_fields
-from lbfast.data.shared import stacked
+from lbfast.data.decode import Decoder, Task, Undecodable, default_workers
 from lbfast.data.suffixes import LANGUAGE
+from lbfast.embedding.embedder import BadFileError, Embedder, check_count
 from lbfast.embedding.fused import Group, find_groups, fused_rows, modalities_of
 from lbfast.embedding.items import Failure, Item, find_items
 from lbfast.embedding.journal import CHANGED, Journal, differences, partial_path, read_finished, signature
-from lbfast.processing.media import Reading
-
-if TYPE_CHECKING:
-    from lbfast.model.pair import Embedder
+from lbfast.embeds import usable
 
 Progress = Callable[[str, int, int], None]
 """progress(modality, done, total) after each batch; rows done in an earlier run count as done."""
 
 _FUSED_AT_ONCE = 4096
-_MOST = 2**31 - 1  # of a count
-
-
-class BadFileError(ValueError):
-    """A file that could not be embedded, in a strict run."""
 
 
 @dataclass
@@ -120,15 +111,26 @@ def embed_files(
         FileNotFoundError: its folder is not. ValueError: an argument is wrong, or the settings differ from those of the
         unfinished run. OSError, CheckpointError: a checkpoint cannot be had or used.
     """
-    _check_count("batch_size", batch_size, 1)
+    check_count("batch_size", batch_size, 1)
     if workers is not None:
-        _check_count("workers", workers, 0)
+        check_count("workers", workers, 0)
     if not inputs:
         raise ValueError("inputs: expected at least one file or folder, got none")
     out = _check_out(Path(out))
-    target = pick_device(device)
-    weights = pick_dtype(dtype, target)
-    checkpoints = open_checkpoints(models, cache_dir=cache_dir, revision=revision, token=token)
+    embedder = Embedder(
+        models,
+        dtype=dtype,
+        precision=precision,
+        batch_size=batch_size,
+        device=device,
+        dim=dim,
+        allow_urls=allow_urls,
+        strict=strict,
+        cache_dir=cache_dir,
+        revision=revision,
+        token=token,
+    )
+    checkpoints, weights = embedder.checkpoints, embedder.dtype
     fused = () if fuse is None else modalities_of(fuse, checkpoints.keys())
     summary = Summary()
 
@@ -145,7 +147,7 @@ def embed_files(
         failed(failure)
     if not listing.items:
         return summary
-    last = list(checkpoints.values())[-1]
+    last = embedder.text_checkpoint
     settings: dict[str, Any] = {
         "lbfast": lbfast.__version__,
         "dtype": str(weights).removeprefix("torch."),
@@ -160,27 +162,25 @@ def embed_files(
         settings["dim"] = dim
     for reason, count in groups.ignored.items():
         summary.ignored[reason] = count
-    size = checked_dim(dim, last.config.projection_dim) or last.config.projection_dim
     before, inputs = signature(out), _digest(listing.items)
     if before is not None and not overwrite:
         _take_finished(out, settings, inputs, strict, summary)
         with contextlib.suppress(ValueError, OSError):  # killed between the two, the run left its journal
             if partial_path(out).exists():
-                Journal(out, size, settings).remove()
+                Journal(out, embedder.size, settings).remove()
         return summary
     if not os.access(out.parent, os.W_OK):
         raise PermissionError(errno.EACCES, "out: cannot write in this folder", str(out.parent))
     for failure in groups.failures:
         failed(failure)
-    journal = Journal(out, size, settings, restart=overwrite)
+    journal = Journal(out, embedder.size, settings, restart=overwrite)
     try:
         if signature(out) != before:  # by a run that held the journal until now
             raise FileExistsError(errno.EEXIST, CHANGED, str(out))
-        reading = Reading(strict=strict, allow_urls=allow_urls)
         heard = progress or (lambda *_: None)
         left = sum(item not in journal and item.modality != LANGUAGE for item in listing.items)
-        workers = default_workers(left, target) if workers is None else workers
-        run = _Run(checkpoints, journal, reading, batch_size, workers, weights, precision, target, failed, heard, dim)
+        workers = default_workers(left, embedder.device) if workers is None else workers
+        run = _Run(embedder, journal, workers, failed, heard)
         summary.resumed = sum(item in journal for item in listing.items)
         run.embed(listing.items)
         run.fuse(groups.whole)
@@ -229,30 +229,21 @@ def _take_finished(out: Path, settings: Mapping[str, Any], inputs: str, strict: 
 class _Run:
     """The part of a run that needs the models."""
 
-    checkpoints: Mapping[str, Checkpoint]
+    embedder: Embedder
     journal: Journal
-    reading: Reading
-    batch_size: int
     workers: int
-    dtype: torch.dtype
-    precision: str | None
-    device: torch.device
     failed: Callable[[Failure], None]
     progress: Progress
-    dim: int | None
 
     def embed(self, items: Sequence[Item]) -> None:
         """Embeds what the journal does not have yet. One model is loaded at a time, and only if it has work."""
         left = [item for item in items if item not in self.journal]
         tasks = [Task(item.modality, item.path) for item in left if item.modality != LANGUAGE]
-        vision = {name: plain_fields(c.config.vision_config) for name, c in self.checkpoints.items()}
-        loaded: Checkpoint | None = None
-        model: Embedder | None = None
-        work, ahead = Processors(vision, self.reading, self.dtype), 2 * self.batch_size + self.workers
+        work, ahead = self.embedder.processors(), 2 * self.embedder.batch_size + self.workers
         names = list(dict.fromkeys(item.modality for item in items))
         batches = {name: list(self._batches(item for item in items if item.modality == name)) for name in names}
         sizes = [len(batch) for name in names if name != LANGUAGE for batch in batches[name]]
-        with Decoder(work, tasks, self.workers, ahead, sizes, self.device) as decoder, _Late() as late:
+        with Decoder(work, tasks, self.workers, ahead, sizes, self.embedder.device) as decoder, _Late() as late:
             decoded = iter(decoder)
             for name in names:
                 total = sum(item.modality == name for item in items)
@@ -261,38 +252,22 @@ class _Run:
                 if not batches[name]:
                     continue
                 late.do()  # before the next model is loaded
-                checkpoint = list(self.checkpoints.values())[-1] if name == LANGUAGE else self.checkpoints[name]
-                if model is None or checkpoint is not loaded:
-                    model = None  # the memory of the one before, before there is another
-                    model, loaded = (
-                        checkpoint.load(self.dtype, self.device, self.batch_size, self.precision),
-                        checkpoint,
-                    )
-                tokenizer = checkpoint.tokenizer() if name == LANGUAGE else None
+                self.embedder.open(name, alone=True)
                 for batch in batches[name]:
-                    pixels: list[np.ndarray] = []
-                    try:
-                        if tokenizer is not None:
-                            good, embeds = batch, self._captions(model, tokenizer, batch)
-                        else:
-                            good, pixels = self._decoded(decoded, batch)
-                            embeds = self._files(model, pixels)
-                    except torch.OutOfMemoryError as error:
-                        raise RuntimeError(
-                            f"batch_size: {self.batch_size} {name} items do not fit into the memory of {self.device}; "
-                            "call again with fewer: what is finished is kept"
-                        ) from error
+                    good, values = self._values(name, batch, decoded)
+                    embeds = self.embedder.embed_values(name, values) if good else torch.empty(0, self.embedder.size)
                     done += len(batch)
-                    late.put(self._keeping(good, embeds, pixels, checkpoint, (name, done, total)))
+                    late.put(self._keeping(good, embeds, values, (name, done, total)))
                     if not embeds.is_cuda:  # then it is computed
                         late.do()
+        self.embedder.close()
 
     def _batches(self, items: Iterator[Item]) -> Iterator[list[Item]]:
         """Batches of the items of one modality, without what is finished: the same batches whatever that is.
 
         What a row is to the last bit depends on what is embedded with it.
         """
-        while batch := list(itertools.islice(items, self.batch_size)):
+        while batch := list(itertools.islice(items, self.embedder.batch_size)):
             if left := [item for item in batch if item not in self.journal]:
                 yield left
 
@@ -304,7 +279,7 @@ class _Run:
             some = todo[start : start + _FUSED_AT_ONCE]
             modalities = range(len(some[0].parts))
             rows = [self.journal.embeddings([group.parts[i] for group in some]) for i in modalities]
-            model = "+".join(self.checkpoints[part.modality].name for part in some[0].parts)
+            model = "+".join(self.embedder.checkpoint_of(part.modality).name for part in some[0].parts)
             good = []
             for group, row in fused_rows(some, rows):
                 if row is None:
@@ -314,10 +289,12 @@ class _Run:
             if good:
                 self.journal.append([item for item, _ in good], np.stack([row for _, row in good]), model)
 
-    def _decoded(
-        self, decoded: Iterator[np.ndarray | Undecodable], batch: list[Item]
-    ) -> tuple[list[Item], list[np.ndarray]]:
-        """The items that could be decoded, and their pixel values."""
+    def _values(
+        self, modality: str, batch: list[Item], decoded: Iterator[np.ndarray | Undecodable]
+    ) -> tuple[list[Item], list[Any]]:
+        """The items that have pixel values, or are captions, and these."""
+        if modality == LANGUAGE:
+            return batch, [item.text for item in batch]
         good: list[Item] = []
         pixels: list[np.ndarray] = []
         for item in batch:
@@ -329,52 +306,31 @@ class _Run:
                 pixels.append(result)
         return good, pixels
 
-    def _files(self, model: Embedder, pixels: list[np.ndarray]) -> torch.Tensor:
-        """(n, E) before normalisation."""
-        if not pixels:
-            return torch.empty(0, model.config.projection_dim)
-        with torch.inference_mode():
-            return model.get_image_features(pixel_values=stacked(pixels, self.dtype, self.device))
-
-    def _captions(self, model: Embedder, tokenizer: Any, batch: list[Item]) -> torch.Tensor:
-        """(n, E) before normalisation. Padded to the longest caption only: what follows the end changes nothing."""
-        longest = model.config.text_config.max_position_embeddings
-        tokens = tokenizer(
-            [item.text for item in batch], max_length=longest, padding=True, truncation=True, return_tensors="pt"
-        )
-        with torch.inference_mode():
-            return model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-
     def _keeping(
-        self,
-        items: list[Item],
-        embeds: torch.Tensor,
-        pixels: list[np.ndarray],
-        checkpoint: Checkpoint,
-        so_far: tuple[str, int, int],
+        self, items: list[Item], embeds: torch.Tensor, values: list[Any], so_far: tuple[str, int, int]
     ) -> Callable[[], None]:
-        """What is left to do of a batch when `embeds`, which a GPU may still compute from `pixels`, are there."""
-        rows = torch.nn.functional.normalize(embeds.float()[:, : self.dim], dim=-1).to("cpu", non_blocking=True)
+        """What is left to do of a batch when `embeds`, which a GPU may still compute from `values`, are there."""
+        rows = embeds.to("cpu", non_blocking=True)
         there = torch.cuda.current_stream(embeds.device).record_event() if embeds.is_cuda else None
 
         def keep() -> None:
             if there is not None:
                 there.synchronize()
-            pixels.clear()  # until now they were in use
-            self._keep(items, rows, checkpoint)
+            values.clear()  # until now they were in use
+            self._keep(items, rows, so_far[0])
             self.progress(*so_far)
 
         return keep
 
-    def _keep(self, items: list[Item], rows: torch.Tensor, checkpoint: Checkpoint) -> None:
+    def _keep(self, items: list[Item], rows: torch.Tensor, modality: str) -> None:
         """Writes the rows that are finite."""
-        finite = (torch.isfinite(rows).all(-1) & (rows.norm(dim=-1) > 0.5)).tolist()
-        for item, good in zip(items, finite):
+        finite = usable(rows)
+        for item, good in zip(items, finite.tolist()):
             if not good:
-                self.failed(Failure(item.path, f"its embedding is not finite in {self.dtype}"))
-        kept = [item for item, good in zip(items, finite) if good]
+                self.failed(Failure(item.path, self.embedder.not_finite()))
+        kept = [item for item, good in zip(items, finite.tolist()) if good]
         if kept:
-            self.journal.append(kept, rows[torch.tensor(finite)].numpy(), checkpoint.name)
+            self.journal.append(kept, rows[finite].numpy(), self.embedder.checkpoint_of(modality).name)
 
 
 class _Late:
@@ -408,11 +364,6 @@ class _Late:
 def _named(failure: Failure) -> str:
     """The reason, beginning with the path where it does not name it already."""
     return failure.reason if failure.path in failure.reason else f"{failure.path}: {failure.reason}"
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or not least <= value <= _MOST:
-        raise ValueError(f"{name}: expected a whole number from {least} to {_MOST}, got {value!r}")
 
 
 def _check_out(out: Path) -> Path:

@@ -13,7 +13,7 @@ from lbfast.checkpoints import Checkpoint, checked_dim, open_checkpoints, pick_d
 from lbfast.data.decode import Decoder, Undecodable
 from lbfast.data.reader import Draw, Reader
 from lbfast.data.sample import Sample
-from lbfast.data.shared import stacked
+from lbfast.embeds import media_features, text_features, unit, usable
 
 Progress = Callable[[str, int, int], None]
 """progress(what, done, total)"""
@@ -110,10 +110,8 @@ class Encoder:
                     elif on_skip is not None:
                         on_skip(samples[number].path, result.reason)
                 if good:
-                    batch = stacked(pixels, weight.dtype, self.device)
-                    with torch.inference_mode():
-                        embeds = self._unit(self.model.get_image_features(pixel_values=batch))
-                    finite = torch.isfinite(embeds).all(-1)
+                    embeds = self._unit(media_features(self.model, pixels, weight.dtype, self.device))
+                    finite = usable(embeds)
                     for number, fine in zip(good, finite.tolist()):
                         if fine:
                             kept.append(number)
@@ -125,21 +123,15 @@ class Encoder:
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Unit embeddings (n, E) float32 on the CPU. Longer texts are cut, as in training."""
-        longest = self.model.config.text_config.max_position_embeddings
         rows = [self._none()]
         for first in range(0, len(texts), self.batch_size):
-            batch = list(texts[first : first + self.batch_size])
-            tokens = self.tokenizer(batch, max_length=longest, padding=True, truncation=True, return_tensors="pt")
-            with torch.inference_mode():
-                embeds = self.model.get_text_features(
-                    input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-                )
-            rows.append(self._unit(embeds))
+            batch = texts[first : first + self.batch_size]
+            rows.append(self._unit(text_features(self.model, self.tokenizer, batch)))
             self.progress("text", first + len(batch), len(texts))
         return torch.cat(rows)
 
     def _unit(self, embeds: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.normalize(embeds.float()[:, : self.dim], dim=-1).cpu()
+        return unit(embeds, self.dim).cpu()
 
     def _none(self) -> torch.Tensor:
         return torch.empty(0, self.dim or self.model.config.projection_dim)

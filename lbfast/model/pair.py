@@ -182,7 +182,7 @@ class Pair(Freezable):
         return self.text_projection(pooled(self.text_model, **inputs))
 
 
-class Embedder(Pair):
+class TwoTowers(Pair):
     """The pair alone, as `from_pretrained` loads it. Its class says nothing of the modality: its configuration does."""
 
     def __init__(self, config: LanguageBindConfig):
