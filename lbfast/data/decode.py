@@ -59,9 +59,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Undecodable:
-    """What came of a file that could not be decoded."""
+    """What came of a file that could not be decoded. `lasting`: nor can others be, for their store has failed."""
 
     reason: str
+    lasting: bool = False
 
 
 Decoded = np.ndarray | Undecodable
