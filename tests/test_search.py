@@ -22,7 +22,7 @@ from lbfast.searching.find import Found, Hit, nearest, search
 from lbfast.searching.page import caption_of, page, thumbnail
 from lbfast.searching.table import Table, models_of
 from tests import tiny
-from tests.test_docs import blocks
+from tests.test_docs import OTHERS as NEEDS_OTHERS, blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -274,7 +274,7 @@ def test_the_command(folder, tmp_path, monkeypatch):
 
 
 PAGE = blocks(ROOT / "docs" / "search.md")
-OTHERS = [text for _, text, why in PAGE if why == "needs a package that is not lbfast's"]
+OTHERS = [text for _, text, why in PAGE if why == NEEDS_OTHERS]
 
 
 @pytest.mark.parametrize("text", OTHERS, ids=lambda text: re.match(r"import (\w+)", text)[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import os
@@ -261,6 +262,13 @@ def test_slow_and_broken_off_requests(server):
     assert b"HTTP/1.1 400 " in server.raw(b"\x16\x03\x01 no HTTP\r\n\r\n")
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(HEAD + b"content-length: 90\r\n\r\n{")
+    start = time.monotonic()
+    with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(HEAD.replace(b"json", b"x") + b"transfer-encoding: chunked\r\n\r\n")
+        while time.monotonic() < start + 20:
+            connection.sendall(b"4\r\nmore\r\n")
+            time.sleep(0.05)
+    assert time.monotonic() < start + 20
     assert server.embed("a cat").status_code == 200 and server.waiting() == 0
 
 

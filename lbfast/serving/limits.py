@@ -20,7 +20,8 @@ class Limits:
         waiting: items that are taken and not answered yet; more are refused with 503.
         held_bytes: of all the requests that are being read or answered; more are refused with 503.
         text_characters: of a text. The model reads its first 77 tokens.
-        body_seconds: for the body of a request to arrive. head_seconds: for its headers.
+        body_seconds: for the body of a request to arrive, and while it is answered for the client to read on.
+        head_seconds: for its headers.
         decode_seconds: for one file.
         connections: at a time.
         allow_urls: open URLs of `REMOTE`. allow_paths: the folder below which files of this machine are opened; None:

@@ -47,7 +47,7 @@ def serve(
         embedder.encode(["ready"])
         config = uvicorn.Config(
             app,
-            http=_protocol(limits.head_seconds),
+            http=_protocol(limits.head_seconds, limits.body_seconds),
             ws="none",
             lifespan="on",
             log_level="warning",
@@ -88,11 +88,13 @@ class _Server(uvicorn.Server):
         self._on_ready()
 
 
-def _protocol(head_seconds: float) -> type[H11Protocol]:
-    """HTTP for clients that may be slow or leave: headers have their time, and half a request is answered with 4xx."""
+def _protocol(head_seconds: float, send_seconds: float) -> type[H11Protocol]:
+    """HTTP for clients that may be slow or leave: headers, what follows a refusal, and the reading of an answer have
+    their time, and half a request is answered with 4xx."""
 
     class Impatient(H11Protocol):
         _late: Any = None
+        _unread: Any = None
 
         def connection_made(self, transport: Any) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -109,6 +111,18 @@ def _protocol(head_seconds: float) -> type[H11Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
             self._unwatch()
+            self.resume_writing()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            if self._unread is None:
+                self._unread = self.loop.call_later(send_seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._unread is not None:
+                self._unread.cancel()
+                self._unread = None
 
         def _begun(self) -> bool:
             """Whether part of a request's headers has come."""
@@ -116,7 +130,9 @@ def _protocol(head_seconds: float) -> type[H11Protocol]:
 
         def _watch(self) -> None:
             """Gives the headers of the next request their time, from the connection or their first byte on."""
-            if self.conn.their_state is h11.IDLE and (self.cycle is None or self._begun()):
+            waits = self.conn.their_state is h11.IDLE and (self.cycle is None or self._begun())
+            answered = self.cycle is not None and self.cycle.response_complete
+            if waits or (answered and self.conn.their_state is h11.SEND_BODY):  # a body that nobody reads
                 if self._late is None:
                     said = f"headers: expected all of them within {head_seconds:g} s"
                     self._late = self.loop.call_later(head_seconds, self._refuse, "408 Request Timeout", said)
@@ -129,8 +145,8 @@ def _protocol(head_seconds: float) -> type[H11Protocol]:
                 self._late = None
 
         def _refuse(self, status: str, why: str) -> None:
-            answering = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
-            if not answering and not self.transport.is_closing():
+            answered = self.conn.their_state is h11.SEND_BODY and self.cycle.response_started
+            if not answered and not self.transport.is_closing():
                 body = f'{{"error": "{why}"}}'
                 self.transport.write(
                     f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
