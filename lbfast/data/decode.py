@@ -266,11 +266,8 @@ class Decoder:
         """A worker that has said it is ready."""
         how = ""
         for _ in range(_STARTS):
-            ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_work, args=(theirs, self._work), name=tether.WORKER, daemon=True)
-            process.start()
+            process, ours = _begun(self._context, self._work)
             self._running.add(process)
-            theirs.close()
             try:
                 ours.recv()
                 return process, ours
@@ -282,15 +279,91 @@ class Decoder:
         raise RuntimeError(f"decoding: {how} before it was ready; workers=0 decodes without worker processes")
 
     def _ended(self, process: multiprocessing.process.BaseProcess) -> str:
-        process.join(5)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        how = _ended(process)
         self._running.discard(process)
-        code = process.exitcode
-        if code is not None and code < 0:
-            return f"the worker process was ended by {signal.Signals(-code).name}"
-        return f"the worker process ended with status {code}"
+        return how
+
+
+class Helper:
+    """A worker process for tasks that come one by one, each with a time it may take. For one thread at a time.
+
+    The process is started at the first task, and again where it has died or been ended.
+
+    Args:
+        work: what decodes them, a copy of it there (it is pickled).
+        context: of `helpers_context`.
+    """
+
+    def __init__(self, work: Work, context: Any):
+        self._work, self._context = work, context
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._hand: Hand | None = None
+
+    def decode(self, task: Any, seconds: float) -> Any:
+        """The result of a task; `Undecodable` too where it took longer, or its process died. RuntimeError: no process
+        can be started."""
+        try:
+            hand = self._ready()
+            hand.give(task, None, 0, set())
+            if not hand.connection.poll(seconds):
+                self.close()
+                return Undecodable(f"{task.path or task.modality}: decoding it took more than {seconds:g} s")
+            return hand.take(None, 0)[0]
+        except (EOFError, OSError):
+            how = "" if self._process is None else _ended(self._process)
+            self.close()
+            return Undecodable(f"{task.path or task.modality}: {how} while decoding it")
+
+    def _ready(self) -> Hand:
+        how = ""
+        for _ in range(_STARTS):
+            if self._hand is not None:
+                return self._hand
+            self._process, connection = _begun(self._context, self._work)
+            try:
+                connection.recv()
+                self._hand = Hand(connection, self._process.pid or 0)
+            except (EOFError, OSError):
+                how = _ended(self._process)
+                connection.close()
+        if self._hand is None:
+            raise RuntimeError(f"decoding: {how} before it was ready")
+        return self._hand
+
+    def close(self) -> None:
+        """Ends the process, in the middle of a file if need be."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+        if self._hand is not None:
+            self._hand.connection.close()
+        self._process = self._hand = None
+
+
+def helpers_context() -> Any:
+    """How `Helper` starts processes; to be called by the main thread."""
+    return _context()
+
+
+def _begun(context: Any, work: Work) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+    """A worker process, and the connection to it, by which it will say that it is ready."""
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, work), name=tether.WORKER, daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def _ended(process: multiprocessing.process.BaseProcess) -> str:
+    """Waits for the end of a process, not for long, and says how it came."""
+    process.join(5)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    code = process.exitcode
+    if code is not None and code < 0:
+        return f"the worker process was ended by {signal.Signals(-code).name}"
+    return f"the worker process ended with status {code}"
 
 
 def _context() -> Any:
