@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +19,9 @@ from lbfast.signals import Signals, Stopped
 if TYPE_CHECKING:
     from lbfast.embedding import Failure, Summary
     from lbfast.embedding.pipeline import Progress
+
+MANY = "Many machines"
+Engine = Enum("Engine", {"ray": "ray"})  # type: ignore[misc]
 
 
 @app.command(
@@ -74,15 +79,30 @@ def embed(
     ] = False,
     cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of the checkpoints on the hub.")] = None,
+    engine: Annotated[
+        Engine | None,
+        typer.Option(rich_help_panel=MANY, help="ray: on a Ray cluster; FILE is then a folder of Parquet parts."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(rich_help_panel=MANY, help="Of the cluster, or auto. Default: one of this machine, for the run."),
+    ] = None,
 ) -> None:
     try:
         with plain_errors(), progress_bars() as (progress, on_failure):
             from lbfast import native
             from lbfast.embedding import embed_files
 
+            embed_all: Callable[..., Summary] = embed_files
+            if engine is not None:
+                from lbfast.embedding.ray import embed_files as on_ray
+
+                embed_all = functools.partial(on_ray, address=address)
+            elif address is not None:
+                raise ValueError(f"address: expected --engine ray with it, got {address} alone")
             if native.will_compile():
                 errors.print("compiling the native CPU kernels, once for each version: this takes a minute")
-            summary = embed_files(
+            summary = embed_all(
                 files,
                 model,
                 out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -118,6 +119,22 @@ class Embedder:
     def __repr__(self) -> str:
         models = ", ".join(f"{name}={each.name}" for name, each in self.checkpoints.items())
         return f"Embedder({models}; batch_size={self.batch_size}, device={self._device!r}, dtype={self._dtype!r})"
+
+    def settled(self, device: str, dtype: str) -> Embedder:
+        """Another of the same models, for machines where "auto" would not mean what it does here; none is open."""
+        made = copy.copy(self)
+        made._device, made._dtype = device, dtype
+        return made
+
+    @property
+    def wanted_device(self) -> str:
+        """As it was given: "auto" too."""
+        return self._device
+
+    @property
+    def wanted_dtype(self) -> str:
+        """As it was given: "auto" too."""
+        return self._dtype
 
     @property
     def text_checkpoint(self) -> Checkpoint:

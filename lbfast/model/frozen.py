@@ -87,7 +87,7 @@ class FrozenLinear(nn.Module):
         raise RuntimeError(
             "pickle, deepcopy: expected a model with its parameters, got one that was optimized for inference: its "
             "weights are laid out for this process. Copy it before optimize_for_inference, or load and optimize it "
-            "where it is used: a function for other processes takes the checkpoint's name, not the model"
+            "where it is used, as lbfast.Embedder does: a function for other processes takes that, not the model"
         )
 
     def extra_repr(self) -> str:
