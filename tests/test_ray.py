@@ -1,8 +1,4 @@
-"""Embedding on a Ray cluster: the rows of one machine, none lost whoever dies. Where Ray is installed.
-
-LBFAST_RAY=1 runs the long ones: 200 files of five modalities on a cluster of two workers, whose processes, machines
-and driver are killed (five minutes).
-"""
+"""Embedding on a Ray cluster: the rows of one machine, and a row for what fails. Where Ray is installed."""
 
 import os
 import shutil
@@ -15,17 +11,16 @@ import pytest
 
 import lbfast
 from lbfast.embedding import embed_files
+from lbfast.mini.files import write_world
 from tests import tiny
+from tests.test_docs import OTHERS, ROOT, blocks
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
 
-from lbfast.embedding import ray as on_ray  # noqa: E402
+from lbfast.embedding import ray as on_ray, remote  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-MODALITIES = ("image", "video", "audio", "depth", "thermal")
 SMALL = {"object_store_memory": 200 * 2**20, "include_dashboard": False, "log_to_driver": False}
-long = pytest.mark.skipif(not os.environ.get("LBFAST_RAY"), reason="LBFAST_RAY=1 runs it: some minutes")
 
 
 class Deadly(lbfast.Embedder):
@@ -52,22 +47,26 @@ def assert_same_rows(got, expected):
 
 
 @pytest.fixture(scope="module")
-def here():
-    """Ray on this machine, with room for two tasks."""
-    ray.init(num_cpus=2, **SMALL)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield
-    ray.shutdown()
+def here(tmp_path_factory):
+    """Ray on this machine, with room for two tasks, started in the folder that comes back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("here"))
+        patch.setenv("PYTHONPATH", str(ROOT))
+        ray.init(num_cpus=2, **SMALL)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        yield Path.cwd()
+        ray.shutdown()
 
 
-def test_a_clusters_rows_are_those_of_one_machine(here, tmp_path):
-    models = [tiny.checkpoint(tmp_path, name) for name in ("image", "depth")]
+def test_a_clusters_rows_are_those_of_one_machine(here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # not where the cluster was started
+    models = [tiny.checkpoint(Path("models"), name) for name in ("image", "depth")]
     for i in range(7):
         tiny.picture(tmp_path / "photos" / f"{i}.png", seed=i)
         tiny.depth_map(tmp_path / "maps" / f"{i}.png", seed=i)
     (tmp_path / "photos" / "3.png").write_bytes(b"no picture")
     (tmp_path / "captions.txt").write_text("a cat\n\na dog in the rain\n")
-    inputs = [tmp_path / "photos", f"depth={tmp_path / 'maps'}", tmp_path / "captions.txt", tmp_path / "none.png"]
+    inputs = ["photos", "depth=maps", "captions.txt", "none.png"]
     alone = embed_files(inputs, models, tmp_path / "alone.parquet", batch_size=4)
     heard = []
     many = on_ray.embed_files(inputs, models, tmp_path / "many", batch_size=4, on_failure=heard.append)
@@ -75,9 +74,7 @@ def test_a_clusters_rows_are_those_of_one_machine(here, tmp_path):
     assert sorted(map(str, many.failures)) == sorted(map(str, alone.failures)) == sorted(map(str, heard))
     table = pq.read_table(tmp_path / "many")
     failed = [row for row in table.to_pylist() if row["error"]]
-    assert [row["id"] for row in failed] == [f"image:{tmp_path}/photos/3.png"] and np.isnan(
-        failed[0]["embedding"]
-    ).all()
+    assert [row["id"] for row in failed] == ["image:photos/3.png"] and np.isnan(failed[0]["embedding"]).all()
     assert_same_rows({k: v for k, v in rows(tmp_path / "many").items() if not np.isnan(v).any()}, rows(alone.out))
     again = on_ray.embed_files(inputs, models, tmp_path / "many", batch_size=4)
     assert again.finished and again.embedded == many.embedded and again.failed == 2
@@ -102,6 +99,22 @@ def test_a_dataset_of_bytes_with_files_that_fail_and_kill(here, tmp_path):
     for path, row in rows(tmp_path / "out").items():
         if Path(path).name not in reasons:
             np.testing.assert_allclose(row, theirs[path], atol=1e-6)
+
+
+def test_a_short_sound_is_sent_as_one_plane():
+    plane = np.arange(12, dtype=np.int16).reshape(1, 3, 4)
+    short, long = np.repeat(plane, 3, axis=0), np.concatenate([plane, plane, plane + 1])
+    for pixels, planes in ((short, 1), (long, 3), (plane, 1), (long.astype(np.float32), 3)):
+        sent = remote._sent(pixels)
+        assert sent[0].shape[0] == planes and np.array_equal(remote._received(sent), pixels)
+    assert remote._received(remote._sent(None)) is None
+
+
+def test_the_page_on_ray_runs(here, capsys):
+    write_world("scenes", 3, senses=["image"])
+    (code,) = (text for _, text, why in blocks(ROOT / "docs" / "embed.md") if why == OTHERS and "import ray" in text)
+    exec(compile(code, "embed.md", "exec"), {"__name__": "page"})
+    assert "{'image': 3} ['path', 'embedding', 'modality', 'model', 'error']" in capsys.readouterr().out
 
 
 def test_what_is_asked_for_wrongly_is_said(here, tmp_path):

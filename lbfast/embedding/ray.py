@@ -31,7 +31,7 @@ from lbfast.embedding.embedder import BadFileError, Embedder, check_count
 from lbfast.embedding.items import ORDER, Failure, Item, find_items
 from lbfast.embedding.journal import differences
 from lbfast.embedding.parts import Keys, Parts
-from lbfast.embedding.pipeline import Progress, Summary
+from lbfast.embedding.pipeline import Summary
 
 try:
     import ray
@@ -135,10 +135,13 @@ def embed_files(
     address: str | None = None,
     modality: str | None = None,
     fuse: None = None,
+    segment: None = None,
+    hop: None = None,
+    shard: None = None,
     workers: int | None = None,
     overwrite: bool = False,
     on_failure: Callable[[Failure], None] | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
     **settings: Any,
 ) -> Summary:
     """`lbfast.embedding.embed_files` on a Ray cluster: the same rows, in a folder of Parquet parts.
@@ -149,7 +152,7 @@ def embed_files(
             embedding, model, error), in no order; `stamp` changes with a file's content.
         address: of the cluster; "auto": the one that was started on this machine. None: the one that this process is
             connected to, or one is started here, and ended.
-        fuse: not here: `lbfast.fuse` makes one embedding of several rows'.
+        fuse, segment, hop, shard: of one machine only.
         workers: at most so many tasks decode at a time. None: as many as there are cores.
         progress: is Ray's own.
         settings: of `lbfast.Embedder`: batch_size, dtype, precision, device, dim, strict, allow_urls, cache_dir,
@@ -159,8 +162,9 @@ def embed_files(
     """
     if not inputs:
         raise ValueError("inputs: expected at least one file or folder, got none")
-    if fuse is not None:
-        raise ValueError(f"fuse: expected none with the engine ray, got {fuse}; lbfast.fuse takes rows that are made")
+    for name, value in {"fuse": fuse, "segment": segment, "hop": hop, "shard": shard}.items():
+        if value is not None:
+            raise ValueError(f"{name}: expected none with the engine ray, got {value}")
     if workers is not None:
         check_count("workers", workers, 1)
     parts.check_out(Path(out))
@@ -183,7 +187,7 @@ def embed_files(
             batches = list(_batches(listing.items, ~made.finished.have(found), embedder.batch_size))
             if batches:
                 dataset = ray.data.from_arrow(_tables(batches, len(batches) // (4 * _cores())))
-                _collect(job.embedded(dataset, together=True).select_columns([*_ROW]), made, heard)
+                _collect(job.embedded(dataset, together=True), made, heard, _ROW)
             lost = int((~made.finished.have(found)).sum())
             if lost:
                 raise RuntimeError(f"{lost} files did not come back from the cluster; call again: the others are kept")
@@ -257,7 +261,11 @@ class _Job:
         device, dtype = "cuda" if num_gpus else "cpu", embedder.wanted_dtype
         if dtype == "auto":  # what it means there: all compute in one
             asked = ray.remote(**self._resources)(remote.dtype_of)
-            dtype = ray.get(asked.remote(embedder.settled(device, dtype)))
+            try:
+                dtype = ray.get(asked.remote(embedder.settled(device, dtype)))
+            except RayError as error:
+                last = str(_cause(error)).rstrip().rpartition("\n")[2]
+                raise RuntimeError(f"ray: expected lbfast on every machine of the cluster, got {last}") from error
         self.embedder = embedder.settled(device, dtype)
 
     def settings(self) -> dict[str, Any]:
@@ -274,7 +282,7 @@ class _Job:
 
     def embedded(self, dataset: Dataset, together: bool = False) -> Dataset:
         """`together`: the rows of the dataset are batches, each a list of rows under "rows"."""
-        sent = {"embedder": self.embedder}
+        sent = {"embedder": self.embedder, "folder": os.getcwd()}
         dataset = dataset.map_batches(
             remote.decode_together if together else remote.decode,
             batch_size=1 if together else self.embedder.batch_size,
@@ -307,7 +315,8 @@ def _tables(batches: Sequence[Sequence[Item]], size: int) -> list[pa.Table]:
     size = min(max(size, 1), _BATCHES_A_BLOCK)
     tables = []
     for start in range(0, len(batches), size):
-        rows = [[vars(item) for item in batch] for batch in batches[start : start + size]]
+        some = batches[start : start + size]
+        rows = [[{name: getattr(item, name) for name in _ITEM.names} for item in batch] for batch in some]
         tables.append(pa.table({"rows": pa.array(rows, pa.list_(_ITEM))}))
     return tables
 
@@ -328,13 +337,16 @@ def _key(columns: Sequence[str], id: str | None) -> tuple[str, ...]:
     return (id, *(name for name in ("start_sec", "end_sec") if id == "path" and name in columns))
 
 
-def _collect(dataset: Dataset, made: Parts, on_failure: Callable[[Failure], None]) -> None:
-    """Runs a dataset, whose rows become parts as they come.
+def _collect(
+    dataset: Dataset, made: Parts, on_failure: Callable[[Failure], None], columns: Sequence[str] | None = None
+) -> None:
+    """Runs a dataset, whose rows, or some columns of them, become parts as they come.
 
     Raises what a task or an actor raised, RuntimeError where Ray gave up.
     """
     try:
         for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            table = table if columns is None else table.select(columns)
             again = made.append(table)
             name = "path" if "path" in table.column_names else made.key[0]
             for row in again.select([name]).to_pylist():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,25 +42,47 @@ def unfinished(table: pa.Table, key: Sequence[str], finished: Sequence[ray.Objec
     return table.filter(pa.array(~done))
 
 
-def decode(table: pa.Table, embedder: Embedder) -> pa.Table:
-    """Rows as an Embedder takes them -> one row, the batch of them decoded."""
+def _go_to(folder: str) -> None:
+    """Relative paths are of the driver's folder, where there is one of this name: a worker begins in Ray's own."""
+    with contextlib.suppress(OSError):
+        os.chdir(folder)
+
+
+def decode(table: pa.Table, embedder: Embedder, folder: str) -> pa.Table:
+    """Rows as an Embedder takes them -> one row, the batch of them decoded. `folder`: the driver's."""
+    _go_to(folder)
     given = {name: _values(table, name) for name in _READ if name in table.column_names}
     columns = _decode_apart(given, table.num_rows, embedder) if _attempt() else embedder.decode(given)
     kept = table.drop_columns([name for name in (*HEAVY, *ADDED) if name in table.column_names])
-    columns = {name: values for name, values in columns.items() if name in (*_READ, "pixels", "error")}
+    columns = {name: values for name, values in columns.items() if name in (*_READ, "error")} | {
+        "pixels": [_sent(pixels) for pixels in columns["pixels"]]
+    }
     return _packed({"columns": columns, "kept": kept})
 
 
-def decode_together(table: pa.Table, embedder: Embedder) -> pa.Table:
+def _sent(pixels: np.ndarray | None) -> tuple[np.ndarray | None, int]:
+    """Pixel values without planes that repeat the first, and how many there are: those of a short sound are one."""
+    if pixels is None or any(not np.array_equal(plane, pixels[0]) for plane in pixels[1:]):
+        return pixels, 1
+    return pixels[:1], len(pixels)
+
+
+def _received(sent: tuple[np.ndarray | None, int]) -> np.ndarray | None:
+    pixels, times = sent
+    return pixels if pixels is None or times == 1 else np.repeat(pixels, times, axis=0)
+
+
+def decode_together(table: pa.Table, embedder: Embedder, folder: str) -> pa.Table:
     """A row that is a batch -> the batch decoded."""
     rows = table["rows"].combine_chunks()
-    return decode(pa.Table.from_struct_array(rows.flatten()), embedder)
+    return decode(pa.Table.from_struct_array(rows.flatten()), embedder, folder)
 
 
 class Embed:
     """Batches that `decode` has made -> rows with embeddings. An actor's models stay open from one to the next."""
 
-    def __init__(self, embedder: Embedder, alone: bool):
+    def __init__(self, embedder: Embedder, folder: str, alone: bool):
+        _go_to(folder)
         self._embedder, self._alone = embedder, alone
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is it written
 
@@ -69,7 +93,7 @@ class Embed:
             columns, kept = batch["columns"], batch["kept"]
             if self._alone and (names := {*columns["modality"]} - {None}):
                 self._embedder.open(names.pop(), alone=True)
-            made = self._embedder.embed(columns)
+            made = self._embedder.embed({**columns, "pixels": [_received(sent) for sent in columns["pixels"]]})
             flat = pa.array(made["embedding"].reshape(-1))
             added = {"embedding": pa.FixedSizeListArray.from_arrays(flat, self._embedder.size)}
             added |= {name: pa.array(list(made[name]), pa.string()) for name in ADDED[1:]}
