@@ -45,7 +45,6 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-_ITEM = pa.struct([(name, pa.string()) for name in ("id", "modality", "path", "stamp", "text")])
 _BATCHES_A_BLOCK = 64
 _ROW = ("id", "modality", "path", "embedding", "model", "error", "stamp")
 
@@ -186,8 +185,7 @@ def embed_files(
         with parts.opened(out, given, ("id", "stamp"), Keys(found), overwrite) as made:
             batches = list(_batches(listing.items, ~made.finished.have(found), embedder.batch_size))
             if batches:
-                dataset = ray.data.from_arrow(_tables(batches, len(batches) // (4 * _cores())))
-                _collect(job.embedded(dataset, together=True), made, heard, _ROW)
+                _collect(job.embedded(_dataset(batches), together=True), made, heard, _ROW)
             lost = int((~made.finished.have(found)).sum())
             if lost:
                 raise RuntimeError(f"{lost} files did not come back from the cluster; call again: the others are kept")
@@ -281,7 +279,7 @@ class _Job:
         return settings if made.dim is None else {**settings, "dim": made.dim}
 
     def embedded(self, dataset: Dataset, together: bool = False) -> Dataset:
-        """`together`: the rows of the dataset are batches, each a list of rows under "rows"."""
+        """`together`: the rows of the dataset are batches, as `remote.as_row` makes them."""
         sent = {"embedder": self.embedder, "folder": os.getcwd()}
         dataset = dataset.map_batches(
             remote.decode_together if together else remote.decode,
@@ -310,15 +308,12 @@ def _batches(items: Sequence[Item], left: np.ndarray, size: int) -> Iterator[lis
                 yield unfinished_ones
 
 
-def _tables(batches: Sequence[Sequence[Item]], size: int) -> list[pa.Table]:
-    """Blocks of a dataset, whose rows are batches: `size` of them each, or so."""
-    size = min(max(size, 1), _BATCHES_A_BLOCK)
-    tables = []
-    for start in range(0, len(batches), size):
-        some = batches[start : start + size]
-        rows = [[{name: getattr(item, name) for name in _ITEM.names} for item in batch] for batch in some]
-        tables.append(pa.table({"rows": pa.array(rows, pa.list_(_ITEM))}))
-    return tables
+def _dataset(batches: Sequence[Sequence[Item]]) -> Dataset:
+    """Of rows that are batches; so many in a block that there are several for each core."""
+    size = min(max(len(batches) // (4 * _cores()), 1), _BATCHES_A_BLOCK)
+    return ray.data.from_items(
+        [remote.as_row(batch) for batch in batches], override_num_blocks=-(-len(batches) // size)
+    )
 
 
 def _cores() -> int:

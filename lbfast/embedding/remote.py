@@ -19,12 +19,14 @@ from lbfast.data.decode import Decoder, Undecodable
 from lbfast.embedding import parts
 from lbfast.embedding.columns import HEAVY, column
 from lbfast.embedding.embedder import Embedder
+from lbfast.embedding.items import Item
 from lbfast.embedding.parts import Keys
 
 ADDED = ("embedding", "modality", "model", "error")
 """Columns that rows come back with."""
 
 _READ = (*HEAVY, "path", "text", "modality", "start_sec", "end_sec")  # columns that an Embedder reads
+_ITEM = ["id", "modality", "path", "stamp", "text"]
 _ATTEMPTS = 16  # at a task whose worker or node dies: Ray's own would never end where that is the task's fault
 
 
@@ -72,10 +74,15 @@ def _received(sent: tuple[np.ndarray | None, int]) -> np.ndarray | None:
     return pixels if pixels is None or times == 1 else np.repeat(pixels, times, axis=0)
 
 
+def as_row(batch: Sequence[Item]) -> dict[str, bytes]:
+    """A batch as one row, for `decode_together`."""
+    return {"batch": pickle.dumps([[getattr(item, name) for item in batch] for name in _ITEM])}
+
+
 def decode_together(table: pa.Table, embedder: Embedder, folder: str) -> pa.Table:
     """A row that is a batch -> the batch decoded."""
-    rows = table["rows"].combine_chunks()
-    return decode(pa.Table.from_struct_array(rows.flatten()), embedder, folder)
+    columns = [pa.array(values, pa.string()) for values in pickle.loads(table["batch"][0].as_buffer())]
+    return decode(pa.table(columns, names=_ITEM), embedder, folder)
 
 
 class Embed:
