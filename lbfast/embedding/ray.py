@@ -137,6 +137,7 @@ def embed_files(
     segment: None = None,
     hop: None = None,
     shard: None = None,
+    column: None = None,
     workers: int | None = None,
     overwrite: bool = False,
     on_failure: Callable[[Failure], None] | None = None,
@@ -151,7 +152,7 @@ def embed_files(
             embedding, model, error), in no order; `stamp` changes with a file's content.
         address: of the cluster; "auto": the one that was started on this machine. None: the one that this process is
             connected to, or one is started here, and ended.
-        fuse, segment, hop, shard: of one machine only.
+        fuse, segment, hop, shard, column: of one machine only.
         workers: at most so many tasks decode at a time. None: as many as there are cores.
         progress: is Ray's own.
         settings: of `lbfast.Embedder`: batch_size, dtype, precision, device, dim, strict, allow_urls, cache_dir,
@@ -161,7 +162,8 @@ def embed_files(
     """
     if not inputs:
         raise ValueError("inputs: expected at least one file or folder, got none")
-    for name, value in {"fuse": fuse, "segment": segment, "hop": hop, "shard": shard}.items():
+    refused = {"fuse": fuse, "segment": segment, "hop": hop, "shard": shard, "column": column}
+    for name, value in refused.items():
         if value is not None:
             raise ValueError(f"{name}: expected none with the engine ray, got {value}")
     if workers is not None:

@@ -26,7 +26,7 @@ ADDED = ("embedding", "modality", "model", "error")
 """Columns that rows come back with."""
 
 _READ = (*HEAVY, "path", "text", "modality", "start_sec", "end_sec")  # columns that an Embedder reads
-_ITEM = ["id", "modality", "path", "stamp", "text"]
+_ITEM = ("id", "modality", "path", "stamp", "text")
 _ATTEMPTS = 16  # at a task whose worker or node dies: Ray's own would never end where that is the task's fault
 
 
@@ -52,8 +52,14 @@ def _go_to(folder: str) -> None:
 
 def decode(table: pa.Table, embedder: Embedder, folder: str) -> pa.Table:
     """Rows as an Embedder takes them -> one row, the batch of them decoded. `folder`: the driver's."""
+    return _decoded(
+        table, {name: _values(table, name) for name in _READ if name in table.column_names}, embedder, folder
+    )
+
+
+def _decoded(table: pa.Table, given: Mapping[str, Any], embedder: Embedder, folder: str) -> pa.Table:
+    """`given`: the columns of the table that the Embedder reads."""
     _go_to(folder)
-    given = {name: _values(table, name) for name in _READ if name in table.column_names}
     columns = _decode_apart(given, table.num_rows, embedder) if _attempt() else embedder.decode(given)
     kept = table.drop_columns([name for name in (*HEAVY, *ADDED) if name in table.column_names])
     columns = {name: values for name, values in columns.items() if name in (*_READ, "error")} | {
@@ -76,13 +82,15 @@ def _received(sent: tuple[np.ndarray | None, int]) -> np.ndarray | None:
 
 def as_row(batch: Sequence[Item]) -> dict[str, bytes]:
     """A batch as one row, for `decode_together`."""
-    return {"batch": pickle.dumps([[getattr(item, name) for item in batch] for name in _ITEM])}
+    columns = {name: [getattr(item, name, None) for item in batch] for name in (*_ITEM, "data")}
+    return {"batch": pickle.dumps(columns)}
 
 
 def decode_together(table: pa.Table, embedder: Embedder, folder: str) -> pa.Table:
     """A row that is a batch -> the batch decoded."""
-    columns = [pa.array(values, pa.string()) for values in pickle.loads(table["batch"][0].as_buffer())]
-    return decode(pa.table(columns, names=_ITEM), embedder, folder)
+    columns = pickle.loads(table["batch"][0].as_buffer())
+    rows = pa.table({name: pa.array(columns[name], pa.string()) for name in _ITEM})
+    return _decoded(rows, {name: columns[name] for name in _READ if name in columns}, embedder, folder)
 
 
 class Embed:
