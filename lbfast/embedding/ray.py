@@ -175,9 +175,10 @@ def embed_files(
     heard = _hearing(summary, embedder.reading.strict, on_failure)
     for failure in listing.failures:
         heard(failure)
-    if not listing.items:
+    items = list(listing.items)
+    if not items:
         return summary
-    found = parts.digests([[item.id for item in listing.items], [item.stamp for item in listing.items]])
+    found = parts.digests([[item.id for item in items], [item.stamp for item in items]])
     inputs_digest = hashlib.sha256(found.tobytes()).hexdigest()
     with cluster(address):
         job = _Job(embedder, Pool(decoders=workers), alone=True)
@@ -185,7 +186,7 @@ def embed_files(
         if not overwrite and _is_finished(Path(out), given, inputs_digest, embedder.reading.strict, summary):
             return summary
         with parts.opened(out, given, ("id", "stamp"), Keys(found), overwrite) as made:
-            batches = list(_batches(listing.items, ~made.finished.have(found), embedder.batch_size))
+            batches = list(_batches(items, ~made.finished.have(found), embedder.batch_size))
             if batches:
                 _collect(job.embedded(_dataset(batches), together=True), made, heard, _ROW)
             lost = int((~made.finished.have(found)).sum())
