@@ -114,7 +114,7 @@ def workers(cluster, title):
 
 
 def kill_one(cluster, title):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not (found := list(workers(cluster, title))):
         assert time.monotonic() < deadline, title
         time.sleep(0.02)
