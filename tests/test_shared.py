@@ -74,7 +74,7 @@ def test_a_batch_is_one_memory_and_stays_as_it_is_while_workers_are_killed(tasks
             if number in (1, 3, 4, 6):  # not the first of a kind, nor the one with a hole
                 assert views[-1].data_ptr() == good[0].ctypes.data
             if number in (1, 4):  # their rows are done again, in the same memory
-                for process in tuple(decoder._running):
+                for process in tuple(decoder._crew.running):
                     process.kill()
     for batch, view in zip(batched(plain), views, strict=True):
         good = [each for each in batch if not isinstance(each, Undecodable)]

@@ -81,11 +81,19 @@ class Cuts:
 
 @dataclass(frozen=True)
 class Segment:
-    """A part: its number, where it begins and ends in seconds, and its pixel values as the processor gives them."""
+    """A part.
+
+    Attributes:
+        number: from 0.
+        start, end: seconds.
+        expected: how many parts there are: of a video that is known, of a sound what its file announces.
+        pixels: as the processor gives them.
+    """
 
     number: int
     start: float
     end: float
+    expected: int
     pixels: torch.Tensor
 
 
@@ -99,7 +107,8 @@ def sound_segments(
     with Source(item, "an audio file", reading) as source:
         sound = SoundFile(source)
         for number, begin, end, samples in sound.windows(cuts.first, cuts.span, cuts.count):
-            yield Segment(number, float(begin), float(end), transform((samples, sound.rate)))
+            expected = max(number + 1, cuts.count(Fraction(sound.announced, sound.rate)))
+            yield Segment(number, float(begin), float(end), expected, transform((samples, sound.rate)))
         sound.report()
 
 
@@ -192,4 +201,4 @@ class _Parts:
                 have[i] = made(frame)
             begin, end = self._cuts.span(number)
             clip = torch.cat([have[i] for i in wanted], dim=1)
-            yield Segment(number, float(begin), float(min(end, self._length)), clip)
+            yield Segment(number, float(begin), float(min(end, self._length)), self.count, clip)

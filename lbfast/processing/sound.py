@@ -91,7 +91,7 @@ class SoundFile:
     def __init__(self, source: Source):
         self.source, self.name, self.rate = source, source.name, 0
         source.check_complete()
-        self._seconds, self._announced = 0.0, 0  # and samples, before the file was decoded; 0: not said
+        self._seconds, self.announced = 0.0, 0  # and samples, before the file was decoded; 0: not said
         self._damage = ""
 
     def parts(self, plan: Callable[[int], list[Span]]) -> tuple[int, list[torch.Tensor]]:
@@ -114,7 +114,7 @@ class SoundFile:
     def _skippable(self, stream: Any) -> bool:
         """Whether it is worth while, and allowed, to decode only what is kept."""
         codec = stream.codec_context
-        long = self._announced > _LONG_SECONDS * self.rate
+        long = self.announced > _LONG_SECONDS * self.rate
         return long and codec.name in FORGETFUL and not self.source.reading.strict
 
     def _near(self, container: Any, stream: Any, kept: list[_Part]) -> int:
@@ -124,7 +124,7 @@ class SoundFile:
             samples = windows.read(container.demux(stream))
         except Unsure:
             return 0
-        truncated = container.format.name == "flac" and samples < self._announced - _FLAC_SECONDS * self.rate
+        truncated = container.format.name == "flac" and samples < self.announced - _FLAC_SECONDS * self.rate
         return 0 if truncated else samples
 
     def _all(self, container: Any, stream: Any, kept: list[_Part]) -> int:
@@ -193,7 +193,7 @@ class SoundFile:
             check_rate(self.name, self.rate)
             self._seconds = float(stream.duration * stream.time_base) if stream.duration else 0.0
             self._seconds = self._seconds or (container.duration or 0) / 1e6
-            self._announced = self.announced_by(self._seconds)
+            self.announced = self.announced_by(self._seconds)
             yield container, stream
 
     def frames(self) -> Iterator[Any]:
@@ -245,7 +245,7 @@ class SoundFile:
     def _likely(self, plan: Callable[[int], list[Span]], head: int) -> list[Span]:
         """The first seconds, and what is wanted if the file is about as long as it announces; none overlap."""
         margin = _MARGIN_SECONDS * self.rate
-        spans = [(max(0, a - margin), b + margin) for a, b in plan(self._announced)] if self._announced else []
+        spans = [(max(0, a - margin), b + margin) for a, b in plan(self.announced)] if self.announced else []
         merged = [(0, head * self.rate)]
         for begin, end in sorted(spans):
             if end - begin > 4 * _HEAD_SECONDS * self.rate:
