@@ -16,7 +16,7 @@ from lbfast.signals import Signals, Stopped
 
 if TYPE_CHECKING:
     from lbfast.embedding import Failure, Summary
-    from lbfast.embedding.pipeline import Progress
+    from lbfast.embedding.run import Progress
 
 
 @app.command(
@@ -45,12 +45,24 @@ def embed(
     modality: Annotated[
         Modality | None, typer.Option(help="What every file is, whatever its type; language: one caption a line.")
     ] = None,
+    segment: Annotated[
+        str | None, typer.Option(metavar="SECONDS", help="A row for each so many seconds of videos and sounds, as 10s.")
+    ] = None,
+    hop: Annotated[
+        str | None, typer.Option(metavar="SECONDS", help="From one part's beginning to the next. Default: the same.")
+    ] = None,
     fuse: Annotated[
-        str | None,
-        typer.Option(metavar="MODALITY+MODALITY", help="A row more for files of one stem, as video+audio."),
+        list[str] | None,
+        typer.Option(
+            metavar="MODALITY+MODALITY",
+            help="A row more for files of one stem, as video+audio; [bold]segments[/]: for the mean of a file's parts.",
+        ),
     ] = None,
     dim: Annotated[
         int | None, typer.Option(min=1, help="Keep the first so many numbers, of unit length again. Default: all.")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Only share I, from 1, of N: one for each machine, and its FILE.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Files, clips or captions at a time.")] = 8,
     workers: Annotated[
@@ -87,7 +99,10 @@ def embed(
                 model,
                 out,
                 modality=modality.value if modality else None,
-                fuse=fuse,
+                fuse=fuse or None,
+                segment=segment,
+                hop=hop,
+                shard=shard,
                 dim=dim,
                 batch_size=batch_size,
                 workers=workers,
@@ -112,6 +127,10 @@ def _summarise(summary: Summary) -> None:
     """One line on stdout, and what was ignored on stderr. Exit status 1 where there is no output."""
     for reason, count in sorted(summary.ignored.items()):
         errors.print(f"ignored {count} {'file' if count == 1 else 'files'}: {escape(reason)}", highlight=False)
+    if summary.kept:
+        errors.print(f"kept {summary.kept} rows of files that are not among these", highlight=False)
+    if summary.gone:
+        errors.print(f"removed {summary.gone} rows of files that are no longer there", highlight=False)
     by_modality = ", ".join(f"{count} {name}" for name, count in summary.embedded.items())
     line = f"{sum(summary.embedded.values())} embedded" + (f" ({by_modality})" if by_modality else "")
     if summary.finished:
@@ -148,7 +167,7 @@ def progress_bars() -> Iterator[tuple[Progress, Callable[[Failure], None]]]:
             tasks[modality] = bars.add_task(f"{modality:>8}", total=total, completed=done, rate="")
         speed = bars.tasks[tasks[modality]].speed
         rate = f"{speed:.1f}/s" if speed else ""
-        bars.update(tasks[modality], completed=done, rate=rate)
+        bars.update(tasks[modality], completed=done, total=total, rate=rate)
 
     def on_failure(failure: Failure) -> None:
         reason = failure.reason if failure.path in failure.reason else f"{failure.path}: {failure.reason}"

@@ -114,7 +114,7 @@ class Processors:
         self._made: dict[str, Processor] = {}
 
     def decode(self, task: Task) -> Any:
-        """`Decoded` pixel values of a file; with `cuts` an iterator over its `Part`s, then `Undecodable` where it breaks off.
+        """`Decoded` pixel values of a file; with `cuts` its `Part`s one by one, and `Undecodable` where it breaks off.
 
         Whatever goes wrong in reading it is its reason: the run goes on.
         """

@@ -6,10 +6,10 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from lbfast.data.suffixes import LANGUAGE, MODALITY_NAMES, modality_of
 from lbfast.processing.media import is_url, url_stamp
@@ -22,6 +22,8 @@ _QUERY = re.compile(r"[?#]|::")  # what may follow a URL's path
 LONGEST_CAPTION = 1_000_000
 """Characters of a line; what is longer is no file of captions, and may not fit into memory."""
 
+MOST_SHARES = 1_000_000
+
 
 @dataclass(frozen=True)
 class Item:
@@ -33,6 +35,8 @@ class Item:
         path: as given, or found below the folder given.
         stamp: changes with the content: size and time of a file, or a hash of the caption.
         text: the caption.
+        data: where it is, if not in the file `path`; see `lbfast.data.decode.Lazy`.
+        cut: it is embedded in parts, each a `Piece`.
     """
 
     id: str
@@ -40,6 +44,58 @@ class Item:
     path: str
     stamp: str
     text: str | None = None
+    data: Any = None
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class Piece(Item):
+    """A part of a recording: "video:a.mp4#10-20".
+
+    Attributes:
+        number: from 0.
+        start_sec, end_sec: seconds.
+        last: whether it is the last one of its file.
+    """
+
+    number: int = 0
+    start_sec: float = 0.0
+    end_sec: float = 0.0
+    last: bool = False
+
+
+def piece_of(item: Item, number: int, start: float, end: float, last: bool) -> Piece:
+    """A part of an item that is cut."""
+    name = f"{item.id}#{_seconds(start)}-{_seconds(end)}"
+    return Piece(name, item.modality, item.path, item.stamp, None, None, False, number, start, end, last)
+
+
+def mean_of(item: Item) -> Item:
+    """The row of an item that is cut which is the mean of its parts."""
+    return replace(item, cut=False)
+
+
+def in_order(items: Iterable[Item]) -> list[Item]:
+    """Sorted by modality; fused ones last."""
+    return sorted(items, key=lambda item: ORDER.index(item.modality) if item.modality in ORDER else len(ORDER))
+
+
+def share_of(given: str) -> Callable[[Item], bool]:
+    """What is in a share: "2/5", the second of five, by a hash of the id. ValueError."""
+    number, _, count = given.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count) <= MOST_SHARES):
+        raise ValueError(f"shard: expected I/N with I from 1 to N, as 2/5, got {given!r}")
+
+    def is_in(item: Item) -> bool:
+        digest = hashlib.blake2b(item.id.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") % int(count) == int(number) - 1
+
+    return is_in
+
+
+def _seconds(at: float) -> str:
+    """Of a time, to the millisecond: "10", "1.5"."""
+    return f"{at:.3f}".rstrip("0").rstrip(".")
 
 
 @dataclass(frozen=True)
@@ -104,7 +160,7 @@ def find_items(
     pairs = [split_modality(os.fspath(given)) for given in inputs]
     for own, path in sorted(pairs, key=lambda pair: pair[0] is None):  # those with a modality of their own first
         finder.add(path, own or modality, own is not None)
-    finder.listing.items.sort(key=lambda item: ORDER.index(item.modality))
+    finder.listing.items = in_order(finder.listing.items)
     return finder.listing
 
 

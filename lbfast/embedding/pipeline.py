@@ -5,29 +5,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+import pyarrow as pa
 
 import lbfast
-from lbfast.data.decode import Decoder, Task, Undecodable, default_workers
+from lbfast.data.decode import default_workers
 from lbfast.data.suffixes import LANGUAGE
 from lbfast.embedding.embedder import BadFileError, Embedder, check_count
-from lbfast.embedding.fused import Group, find_groups, fused_rows, modalities_of
-from lbfast.embedding.items import Failure, Item, find_items
-from lbfast.embedding.journal import CHANGED, Journal, differences, partial_path, read_finished, signature
-from lbfast.embeds import usable
+from lbfast.embedding.finished import Finished, read_finished
+from lbfast.embedding.fused import find_groups, modalities_of
+from lbfast.embedding.items import Failure, Item, find_items, in_order, mean_of, share_of, split_modality
+from lbfast.embedding.journal import CHANGED, Journal, differences, partial_path, signature
+from lbfast.embedding.run import Progress, Run
+from lbfast.processing.segments import CUT, Cuts
 
-Progress = Callable[[str, int, int], None]
-"""progress(modality, done, total) after each batch; rows done in an earlier run count as done."""
-
-_FUSED_AT_ONCE = 4096
+SEGMENTS = "segments"
+"""What `fuse` calls the means of parts."""
 
 
 @dataclass
@@ -41,6 +39,8 @@ class Summary:
         finished: whether an earlier run had finished everything, so that nothing was left to do.
         failures: files that are not in `out`, as this run met them. failed: how many an earlier, finished one met.
         ignored: what folders held besides, counted by reason.
+        kept: rows of an earlier run whose files are not among the inputs of this one; they are in `out`.
+        gone: rows of an earlier run whose files are no longer in the folders given; they are not in `out` any more.
     """
 
     out: Path | None = None
@@ -50,6 +50,8 @@ class Summary:
     failed: int = 0
     failures: list[Failure] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
+    kept: int = 0
+    gone: int = 0
 
 
 def embed_files(
@@ -59,7 +61,10 @@ def embed_files(
     *,
     modality: str | None = None,
     fuse: str | Sequence[str] | None = None,
+    segment: str | float | None = None,
+    hop: str | float | None = None,
     dim: int | None = None,
+    shard: str | None = None,
     batch_size: int = 8,
     workers: int | None = 0,
     dtype: str = "auto",
@@ -81,7 +86,9 @@ def embed_files(
     embedded by the model of their modality, captions (text files, one a line) by the text tower of the last model.
 
     A run that was interrupted, killed even, goes on where it stopped when it is called again with the same settings.
-    One that was finished has nothing left to do when inputs and settings are the same.
+    One that was finished has nothing left to do when inputs and settings are the same. Given other inputs with the same
+    settings it embeds what `out` lacks and what has changed; rows of files that are not among the inputs stay, but for
+    those of a folder that is given and does not have them any more.
 
     Args:
         inputs: files and folders, each optionally as "MODALITY=PATH"; see `find_items` for how a modality is found.
@@ -90,8 +97,13 @@ def embed_files(
         modality: of every file whose input names none; "language" for captions.
         fuse: "video+audio": a row more, of that modality, for every two files of one stem (the path below the folder
             given, without its suffix); their embeddings as `lbfast.fuse` makes them one. Of three or more as well.
+            "segments": a row more for every file that is embedded in parts, of its id and their mean. Both, as a list.
+        segment: embed videos and sounds in parts of so many seconds ("10s", "2min", 1.5), as `Cuts` has it. Rows have
+            `start_sec` and `end_sec`, null where they are of something whole, and ids as "video:a.mp4#10-20".
+        hop: seconds from the beginning of one part to that of the next; None: `segment`.
         dim: keep the first `dim` numbers of each embedding, of unit length again, as nested ones are. None: all.
-        batch_size: files or captions at a time. For videos, that many clips.
+        shard: "2/5": only the second of five shares of what is found, by a hash of the id, for as many machines.
+        batch_size: files or captions at a time. For videos, that many clips; of recordings in parts those of one file.
         workers: processes that decode files while the model computes; 0: none; None: see `default_workers`. With
             workers, call this from a script under `if __name__ == "__main__":`, as multiprocessing asks.
         dtype: "float32", "bfloat16", "float16" or "auto": bfloat16 where the device computes in it, else float32 (see
@@ -131,7 +143,9 @@ def embed_files(
         token=token,
     )
     checkpoints, weights = embedder.checkpoints, embedder.dtype
-    fused = () if fuse is None else modalities_of(fuse, checkpoints.keys())
+    cuts = _cuts(segment, hop)
+    means, fused = _kinds(fuse, checkpoints.keys(), cuts)
+    share = None if shard is None else share_of(shard)
     summary = Summary()
 
     def failed(failure: Failure) -> None:
@@ -145,7 +159,14 @@ def embed_files(
     summary.ignored = listing.ignored
     for failure in listing.failures:
         failed(failure)
-    if not listing.items:
+    every = [replace(item, cut=cuts is not None and item.modality in CUT) for item in listing.items]
+    groups = find_groups(every, inputs, fused)
+    items = [item for item in every if share is None or share(item)]
+    if share is not None:  # what is made of several files is in the share of the first
+        groups.whole = [group for group in groups.whole if share(group.item)]
+        of_groups = {part.id for group in groups.whole for part in group.parts}
+        items = [item for item in every if share(item) or item.id in of_groups]
+    if not items:
         return summary
     last = embedder.text_checkpoint
     settings: dict[str, Any] = {
@@ -155,47 +176,109 @@ def embed_files(
         "models": {name: [c.name, c.fingerprint()] for name, c in checkpoints.items()},
         "language": [last.name, last.fingerprint(), last.tokenizer_fingerprint()],
     }
-    groups = find_groups(listing.items, inputs, fused)
-    if fused:
-        settings["fuse"] = list(fused)
+    if fused or means:
+        settings["fuse"] = [*(["segments"] if means else []), *fused]
+    if cuts is not None:
+        settings["segment"] = [str(cuts.length), str(cuts.hop)]
     if dim is not None:
         settings["dim"] = dim
     for reason, count in groups.ignored.items():
         summary.ignored[reason] = count
-    before, inputs = signature(out), _digest(listing.items)
+    before, digest, base = signature(out), _digest(items), None
     if before is not None and not overwrite:
-        _take_finished(out, settings, inputs, strict, summary)
-        with contextlib.suppress(ValueError, OSError):  # killed between the two, the run left its journal
-            if partial_path(out).exists():
-                Journal(out, embedder.size, settings).remove()
-        return summary
+        if _is_finished(out, settings, digest, strict, summary):
+            with contextlib.suppress(ValueError, OSError):  # killed between the two, the run left its journal
+                if partial_path(out).exists():
+                    Journal(out, embedder.size, settings, parts=cuts is not None).remove()
+            return summary
+        base = _base(out)
     if not os.access(out.parent, os.W_OK):
         raise PermissionError(errno.EACCES, "out: cannot write in this folder", str(out.parent))
     for failure in groups.failures:
         failed(failure)
-    journal = Journal(out, embedder.size, settings, restart=overwrite)
+    journal = Journal(out, embedder.size, settings, overwrite, cuts is not None, base)
     try:
         if signature(out) != before:  # by a run that held the journal until now
             raise FileExistsError(errno.EEXIST, CHANGED, str(out))
         heard = progress or (lambda *_: None)
-        left = sum(item not in journal and item.modality != LANGUAGE for item in listing.items)
+        left = sum(item not in journal and item.modality != LANGUAGE for item in items)
         workers = default_workers(left, embedder.device) if workers is None else workers
-        run = _Run(embedder, journal, workers, failed, heard)
-        summary.resumed = sum(item in journal for item in listing.items)
-        run.embed(listing.items)
+        run = Run(embedder, journal, workers, failed, heard, cuts)
+        made = [item for each in items for item in ([each, mean_of(each)] if means and each.cut else [each])]
+        made += [group.item for group in groups.whole]
+        summary.resumed = sum(map(journal.count, made))
+        others, stale = _others(base, made, every, inputs, summary)
+        run.embed(items)
+        if means:
+            run.means(items)
         run.fuse(groups.whole)
-        items = [*listing.items, *(group.item for group in groups.whole)]
-        finished = [item for item in items if item in journal]
+        finished = [item for item in in_order([*others, *made]) if journal.count(item)]
         for item in finished:
-            summary.embedded[item.modality] = summary.embedded.get(item.modality, 0) + 1
-        if finished:
-            journal.finish(
-                finished, {"inputs": inputs, "rows": summary.embedded, "failed": len(summary.failures)}, before
-            )
+            summary.embedded[item.modality] = summary.embedded.get(item.modality, 0) + journal.count(item)
+        if base is not None and not journal.rows and not stale and not summary.gone:
+            journal.remove()
+            summary.out, summary.finished = out, not summary.failures
+        elif finished:
+            counts = {"inputs": digest, "rows": summary.embedded, "failed": len(summary.failures)}
+            journal.finish(finished, counts, before)
             summary.out = out
     finally:
         journal.close()
+        if base is not None:
+            base.close()
     return summary
+
+
+def _cuts(segment: str | float | None, hop: str | float | None) -> Cuts | None:
+    if segment is None and hop is not None:
+        raise ValueError(f"hop: expected with segment, the length of a part, got {hop!r} alone")
+    return None if segment is None else Cuts.of(segment, hop)
+
+
+def _kinds(
+    fuse: str | Sequence[str] | None, available: Collection[str], cuts: Cuts | None
+) -> tuple[bool, tuple[str, ...]]:
+    """Whether means of segments are wanted, and which modalities are to be fused. ValueError."""
+    if fuse is None:
+        return False, ()
+    given = [fuse] if isinstance(fuse, str) else list(fuse)
+    others = [name for name in given if name != SEGMENTS]
+    if len(others) < len(given) and cuts is None:
+        raise ValueError(f"fuse: {SEGMENTS}: expected with segment, the length of a part")
+    means = len(others) < len(given)
+    return means, modalities_of("+".join(others), available) if others or not means else ()
+
+
+def _base(out: Path) -> Finished:
+    """The rows that are there already."""
+    try:
+        return Finished(out)
+    except (ValueError, OSError, pa.ArrowException) as error:
+        why = f"of a run with other inputs, and does not say of which files ({error})"
+        raise FileExistsError(
+            errno.EEXIST, f"out: it is there already, {why}; overwrite replaces it", str(out)
+        ) from None
+
+
+def _others(
+    base: Finished | None, made: Sequence[Item], every: Sequence[Item], inputs: Sequence[Any], summary: Summary
+) -> tuple[list[Item], int]:
+    """What else is in `base` and stays there; and how many rows are of files that have changed since."""
+    stamps, listed = {item.id: item.stamp for item in made}, {item.id for item in every}
+    folders = tuple(os.path.join(name, "") for name in (split_modality(os.fspath(one))[1] for one in inputs))
+    kept: dict[tuple[str, bool], Item] = {}
+    stale = 0
+    for found in base or ():
+        cut = found.tag.number is not None
+        file = found.id.rpartition("#")[0] if cut else found.id
+        if file in stamps:
+            stale += stamps[file] != found.tag.stamp
+        elif file not in listed and found.path.startswith(folders):
+            summary.gone += 1
+        else:
+            summary.kept += 1
+            kept.setdefault((file, cut), Item(file, found.modality, found.path, found.tag.stamp, cut=cut))
+    return list(kept.values()), stale
 
 
 def _digest(items: Sequence[Item]) -> str:
@@ -206,159 +289,23 @@ def _digest(items: Sequence[Item]) -> str:
     return key.hexdigest()
 
 
-def _take_finished(out: Path, settings: Mapping[str, Any], inputs: str, strict: bool, summary: Summary) -> None:
-    """What there is to say of `out` where an earlier run of the same inputs and settings has made it."""
+def _is_finished(out: Path, settings: Mapping[str, Any], inputs: str, strict: bool, summary: Summary) -> bool:
+    """Whether an earlier run has done all of this; then the summary says what. FileExistsError: `out` is of another."""
     found = read_finished(out)
     if found is None:
         why = "no run has made it"
     elif other := differences(found[0], settings):
         why = f"of a run with other settings ({other})"
     elif found[1].get("inputs") != inputs:
-        why = "of a run with other inputs"
+        return False
     elif strict and found[1].get("failed"):
         why = f"of a run that left out {found[1]['failed']} files that failed"
     else:
         summary.embedded = {str(name): int(count) for name, count in found[1]["rows"].items()}
         summary.resumed, summary.finished, summary.out = sum(summary.embedded.values()), True, out
         summary.failed = int(found[1]["failed"])
-        return
+        return True
     raise FileExistsError(errno.EEXIST, f"out: it is there already, {why}; overwrite replaces it", str(out))
-
-
-@dataclass
-class _Run:
-    """The part of a run that needs the models."""
-
-    embedder: Embedder
-    journal: Journal
-    workers: int
-    failed: Callable[[Failure], None]
-    progress: Progress
-
-    def embed(self, items: Sequence[Item]) -> None:
-        """Embeds what the journal does not have yet. One model is loaded at a time, and only if it has work."""
-        left = [item for item in items if item not in self.journal]
-        tasks = [Task(item.modality, item.path) for item in left if item.modality != LANGUAGE]
-        work, ahead = self.embedder.processors(), 2 * self.embedder.batch_size + self.workers
-        names = list(dict.fromkeys(item.modality for item in items))
-        batches = {name: list(self._batches(item for item in items if item.modality == name)) for name in names}
-        sizes = [len(batch) for name in names if name != LANGUAGE for batch in batches[name]]
-        with Decoder(work, tasks, self.workers, ahead, sizes, self.embedder.device) as decoder, _Late() as late:
-            decoded = iter(decoder)
-            for name in names:
-                total = sum(item.modality == name for item in items)
-                done = total - sum(map(len, batches[name]))
-                self.progress(name, done, total)
-                if not batches[name]:
-                    continue
-                late.do()  # before the next model is loaded
-                self.embedder.open(name, alone=True)
-                for batch in batches[name]:
-                    good, values = self._values(name, batch, decoded)
-                    embeds = self.embedder.embed_values(name, values) if good else torch.empty(0, self.embedder.size)
-                    done += len(batch)
-                    late.put(self._keeping(good, embeds, values, (name, done, total)))
-                    if not embeds.is_cuda:  # then it is computed
-                        late.do()
-        self.embedder.close()
-
-    def _batches(self, items: Iterator[Item]) -> Iterator[list[Item]]:
-        """Batches of the items of one modality, without what is finished: the same batches whatever that is.
-
-        What a row is to the last bit depends on what is embedded with it.
-        """
-        while batch := list(itertools.islice(items, self.embedder.batch_size)):
-            if left := [item for item in batch if item not in self.journal]:
-                yield left
-
-    def fuse(self, groups: Sequence[Group]) -> None:
-        """Makes one row of the rows of each group whose parts are all finished."""
-        todo = [group for group in groups if group.item not in self.journal]
-        todo = [group for group in todo if all(part in self.journal for part in group.parts)]
-        for start in range(0, len(todo), _FUSED_AT_ONCE):
-            some = todo[start : start + _FUSED_AT_ONCE]
-            modalities = range(len(some[0].parts))
-            rows = [self.journal.embeddings([group.parts[i] for group in some]) for i in modalities]
-            model = "+".join(self.embedder.checkpoint_of(part.modality).name for part in some[0].parts)
-            good = []
-            for group, row in fused_rows(some, rows):
-                if row is None:
-                    self.failed(Failure(group.item.id, "the embeddings of its files point in opposite directions"))
-                else:
-                    good.append((group.item, row))
-            if good:
-                self.journal.append([item for item, _ in good], np.stack([row for _, row in good]), model)
-
-    def _values(
-        self, modality: str, batch: list[Item], decoded: Iterator[np.ndarray | Undecodable]
-    ) -> tuple[list[Item], list[Any]]:
-        """The items that have pixel values, or are captions, and these."""
-        if modality == LANGUAGE:
-            return batch, [item.text for item in batch]
-        good: list[Item] = []
-        pixels: list[np.ndarray] = []
-        for item in batch:
-            result = next(decoded)
-            if isinstance(result, Undecodable):
-                self.failed(Failure(item.path, result.reason))
-            else:
-                good.append(item)
-                pixels.append(result)
-        return good, pixels
-
-    def _keeping(
-        self, items: list[Item], embeds: torch.Tensor, values: list[Any], so_far: tuple[str, int, int]
-    ) -> Callable[[], None]:
-        """What is left to do of a batch when `embeds`, which a GPU may still compute from `values`, are there."""
-        rows = embeds.to("cpu", non_blocking=True)
-        there = torch.cuda.current_stream(embeds.device).record_event() if embeds.is_cuda else None
-
-        def keep() -> None:
-            if there is not None:
-                there.synchronize()
-            values.clear()  # until now they were in use
-            self._keep(items, rows, so_far[0])
-            self.progress(*so_far)
-
-        return keep
-
-    def _keep(self, items: list[Item], rows: torch.Tensor, modality: str) -> None:
-        """Writes the rows that are finite."""
-        finite = usable(rows)
-        for item, good in zip(items, finite.tolist()):
-            if not good:
-                self.failed(Failure(item.path, self.embedder.not_finite()))
-        kept = [item for item, good in zip(items, finite.tolist()) if good]
-        if kept:
-            self.journal.append(kept, rows[finite].numpy(), self.embedder.checkpoint_of(modality).name)
-
-
-class _Late:
-    """The end of a batch, done when the next one is with the device, which computes meanwhile.
-
-    Used as a context manager: what was put is done, however the block ends.
-    """
-
-    def __init__(self) -> None:
-        self._put: Callable[[], None] | None = None
-
-    def __enter__(self) -> _Late:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.do()
-
-    def put(self, end: Callable[[], None]) -> None:
-        """Takes this one's, and does the one before."""
-        before, self._put = self._put, end
-        if before is not None:
-            before()
-
-    def do(self) -> None:
-        """What was put, now."""
-        end, self._put = self._put, None
-        if end is not None:
-            end()
 
 
 def _named(failure: Failure) -> str:

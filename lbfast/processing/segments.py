@@ -131,9 +131,8 @@ def video_segments(
             order, times = video.order()
             parts = _Parts(cuts, times, num_frames, video.rate)
             wanted = sorted({order[i] for k in range(done, parts.count) for i in parts.frames(k)})
-            places = {pts: i for i, pts in enumerate(order)}
             try:
-                frames = ((places[pts], frame) for pts, frame in video.at(wanted))
+                frames = ((bisect.bisect_left(order, pts), frame) for pts, frame in video.at(wanted))
                 for segment in parts.filled(done, frames, lambda frame: _seen(video, transform, frame)):
                     yield segment
                     done = segment.number + 1

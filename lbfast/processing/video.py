@@ -7,6 +7,7 @@ that decord gives, to the bit: index linspace(0, n - 1, num_frames), RGB by swsc
 
 from __future__ import annotations
 
+import array
 import bisect
 import contextlib
 import warnings
@@ -145,11 +146,11 @@ class VideoFile:
         guessed = "avi" in self.container.format.name and codec.has_b_frames and len(self.delays) == 1
         return once and not guessed and bool(self.keys) and codec.name not in _HIDDEN_FRAMES
 
-    def order(self) -> tuple[list[int], list[float]]:
+    def order(self) -> tuple[array.array[int], array.array[float]]:
         """The packets' times as they are shown, on the stream's clock and in seconds after the first."""
-        order = sorted(p for p in self.pts if p is not None)
+        order = array.array("q", sorted(p for p in self.pts if p is not None))
         base: Fraction = self.stream.time_base
-        return order, [(p - order[0]) * base.numerator / base.denominator for p in order]
+        return order, array.array("d", ((p - order[0]) * base.numerator / base.denominator for p in order))
 
     @property
     def rate(self) -> Fraction:
@@ -173,7 +174,8 @@ class VideoFile:
         Raises:
             Missing: the decoder did not give a wanted frame, or calls one that it gave corrupt.
         """
-        position = {p: i for i, p in enumerate(self.pts) if p is not None}
+        missing = set(wanted)
+        position = {p: i for i, p in enumerate(self.pts) if p in missing}
         runs: list[list[int]] = []  # first and last packet; leading pictures of a key frame may make neighbours overlap
         for pts in wanted:
             begin = self._key_before(pts, position[pts])
@@ -181,7 +183,6 @@ class VideoFile:
                 runs[-1][1] = max(runs[-1][1], position[pts])
             else:
                 runs.append([begin, position[pts]])
-        missing = set(wanted)
         for frame in self._decode(runs, missing.copy()):
             if frame is None or frame.is_corrupt:
                 raise Missing
