@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 def embed(
     files: Annotated[
         list[str],
-        typer.Argument(metavar="FILES_OR_FOLDERS...", help="Each may be MODALITY=PATH, as in [bold]depth=maps/[/]."),
+        typer.Argument(
+            metavar="FILES_OR_FOLDERS...",
+            help="Or tables, tars, and [bold]-[/] for a list on stdin. Each may be MODALITY=PATH, as depth=maps/.",
+        ),
     ],
     model: Annotated[
         list[str],
@@ -61,6 +64,10 @@ def embed(
     dim: Annotated[
         int | None, typer.Option(min=1, help="Keep the first so many numbers, of unit length again. Default: all.")
     ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of tables: paths, bytes of files, or captions of language=TABLE."),
+    ] = None,
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Only share I, from 1, of N: one for each machine, and its FILE.")
     ] = None,
@@ -80,7 +87,9 @@ def embed(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad or damaged file.")] = False,
-    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Open URLs of files, by fsspec.")] = False,
+    allow_urls: Annotated[
+        bool, typer.Option("--allow-urls", help="Open URLs of files and folders, by fsspec.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace FILE, and an unfinished run with other settings.")
     ] = False,
@@ -103,6 +112,7 @@ def embed(
                 segment=segment,
                 hop=hop,
                 shard=shard,
+                column=column,
                 dim=dim,
                 batch_size=batch_size,
                 workers=workers,

@@ -52,14 +52,11 @@ class Shard:
         self.file = os.fspath(file)
         if not os.path.isfile(self.file):
             raise FileNotFoundError(2, "shard: no such file", self.file)
-        with open(self.file, "rb") as opened:
-            head = opened.read(8)
-        for magic, name in _COMPRESSED.items():
-            if head.startswith(magic):
-                raise ValueError(
-                    f"{self.file}: expected an uncompressed tar, got one compressed with {name}; decompress it first: "
-                    "samples are read by their offset"
-                )
+        if name := compression_of(self.file):
+            raise ValueError(
+                f"{self.file}: expected an uncompressed tar, got one compressed with {name}; decompress it first: "
+                "samples are read by their offset"
+            )
         self.skipped: dict[str, str] = {}
         self._collect([suffix.lower().lstrip(".") for suffix in suffixes], captions, split)
 
@@ -136,6 +133,13 @@ class Shard:
         for name, kind in others.items():
             if _last(name.rpartition("/")[2]) in last:
                 self.skipped[f"{self.file}/{name}"] = f"{kind}, which holds no data that is read here"
+
+
+def compression_of(file: str | os.PathLike[str]) -> str | None:
+    """What a file is compressed with, by its first bytes; None: it is not."""
+    with open(file, "rb") as opened:
+        head = opened.read(8)
+    return next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
 
 
 @dataclass(frozen=True)

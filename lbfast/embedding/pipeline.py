@@ -21,6 +21,7 @@ from lbfast.embedding.finished import Finished, read_finished
 from lbfast.embedding.fused import find_groups, modalities_of
 from lbfast.embedding.items import Failure, Item, find_items, in_order, mean_of, share_of, split_modality
 from lbfast.embedding.journal import CHANGED, Journal, differences, partial_path, signature
+from lbfast.embedding.places import listed
 from lbfast.embedding.run import Progress, Run
 from lbfast.processing.segments import CUT, Cuts
 
@@ -65,6 +66,7 @@ def embed_files(
     hop: str | float | None = None,
     dim: int | None = None,
     shard: str | None = None,
+    column: str | None = None,
     batch_size: int = 8,
     workers: int | None = 0,
     dtype: str = "auto",
@@ -91,7 +93,8 @@ def embed_files(
     those of a folder that is given and does not have them any more.
 
     Args:
-        inputs: files and folders, each optionally as "MODALITY=PATH"; see `find_items` for how a modality is found.
+        inputs: files, folders, tables, tars and URLs, each optionally as "MODALITY=PATH"; see `find_items` for how a
+            modality is found. "-": a list of them on the standard input, one a line, or each ended by a NUL.
         models: checkpoints, each optionally as "MODALITY=DIR_OR_NAME"; else config.json says the modality.
         out: Parquet file. Complete or absent; finished rows wait in OUT.partial.
         modality: of every file whose input names none; "language" for captions.
@@ -103,6 +106,7 @@ def embed_files(
         hop: seconds from the beginning of one part to that of the next; None: `segment`.
         dim: keep the first `dim` numbers of each embedding, of unit length again, as nested ones are. None: all.
         shard: "2/5": only the second of five shares of what is found, by a hash of the id, for as many machines.
+        column: of tables: the one with paths, bytes of files, or captions. None: that of bytes, or `path`.
         batch_size: files or captions at a time. For videos, that many clips; of recordings in parts those of one file.
         workers: processes that decode files while the model computes; 0: none; None: see `default_workers`. With
             workers, call this from a script under `if __name__ == "__main__":`, as multiprocessing asks.
@@ -155,12 +159,13 @@ def embed_files(
         if on_failure is not None:
             on_failure(failure)
 
-    listing = find_items(inputs, checkpoints.keys(), modality, allow_urls)
+    given = [name for one in inputs for name in (listed() if one == "-" else [os.fspath(one)])]
+    listing = find_items(given, checkpoints.keys(), modality, allow_urls, column)
     summary.ignored = listing.ignored
     for failure in listing.failures:
         failed(failure)
     every = [replace(item, cut=cuts is not None and item.modality in CUT) for item in listing.items]
-    groups = find_groups(every, inputs, fused)
+    groups = find_groups(every, given, fused)
     items = [item for item in every if share is None or share(item)]
     if share is not None:  # what is made of several files is in the share of the first
         groups.whole = [group for group in groups.whole if share(group.item)]
@@ -207,7 +212,7 @@ def embed_files(
         made = [item for each in items for item in ([each, mean_of(each)] if means and each.cut else [each])]
         made += [group.item for group in groups.whole]
         summary.resumed = sum(map(journal.count, made))
-        others, stale = _others(base, made, every, inputs, summary)
+        others, stale = _others(base, made, every, given, summary)
         run.embed(items)
         if means:
             run.means(items)
@@ -261,11 +266,12 @@ def _base(out: Path) -> Finished:
 
 
 def _others(
-    base: Finished | None, made: Sequence[Item], every: Sequence[Item], inputs: Sequence[Any], summary: Summary
+    base: Finished | None, made: Sequence[Item], every: Sequence[Item], inputs: Sequence[str], summary: Summary
 ) -> tuple[list[Item], int]:
     """What else is in `base` and stays there; and how many rows are of files that have changed since."""
     stamps, listed = {item.id: item.stamp for item in made}, {item.id for item in every}
-    folders = tuple(os.path.join(name, "") for name in (split_modality(os.fspath(one))[1] for one in inputs))
+    names = {split_modality(one)[1] for one in inputs}
+    inside = tuple(mark for name in names for mark in (os.path.join(name, ""), f"{name}#"))
     kept: dict[tuple[str, bool], Item] = {}
     stale = 0
     for found in base or ():
@@ -273,7 +279,7 @@ def _others(
         file = found.id.rpartition("#")[0] if cut else found.id
         if file in stamps:
             stale += stamps[file] != found.tag.stamp
-        elif file not in listed and found.path.startswith(folders):
+        elif file not in listed and (found.path in names or found.path.startswith(inside)):
             summary.gone += 1
         else:
             summary.kept += 1
