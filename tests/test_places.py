@@ -212,7 +212,7 @@ def test_folders_and_wildcards_of_urls(models, pictures, plain, tmp_path):
     memory.pipe_file("/bucket/dir/notes.xyz", b"")
     ids, vectors, _ = embed(models, ["memory://bucket/dir/*.jpg"], tmp_path / "out.parquet", allow_urls=True)
     assert ids == [f"image:memory:///bucket/dir/{i}.jpg" for i in range(3)] and np.array_equal(vectors, plain)
-    for url in ("memory://bucket/dir/", "memory://bucket/dir"):
+    for url in ("memory://bucket/dir/", "memory://bucket/**"):
         ids, failures = names([url], allow_urls=True)
         assert [name.rpartition("/")[2] for name in ids] == ["0.jpg", "1.jpg", "2.jpg", "deep.jpg"] and not failures
     assert names(["memory://bucket/none/"], allow_urls=True)[1] and names(["memory://bucket/dir/"])[1]

@@ -156,8 +156,8 @@ def find_items(
     of files, "image:table.parquet#3" in row 3, captions where its modality is language. In folders neither is opened.
 
     Args:
-        inputs: files, folders, tables, tars, and URLs of files, folders or with wildcards, each optionally as
-            MODALITY=PATH.
+        inputs: files, folders, tables, tars, and URLs of files, of folders (ending with a slash) or with an asterisk,
+            each optionally as MODALITY=PATH.
         available: modalities that there is a model for; language always is.
         modality: of every file whose input names none.
         allow_urls: list URLs; else they fail.
@@ -196,7 +196,7 @@ class _Finder:
             self._fail(path, f"no model for {wanted}")
         elif os.path.isdir(path):
             self._add_folder(path, wanted, named)
-        elif is_url(path) and self._allow_urls:
+        elif is_url(path) and self._allow_urls and places.lists_files(path):
             self._add_urls(path, wanted, named)
         elif places.is_table(path) and os.path.isfile(path):
             self._add_table(path, wanted, named)
@@ -214,15 +214,13 @@ class _Finder:
 
     def _add_urls(self, url: str, wanted: str | None, named: bool) -> None:
         try:
-            files = None if _is_media(url) and "*" not in url else places.url_files(url)
+            files = places.url_files(url)
         except OSError as error:
             self._fail(url, str(error))
             return
-        if files is None:
-            self._add_alone(url, wanted, named)
-        elif not files:
+        if not files:
             self._fail(url, "a URL that lists no files")
-        for file in files or ():
+        for file in files:
             self._add_listed(file, wanted, named)
 
     def _add_table(self, table: str, wanted: str | None, named: bool) -> None:
@@ -356,10 +354,6 @@ def _why_not(path: str, found: str | None) -> str:
 
 def _stamp(status: os.stat_result) -> str:
     return f"{status.st_size}:{status.st_mtime_ns}"
-
-
-def _is_media(url: str) -> bool:
-    return modality_of(url_path(url), ORDER) is not None
 
 
 def _captions(path: str, file: TextIO) -> list[Item]:

@@ -269,28 +269,27 @@ def tar_files(tar: str, broken: dict[str, str]) -> Iterator[Member]:
         broken[tar] = f"{error}; what follows is lost"
 
 
-def url_files(url: str) -> list[str] | None:
-    """The files that a URL lists: of a folder, or those that fit where it has wildcards; None: it is of one file.
+def lists_files(url: str) -> bool:
+    """Whether a URL stands for several files: it ends with a slash, or has an asterisk."""
+    return url.endswith("/") or "*" in url
 
-    Raises OSError where it cannot be reached.
-    """
+
+def url_files(url: str) -> list[str]:
+    """The files that a URL lists: all of a folder, or those that fit its wildcards. OSError: it cannot be reached."""
     import fsspec.core
 
     try:
         system, path = fsspec.core.url_to_fs(url)
-        if any(mark in path for mark in "*[") or ("?" in path and not url.startswith("http")):
+        if "*" in path:
             found = [name for name, info in system.glob(path, detail=True).items() if info.get("type") != "directory"]
-        elif url.endswith("/") or system.isdir(path):
-            found = system.find(path)
         else:
-            return None
+            found = system.find(path)
         return sorted(system.unstrip_protocol(name) for name in found if not _hidden(name, path))
     except ImportError:
         raise
     except Exception as error:
-        raise OSError(
-            f"a URL that cannot be listed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise OSError(f"a URL that cannot be listed ({reason})") from error
 
 
 def _hidden(name: str, folder: str) -> bool:
