@@ -82,6 +82,19 @@ def test_parts_of_every_codec_are_those_of_the_whole(tmp_path, suffix, codec):
     assert end == whole.shape[1]
 
 
+def test_seconds_of_a_sound(tmp_path):
+    path = encoded(tmp_path / "a.mp3", "libmp3lame", 130, 16000)
+    whole, rate = read_audio(path)
+    for start, end in ((0.1, 1.7), (100.0, 103.0), (128.5, None), (0.0, 500.0)):
+        clip = AUDIO(path, clip_start_sec=start, clip_end_sec=end)["pixel_values"][0]
+        samples = whole[0, round(start * rate) : None if end is None else round(end * rate)]
+        assert torch.equal(clip, AUDIO.transform((samples, rate))), (start, end)
+    with pytest.raises(MediaError, match=r"a\.mp3: expected a sound from 500 s to the end, got one of 130\.\d+ s"):
+        AUDIO(path, clip_start_sec=500)
+    with pytest.raises(ValueError, match="expected a file, got a waveform in memory"):
+        AUDIO((whole, rate), clip_start_sec=1)
+
+
 def test_a_short_file_has_the_one_part_that_it_is(tmp_path):
     path = encoded(tmp_path / "a.flac", "flac", 3.5)
     (part,) = AUDIO.segments(path, Cuts.of(10))

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     help="Writes the embeddings of files and captions to one Parquet file, and prints how many.\n\n"
     "Example: lbfast embed clips/ captions.txt --model LanguageBind_Video_FT --out clips.parquet\n\n"
     "Its rows are [bold]id, modality, path, embedding, model[/]; embeddings are float32 of unit length. Captions come "
-    "from text files, one a line.\n\n"
+    "from text files, one a line. With --segment videos and sounds have rows of parts: [bold]start_sec, end_sec[/].\n\n"
     "A run that was interrupted goes on where it stopped when the same command is given again. A bad file is reported "
-    "and skipped. A run that was finished, with the same inputs and settings, has nothing left to do: exit status 0. "
-    "Exit status otherwise: 0; 1 if nothing could be embedded, FILE is of another run, or the run had to stop; 130 if "
-    "interrupted, 143 after SIGTERM, 129 after SIGHUP."
+    "and skipped. A run that was finished, with the same inputs and settings, has nothing left to do: exit status 0; "
+    "with other inputs FILE takes in what is new or changed. Exit status otherwise: 0; 1 if nothing could be embedded, "
+    "FILE is of other settings, or the run had to stop; 130 if interrupted, 143 after SIGTERM, 129 after SIGHUP."
 )
 def embed(
     files: Annotated[
@@ -144,7 +144,10 @@ def _summarise(summary: Summary) -> None:
     by_modality = ", ".join(f"{count} {name}" for name, count in summary.embedded.items())
     line = f"{sum(summary.embedded.values())} embedded" + (f" ({by_modality})" if by_modality else "")
     if summary.finished:
-        line = f"nothing left to do: {line} by an earlier run of the same inputs and settings"
+        whose = (
+            "earlier runs of the same settings" if summary.kept else "an earlier run of the same inputs and settings"
+        )
+        line = f"nothing left to do: {line} by {whose}"
         typer.echo(f"{line}, {summary.failed} failed -> {summary.out}")
         return
     if summary.resumed:

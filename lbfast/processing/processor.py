@@ -135,7 +135,7 @@ class Processor:
             truncation: cut longer captions; False raises instead.
             raw: pixel values as uint8 0..255, resized and cropped but not normalised, each rounded to the nearest level
                 (off by up to 0.5 / 255, 0.007 after normalisation; bicubic overshoot is clamped). Not for audio.
-            clip_start_sec, clip_end_sec: seconds of a video file.
+            clip_start_sec, clip_end_sec: seconds of a video's or a sound's file.
             layout: the order of an array's axes: "THWC", "TCHW" or "CTHW" of a clip, "HW", "HWC" or "CHW" of a picture;
                 None takes the one that fits its shape.
             strict, allow_urls: see `Reading`; None takes the processor's.
@@ -197,9 +197,11 @@ class Processor:
 
     def _check_options(self, options: dict[str, Any]) -> None:
         row = ROWS[self.modality]
-        wrong = [name for name in options if not (row.layouts if name == "layout" else self.modality == "video")]
+        wrong = [name for name in options if not (row.layouts if name == "layout" else self.modality in CUT)]
         if wrong:
-            takers = ", ".join(name for name, row in ROWS.items() if row.layouts) if wrong == ["layout"] else "video"
+            takers = (
+                ", ".join(name for name, row in ROWS.items() if row.layouts) if wrong == ["layout"] else ", ".join(CUT)
+            )
             raise ValueError(f"{', '.join(wrong)}: expected for {takers} only, got {self.modality}")
 
     def _pixels(self, images: Any, raw: bool, options: dict[str, Any]) -> torch.Tensor:
