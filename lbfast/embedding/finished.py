@@ -128,7 +128,10 @@ class Finished:
     def _group(self, number: int) -> pa.RecordBatch:
         return self._file.read_row_group(number).combine_chunks().to_batches()[0]
 
-    def close(self) -> None:
+    def __enter__(self) -> Finished:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._file.close()
 
 

@@ -7,10 +7,10 @@ import io
 import os
 import re
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from lbfast.data.sample import Member
 from lbfast.data.suffixes import LANGUAGE, MODALITY_NAMES, modality_of
@@ -85,14 +85,14 @@ def in_order(items: Iterable[Item]) -> list[Item]:
     return sorted(items, key=lambda item: ORDER.index(item.modality) if item.modality in ORDER else len(ORDER))
 
 
-def share_of(given: str) -> Callable[[Item], bool]:
-    """What is in a share: "2/5", the second of five, by a hash of the id. ValueError."""
+def share_of(given: str) -> Callable[[str], bool]:
+    """Which names are in a share: "2/5", the second of five, by a hash. ValueError."""
     number, _, count = given.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count) <= MOST_SHARES):
         raise ValueError(f"shard: expected I/N with I from 1 to N, as 2/5, got {given!r}")
 
-    def is_in(item: Item) -> bool:
-        digest = hashlib.blake2b(item.id.encode(), digest_size=8).digest()
+    def is_in(name: str) -> bool:
+        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") % int(count) == int(number) - 1
 
     return is_in
@@ -111,6 +111,26 @@ class Failure:
     reason: str
 
 
+class Items(Protocol):
+    """Where a listing goes: a list, or something that holds more."""
+
+    def append(self, item: Item, /) -> None: ...
+
+    def extend(self, items: Iterable[Item], /) -> None: ...
+
+    def __iter__(self) -> Iterator[Item]: ...
+
+    def __len__(self) -> int: ...
+
+
+class Marks(Protocol):
+    """Names that were met: a set, or something that holds more."""
+
+    def add(self, name: str, /) -> None: ...
+
+    def __contains__(self, name: object, /) -> bool: ...
+
+
 @dataclass
 class Listing:
     """What `find_items` found.
@@ -121,7 +141,7 @@ class Listing:
         ignored: what folders held besides, counted by reason.
     """
 
-    items: list[Item] = field(default_factory=list)
+    items: Items = field(default_factory=list[Item])
     failures: list[Failure] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
 
@@ -138,11 +158,13 @@ def split_modality(given: str) -> tuple[str | None, str]:
 
 
 def find_items(
-    inputs: Sequence[str | os.PathLike[str]],
+    inputs: Iterable[str | os.PathLike[str]],
     available: Collection[str],
     modality: str | None,
     allow_urls: bool = False,
     column: str | None = None,
+    into: Items | None = None,
+    marks: Marks | None = None,
 ) -> Listing:
     """Lists the files and captions to embed.
 
@@ -162,6 +184,8 @@ def find_items(
         modality: of every file whose input names none.
         allow_urls: list URLs; else they fail.
         column: of tables; None: the one of bytes, or `path`.
+        into: where the items go, which keeps them sorted; None: a list.
+        marks: what remembers the files that are in it; None: a set.
 
     Raises:
         ValueError: `modality` is unknown or not available. ImportError: fsspec, which opens URLs, is not installed.
@@ -171,24 +195,27 @@ def find_items(
         raise ValueError(
             f"modality: expected one that there is a model for ({', '.join(sorted(available))}), got {modality!r}"
         )
-    finder = _Finder(available, allow_urls, column)
-    pairs = [split_modality(os.fspath(given)) for given in inputs]
-    for own, path in sorted(pairs, key=lambda pair: pair[0] is None):  # those with a modality of their own first
-        finder.add(path, own or modality, own is not None)
-    finder.listing.items = in_order(finder.listing.items)
+    finder = _Finder(available, allow_urls, column, Listing() if into is None else Listing(into), marks)
+    for named in (True, False):  # those with a modality of their own first
+        for own, path in (split_modality(os.fspath(given)) for given in inputs):
+            if (own is not None) == named:
+                finder.add(path, own or modality, named)
+    if into is None:
+        finder.listing.items = in_order(finder.listing.items)
     return finder.listing
 
 
 class _Finder:
     """A listing in the making, and the files that are in it already."""
 
-    def __init__(self, available: Collection[str], allow_urls: bool, column: str | None):
-        self.listing = Listing()
+    def __init__(
+        self, available: Collection[str], allow_urls: bool, column: str | None, listing: Listing, marks: Marks | None
+    ):
+        self.listing = listing
+        self._marks: Marks = set() if marks is None else marks
         self._available, self._allow_urls, self._column = available, allow_urls, column
         media = [name for name in available if name != LANGUAGE]
         self._only = media[0] if len(media) == 1 else None
-        self._seen: set[tuple[str, str]] = set()
-        self._named: set[str] = set()
 
     def add(self, path: str, wanted: str | None, named: bool) -> None:
         """Adds a file, or the files of a folder. `named`: the input itself says that they are `wanted`."""
@@ -263,7 +290,7 @@ class _Finder:
     def _add_captions_of(self, member: Member, name: str) -> None:
         try:
             with member.opened() as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as file:
-                self.listing.items += _captions(name, file)
+                self.listing.items.extend(_captions(name, file))
         except UnicodeDecodeError:
             self._fail(name, "the text is not UTF-8")
         except (OSError, ValueError) as error:
@@ -305,11 +332,12 @@ class _Finder:
 
     def _add_file(self, path: str, modality: str, named: bool) -> None:
         where = path if is_url(path) else os.path.abspath(path)
-        if (modality, where) in self._seen or (not named and where in self._named):
+        mark, of_a_name = f"{modality}={where}", f"={where}"
+        if mark in self._marks or (not named and of_a_name in self._marks):
             return
-        self._seen.add((modality, where))
+        self._marks.add(mark)
         if named:
-            self._named.add(where)
+            self._marks.add(of_a_name)
         try:
             path.encode()
             if is_url(path):
@@ -330,7 +358,7 @@ class _Finder:
             return
         if not items:
             self._fail(path, "no captions: expected one a line")
-        self.listing.items += items
+        self.listing.items.extend(items)
 
     def _remote(self, url: str, modality: str) -> Item:
         if modality == LANGUAGE:

@@ -9,15 +9,17 @@ moves that to OUT: OUT is complete or absent.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import functools
+import itertools
 import json
 import os
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,11 @@ from lbfast.embedding import frames
 from lbfast.embedding.finished import Finished, Tag, schema, settings_of, write
 from lbfast.embedding.frames import Frame
 from lbfast.embedding.items import Item
+from lbfast.embedding.spool import Tables, key
 
 _SYNC_SECONDS = 1.0
+_AT_ONCE = 4096  # rows of a finished file that are noted together
+_WHOLE = -1  # in the place of a part's number
 _NOWHERE = 1e-6  # the length of a sum of unit vectors that cancel each other
 
 
@@ -51,18 +56,6 @@ class _Place:
     tag: Tag
     frame: Frame | int
     row: int
-
-
-@dataclass
-class _Pieces:
-    """Where the parts of a file are, by their numbers; `whole`: the last one is among them."""
-
-    stamp: str
-    places: dict[int, _Place] = field(default_factory=dict)
-
-    @property
-    def whole(self) -> bool:
-        return any(place.tag.last for place in self.places.values())
 
 
 class Journal:
@@ -96,19 +89,23 @@ class Journal:
         plain = schema(size, settings, parts=parts)
         self._names, self._schema = plain.names, pa.schema([*plain, *tags], metadata=plain.metadata)
         self._size, self._settings = size, dict(settings)
-        self._places: dict[str, _Place] = {}
-        self._pieces: dict[str, _Pieces] = {}  # by the id of their file
+        self._places = Tables(
+            out.parent,
+            "CREATE TABLE places (file BLOB, number INTEGER, stamp TEXT, last INTEGER, grp INTEGER, offset INTEGER,"
+            " size INTEGER, checksum BLOB, before BLOB, row INTEGER, PRIMARY KEY (file, number)) WITHOUT ROWID",
+        )
         self.rows = 0
         self._again = functools.lru_cache(maxsize=256)(self._read_again)
         self._synced = time.monotonic()
         self._end, self._checksum = 0, frames.FIRST
-        for found in base or ():
-            self._put(found.id, _Place(found.tag, found.group, found.row))
+        found = iter(base or ())
+        while some := list(itertools.islice(found, _AT_ONCE)):
+            self._put([(each.id, _Place(each.tag, each.group, each.row)) for each in some])
         self._file = _open_locked(self.path)
         try:
             self._resume(restart)
         except BaseException:
-            self._file.close()
+            self._close()
             raise
 
     def _resume(self, restart: bool) -> None:
@@ -166,41 +163,49 @@ class Journal:
 
     def _index(self, batch: pa.RecordBatch, frame: Frame) -> None:
         names = ("id", "stamp", *(("number", "last") if self._parts else ()))
-        for row, (name, *tag) in enumerate(zip(*(batch.column(each).to_pylist() for each in names))):
-            self._put(name, _Place(Tag(*tag), frame, row))
+        columns = zip(*(batch.column(each).to_pylist() for each in names))
+        self._put([(name, _Place(Tag(*tag), frame, row)) for row, (name, *tag) in enumerate(columns)])
         self.rows += batch.num_rows
 
-    def _put(self, name: str, place: _Place) -> None:
-        """A row that is found or made; it takes the place of one of the same id, or of a file that has changed."""
-        if place.tag.number is None:
-            self._places[name] = place
-            return
-        file = name.rpartition("#")[0]
-        if file not in self._pieces or self._pieces[file].stamp != place.tag.stamp:
-            self._pieces[file] = _Pieces(place.tag.stamp)
-        self._pieces[file].places[place.tag.number] = place
+    def _put(self, rows: Sequence[tuple[str, _Place]]) -> None:
+        """Rows that are found or made; they take the places of those of the same id, or of a file that has changed."""
+        values = []
+        for name, place in rows:
+            whole, tag, frame = place.tag.number is None, place.tag, place.frame
+            file, number = (key(name), _WHOLE) if whole else (key(name.rpartition("#")[0]), tag.number)
+            where = (frame, 0, 0, b"", b"") if isinstance(frame, int) else (None, *dataclasses.astuple(frame))
+            values.append((file, number, tag.stamp, bool(tag.last), *where, place.row))
+        changed = [(row[0], _WHOLE, row[2]) for row in values if row[1] != _WHOLE]
+        self._places.fill("DELETE FROM places WHERE file = ? AND number > ? AND stamp <> ?", changed)
+        self._places.fill("INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+
+    def _found(self, item: Item, what: str, more: str = "") -> list[tuple[Any, ...]]:
+        which = f"number {'>' if item.cut else '='} {_WHOLE}"
+        statement = f"SELECT {what} FROM places WHERE file = ? AND {which} AND stamp = ? {more}"
+        return self._places.run(statement, (key(item.id), item.stamp))
 
     def __contains__(self, item: Item) -> bool:
         """Whether the item is finished, all of it, and its content has not changed since."""
-        if item.cut:
-            pieces = self._pieces.get(item.id)
-            return pieces is not None and pieces.stamp == item.stamp and pieces.whole
-        place = self._places.get(item.id)
-        return place is not None and place.tag.stamp == item.stamp
+        return bool(self._found(item, "1", "AND last LIMIT 1" if item.cut else ""))
 
     def numbers(self, item: Item) -> list[int]:
         """Which parts of an item that is cut are finished, rising; its content has not changed since."""
-        pieces = self._pieces.get(item.id)
-        return sorted(pieces.places) if pieces is not None and pieces.stamp == item.stamp else []
+        return [number for (number,) in self._found(item, "number", "ORDER BY number")]
 
     def count(self, item: Item) -> int:
         """How many rows there are of an item."""
-        return len(self.numbers(item)) if item.cut else int(item in self)
+        return int(self._found(item, "COUNT(*)")[0][0])
 
     def _rows_of(self, item: Item) -> list[_Place]:
-        if item.cut:
-            return [self._pieces[item.id].places[number] for number in self.numbers(item)]
-        return [self._places[item.id]] if item in self else []
+        rows = self._found(item, "*", "ORDER BY number")
+        return [
+            _Place(
+                Tag(stamp, None if number == _WHOLE else number, bool(last)),
+                Frame(*frame) if group is None else group,
+                row,
+            )
+            for _, number, stamp, last, group, *frame, row in rows
+        ]
 
     def append(self, items: Sequence[Item], embeddings: np.ndarray, model: str) -> None:
         """Adds finished rows. They survive the process at once, and the machine within a second.
@@ -256,7 +261,7 @@ class Journal:
         length = np.linalg.norm(total)
         return (total / length if length > _NOWHERE else 0 * total).astype(np.float32)
 
-    def finish(self, items: Sequence[Item], run: Mapping[str, Any], replaces: Signature | None = None) -> None:
+    def finish(self, items: Iterable[Item], run: Mapping[str, Any], replaces: Signature | None = None) -> None:
         """Writes `out` with the finished rows of `items`, in this order; then removes the journal.
 
         Args:
@@ -297,13 +302,17 @@ class Journal:
     def remove(self) -> None:
         """Removes the journal, whose rows are in `out`."""
         self.path.unlink()
-        self._file.close()
+        self._close()
 
     def close(self) -> None:
         """Lets go of the file and the lock. The rows stay for the next run; a journal without any does not."""
         if not self.rows and not self._file.closed:
             self.path.unlink(missing_ok=True)
+        self._close()
+
+    def _close(self) -> None:
         self._file.close()
+        self._places.close()
 
 
 Signature = tuple[int, int, int]

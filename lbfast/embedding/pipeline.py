@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,22 @@ from lbfast.data.decode import default_workers
 from lbfast.data.suffixes import LANGUAGE
 from lbfast.embedding.embedder import BadFileError, Embedder, check_count
 from lbfast.embedding.finished import Finished, read_finished
-from lbfast.embedding.fused import find_groups, modalities_of
-from lbfast.embedding.items import Failure, Item, find_items, in_order, mean_of, share_of, split_modality
+from lbfast.embedding.fused import Group, find_groups, folders_of, modalities_of, stem_of
+from lbfast.embedding.items import ORDER, Failure, Item, find_items, mean_of, share_of, split_modality
 from lbfast.embedding.journal import CHANGED, Journal, differences, partial_path, signature
 from lbfast.embedding.places import listed
 from lbfast.embedding.run import Progress, Run
+from lbfast.embedding.spool import Chained, Spool
 from lbfast.processing.segments import CUT, Cuts
 
 SEGMENTS = "segments"
 """What `fuse` calls the means of parts."""
+
+
+LIST = "-"
+"""The input that stands for a list of inputs."""
+
+_ENOUGH = 1000  # files that keep any number of workers busy
 
 
 @dataclass
@@ -149,7 +157,6 @@ def embed_files(
     checkpoints, weights = embedder.checkpoints, embedder.dtype
     cuts = _cuts(segment, hop)
     means, fused = _kinds(fuse, checkpoints.keys(), cuts)
-    share = None if shard is None else share_of(shard)
     summary = Summary()
 
     def failed(failure: Failure) -> None:
@@ -159,79 +166,114 @@ def embed_files(
         if on_failure is not None:
             on_failure(failure)
 
-    given = [name for one in inputs for name in (listed() if one == "-" else [os.fspath(one)])]
-    listing = find_items(given, checkpoints.keys(), modality, allow_urls, column)
-    summary.ignored = listing.ignored
-    for failure in listing.failures:
-        failed(failure)
-    every = [replace(item, cut=cuts is not None and item.modality in CUT) for item in listing.items]
-    groups = find_groups(every, given, fused)
-    items = [item for item in every if share is None or share(item)]
-    if share is not None:  # what is made of several files is in the share of the first
-        groups.whole = [group for group in groups.whole if share(group.item)]
-        of_groups = {part.id for group in groups.whole for part in group.parts}
-        items = [item for item in every if share(item) or item.id in of_groups]
-    if not items:
-        return summary
-    last = embedder.text_checkpoint
-    settings: dict[str, Any] = {
-        "lbfast": lbfast.__version__,
-        "dtype": str(weights).removeprefix("torch."),
-        "precision": precision,
-        "models": {name: [c.name, c.fingerprint()] for name, c in checkpoints.items()},
-        "language": [last.name, last.fingerprint(), last.tokenizer_fingerprint()],
-    }
-    if fused or means:
-        settings["fuse"] = [*(["segments"] if means else []), *fused]
-    if cuts is not None:
-        settings["segment"] = [str(cuts.length), str(cuts.hop)]
-    if dim is not None:
-        settings["dim"] = dim
-    for reason, count in groups.ignored.items():
-        summary.ignored[reason] = count
-    before, digest, base = signature(out), _digest(items), None
-    if before is not None and not overwrite:
-        if _is_finished(out, settings, digest, strict, summary):
-            with contextlib.suppress(ValueError, OSError):  # killed between the two, the run left its journal
-                if partial_path(out).exists():
-                    Journal(out, embedder.size, settings, parts=cuts is not None).remove()
+    given = [name for name in (os.fspath(one) for one in inputs) if name != LIST]
+    share = None if shard is None else _share(share_of(shard), given, fused)
+    with contextlib.ExitStack() as closing:
+        items = closing.enter_context(Spool(out.parent, () if cuts is None else CUT, share))
+        lists = [items.keep(listed())] if len(given) < len(inputs) else []
+        listing = find_items(
+            Chained(given, *lists), checkpoints.keys(), modality, allow_urls, column, items, items.marks
+        )
+        summary.ignored = listing.ignored
+        for failure in listing.failures:
+            failed(failure)
+        if not len(items):
             return summary
-        base = _base(out)
-    if not os.access(out.parent, os.W_OK):
-        raise PermissionError(errno.EACCES, "out: cannot write in this folder", str(out.parent))
-    for failure in groups.failures:
-        failed(failure)
-    journal = Journal(out, embedder.size, settings, overwrite, cuts is not None, base)
-    try:
+        last = embedder.text_checkpoint
+        settings: dict[str, Any] = {
+            "lbfast": lbfast.__version__,
+            "dtype": str(weights).removeprefix("torch."),
+            "precision": precision,
+            "models": {name: [c.name, c.fingerprint()] for name, c in checkpoints.items()},
+            "language": [last.name, last.fingerprint(), last.tokenizer_fingerprint()],
+        }
+        if fused or means:
+            settings["fuse"] = [*([SEGMENTS] if means else []), *fused]
+        if cuts is not None:
+            settings["segment"] = [str(cuts.length), str(cuts.hop)]
+        if dim is not None:
+            settings["dim"] = dim
+        groups = find_groups(items if fused else (), given, fused)
+        for reason, count in groups.ignored.items():
+            summary.ignored[reason] = count
+        before, digest, base = signature(out), _digest(items), None
+        if before is not None and not overwrite:
+            if _is_finished(out, settings, digest, strict, summary):
+                with contextlib.suppress(ValueError, OSError):  # killed between the two, the run left its journal
+                    if partial_path(out).exists():
+                        Journal(out, embedder.size, settings, parts=cuts is not None).remove()
+                return summary
+            base = closing.enter_context(_base(out))
+        if not os.access(out.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "out: cannot write in this folder", str(out.parent))
+        for failure in groups.failures:
+            failed(failure)
+        journal = Journal(out, embedder.size, settings, overwrite, cuts is not None, base)
+        closing.callback(journal.close)
         if signature(out) != before:  # by a run that held the journal until now
             raise FileExistsError(errno.EEXIST, CHANGED, str(out))
-        heard = progress or (lambda *_: None)
-        left = sum(item not in journal and item.modality != LANGUAGE for item in items)
-        workers = default_workers(left, embedder.device) if workers is None else workers
-        run = Run(embedder, journal, workers, failed, heard, cuts)
-        made = [item for each in items for item in ([each, mean_of(each)] if means and each.cut else [each])]
-        made += [group.item for group in groups.whole]
-        summary.resumed = sum(map(journal.count, made))
-        others, stale = _others(base, made, every, given, summary)
+        others = closing.enter_context(Spool(out.parent, () if cuts is None else CUT))
+        made = _Made(items, others, groups.whole, means)
+        stale = _sort(base, made, given, share, summary)
+        summary.resumed = sum(map(journal.count, made.of_inputs())) if journal.rows or base else 0
+        if workers is None:
+            left = (item for item in items if item not in journal and item.modality != LANGUAGE)
+            workers = default_workers(sum(1 for _ in itertools.islice(left, _ENOUGH)), embedder.device)
+        run = Run(embedder, journal, workers, failed, progress or (lambda *_: None), cuts)
         run.embed(items)
         if means:
             run.means(items)
         run.fuse(groups.whole)
-        finished = [item for item in in_order([*others, *made]) if journal.count(item)]
-        for item in finished:
-            summary.embedded[item.modality] = summary.embedded.get(item.modality, 0) + journal.count(item)
+        for item in made:
+            if count := journal.count(item):
+                summary.embedded[item.modality] = summary.embedded.get(item.modality, 0) + count
         if base is not None and not journal.rows and not stale and not summary.gone:
             journal.remove()
             summary.out, summary.finished = out, not summary.failures
-        elif finished:
+        elif summary.embedded:
             counts = {"inputs": digest, "rows": summary.embedded, "failed": len(summary.failures)}
-            journal.finish(finished, counts, before)
+            journal.finish(made, counts, before)
             summary.out = out
-    finally:
-        journal.close()
-        if base is not None:
-            base.close()
     return summary
+
+
+@dataclass
+class _Made:
+    """What the output is to have, in order: what `others` has, what is among the inputs, and means and fused rows."""
+
+    items: Spool
+    others: Spool
+    groups: Sequence[Group]
+    means: bool
+
+    def __iter__(self) -> Iterator[Item]:
+        for name in sorted({*self.items.names(), *self.others.names()} & {*ORDER}, key=ORDER.index):
+            yield from self._with_means(itertools.chain(self.others.of(name), self.items.of(name)))
+        for name in {*self.others.names()} - {*ORDER}:
+            yield from self.others.of(name)
+        yield from (group.item for group in self.groups)
+
+    def of_inputs(self) -> Iterator[Item]:
+        yield from self._with_means(self.items)
+        yield from (group.item for group in self.groups)
+
+    def _with_means(self, items: Iterable[Item]) -> Iterator[Item]:
+        for item in items:
+            yield item
+            if self.means and item.cut:
+                yield mean_of(item)
+
+
+def _share(is_in: Callable[[str], bool], inputs: Sequence[str], fused: Collection[str]) -> Callable[[Item], bool]:
+    """Which items are in a share: by their ids, but what may be fused by its stem, so that it stays together."""
+    folders = folders_of(inputs)
+
+    def accept(item: Item) -> bool:
+        if "+" in item.modality:
+            return is_in(item.id.partition(":")[2])
+        return is_in(stem_of(item.path, folders) if item.modality in fused else item.id)
+
+    return accept
 
 
 def _cuts(segment: str | float | None, hop: str | float | None) -> Cuts | None:
@@ -265,29 +307,34 @@ def _base(out: Path) -> Finished:
         ) from None
 
 
-def _others(
-    base: Finished | None, made: Sequence[Item], every: Sequence[Item], inputs: Sequence[str], summary: Summary
-) -> tuple[list[Item], int]:
-    """What else is in `base` and stays there; and how many rows are of files that have changed since."""
-    stamps, listed = {item.id: item.stamp for item in made}, {item.id for item in every}
+def _sort(
+    base: Finished | None,
+    made: _Made,
+    inputs: Sequence[str],
+    share: Callable[[Item], bool] | None,
+    summary: Summary,
+) -> int:
+    """Puts what else is in `base` and stays there into `made.others`; how many rows are of files that have changed."""
+    fused = {group.item.id: group.item.stamp for group in made.groups}
     names = {split_modality(one)[1] for one in inputs}
     inside = tuple(mark for name in names for mark in (os.path.join(name, ""), f"{name}#"))
-    kept: dict[tuple[str, bool], Item] = {}
     stale = 0
     for found in base or ():
         cut = found.tag.number is not None
         file = found.id.rpartition("#")[0] if cut else found.id
-        if file in stamps:
-            stale += stamps[file] != found.tag.stamp
-        elif file not in listed and (found.path in names or found.path.startswith(inside)):
+        stamp = fused.get(file) or made.items.stamp(file)
+        item = Item(file, found.modality, found.path, found.tag.stamp, cut=cut)
+        if stamp is not None:
+            stale += stamp != found.tag.stamp
+        elif (found.path in names or found.path.startswith(inside)) and (share is None or share(item)):
             summary.gone += 1
         else:
             summary.kept += 1
-            kept.setdefault((file, cut), Item(file, found.modality, found.path, found.tag.stamp, cut=cut))
-    return list(kept.values()), stale
+            made.others.append(item)
+    return stale
 
 
-def _digest(items: Sequence[Item]) -> str:
+def _digest(items: Iterable[Item]) -> str:
     """Changes with the items, their order and their content."""
     key = hashlib.sha256()
     for item in items:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,8 +18,9 @@ from lbfast.embedding.embedder import Embedder
 from lbfast.embedding.fused import Group, fused_rows
 from lbfast.embedding.items import Failure, Item, mean_of, piece_of
 from lbfast.embedding.journal import Journal
+from lbfast.embedding.spool import Spool
 from lbfast.embeds import usable
-from lbfast.processing.segments import Cuts
+from lbfast.processing.segments import CUT, Cuts
 
 Progress = Callable[[str, int, int], None]
 """progress(modality, done, total) after each batch; rows done in an earlier run count as done.
@@ -31,28 +33,49 @@ _FUSED_AT_ONCE = 4096
 
 @dataclass
 class _Reckoning:
-    """How many rows there will be of `files` recordings; `ends`: of those that are finished."""
+    """How many rows there will be of `files` recordings; `rows` of `ends` that are finished, `done` of all."""
 
     files: int
-    ends: list[int]
+    rows: int = 0
+    ends: int = 0
     done: int = 0
     _open: dict[int, tuple[int, int]] = field(default_factory=dict)  # rows so far, and how many are expected
 
-    def __post_init__(self) -> None:
-        self.done = sum(self.ends)
+    def found(self, rows: int, whole: bool) -> None:
+        """Of a file, in the journal."""
+        self.done += rows
+        if whole:
+            self.rows, self.ends = self.rows + rows, self.ends + 1
 
     def met(self, file: int, rows: int, expected: int) -> None:
         so_far = self._open.get(file, (0, 0))[0] + rows
         self._open[file], self.done = (so_far, max(so_far, expected)), self.done + rows
 
     def ended(self, file: int) -> None:
-        self.ends.append(self._open.pop(file, (0, 0))[0])
+        self.rows, self.ends = self.rows + self._open.pop(file, (0, 0))[0], self.ends + 1
 
     def now(self) -> tuple[int, int]:
         """Rows that are done, and all."""
-        met = len(self.ends) + len(self._open)
-        rows = sum(self.ends) + sum(expected for _, expected in self._open.values())
+        met = self.ends + len(self._open)
+        rows = self.rows + sum(expected for _, expected in self._open.values())
         return self.done, max(self.done, rows * self.files // met if met else 0)
+
+
+class _Joined(Sequence[Task]):
+    """Tasks of several lists, one after the other."""
+
+    def __init__(self, lists: Sequence[Sequence[Task]]):
+        self._lists = lists
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lists))
+
+    def __getitem__(self, number: Any) -> Any:
+        for each in self._lists:
+            if number < len(each):
+                return each[number]
+            number -= len(each)
+        raise IndexError(number)
 
 
 @dataclass
@@ -71,68 +94,82 @@ class Run:
     progress: Progress
     cuts: Cuts | None = None
 
-    def embed(self, items: Sequence[Item]) -> None:
+    def embed(self, items: Spool) -> None:
         """Embeds what the journal does not have yet. One model is loaded at a time, and only if it has work."""
-        whole = [item for item in items if not item.cut]
-        left = [item for item in whole if item not in self.journal]
-        tasks = [Task(item.modality, item.path, item.data) for item in left if item.modality != LANGUAGE]
+        names = [name for name in items.names() if not self._cuts(name)]
+        sizes = {name: array.array("I") for name in names}
+        left = {name: items.todo(self._left(items.of(name), sizes[name])) for name in names}
+        tasks = _Joined([left[name] for name in names if name != LANGUAGE])
+        wanted = [size for name in names if name != LANGUAGE for size in sizes[name]]
         work, ahead = self.embedder.processors(), 2 * self.embedder.batch_size + self.workers
-        names = list(dict.fromkeys(item.modality for item in items))
-        batches = {name: list(self._batches(item for item in whole if item.modality == name)) for name in names}
-        sizes = [len(batch) for name in names if name != LANGUAGE for batch in batches[name]]
-        with Decoder(work, tasks, self.workers, ahead, sizes, self.embedder.device) as decoder, Late() as late:
+        with Decoder(work, tasks, self.workers, ahead, wanted, self.embedder.device) as decoder, Late() as late:
             decoded = iter(decoder)
-            for name in names:
-                if any(item.cut for item in items if item.modality == name):
-                    self._embed_parts(name, [item for item in items if item.modality == name], work, late)
+            for name in items.names():
+                if self._cuts(name):
+                    self._embed_parts(name, items, work, late)
                     continue
-                total = sum(item.modality == name for item in items)
-                done = total - sum(map(len, batches[name]))
+                total = items.counts[name]
+                done, first = total - len(left[name]), 0
                 self.progress(name, done, total)
-                if not batches[name]:
+                if not sizes[name]:
                     continue
                 late.do()  # before the next model is loaded
                 self.embedder.open(name, alone=True)
-                for batch in batches[name]:
-                    good, values = self._values(name, batch, decoded)
-                    done += len(batch)
+                for size in sizes[name]:
+                    good, values = self._values(name, left[name].items(first, size), decoded)
+                    first, done = first + size, done + size
                     self._embed_batch(name, good, values, (done, total), late)
         self.embedder.close()
 
-    def _embed_parts(self, name: str, items: Sequence[Item], work: Processors, late: Late) -> None:
+    def _cuts(self, name: str) -> bool:
+        return self.cuts is not None and name in CUT
+
+    def _left(self, items: Iterator[Item], sizes: array.array[int]) -> Iterator[Item]:
+        """Items of one modality without what is finished; the sizes of their batches, the same whatever that is.
+
+        What a row is to the last bit depends on what is embedded with it.
+        """
+        while batch := list(itertools.islice(items, self.embedder.batch_size)):
+            if left := [item for item in batch if item not in self.journal]:
+                sizes.append(len(left))
+                yield from left
+
+    def _embed_parts(self, name: str, items: Spool, work: Processors, late: Late) -> None:
         """Embeds the parts of recordings of one modality: in batches of a file's own, whichever file is ready."""
         assert self.cuts is not None
-        for item in items:
-            for number in sorted(
-                set(range(max(self.journal.numbers(item), default=0))) - {*self.journal.numbers(item)}
-            ):
-                begin = float(self.cuts.span(number)[0])
+        cuts, reckoning = self.cuts, _Reckoning(items.counts[name])
+        for item in items.of(name):
+            done = self.journal.numbers(item)
+            for number in sorted(set(range(max(done, default=0))).difference(done)):
+                begin = float(cuts.span(number)[0])
                 self.failed(Failure(item.path, f"{begin:g} s: {self.embedder.not_finite()}, in an earlier run"))
-        left = [item for item in items if item not in self.journal]
-        reckoning = _Reckoning(len(items), [self.journal.count(item) for item in items if item in self.journal])
-        reckoning.done += sum(self.journal.count(item) for item in left)
+            reckoning.found(len(done), item in self.journal)
+        left = items.todo(item for item in items.of(name) if item not in self.journal)
         self.progress(name, *reckoning.now())
-        if not left:
+        if not len(left):
             return
         late.do()
         self.embedder.open(name, alone=True)
-        begun = ((item, max(self.journal.numbers(item), default=-1) + 1) for item in left)
-        tasks = [Task(name, item.path, item.data, cuts=replace(self.cuts, first=first)) for item, first in begun]
-        with Streams(work, tasks, min(self.workers, len(tasks)), self.embedder.batch_size) as streams:
+        tasks = (self._from(left.item(number), cuts) for number in range(len(left)))
+        with Streams(work, tasks, min(self.workers, len(left)), self.embedder.batch_size) as streams:
             for ready in streams:
-                item = left[ready.file]
+                item = left.item(ready.file)
                 if isinstance(ready, Batch):
                     parts = ready.parts
                     pieces = [piece_of(item, part.number, part.start, part.end, part.last) for part in parts]
                     reckoning.met(ready.file, len(parts), parts[-1].expected)
                     self._embed_batch(name, pieces, [part.pixels for part in parts], reckoning.now(), late)
-                elif ready.why is not None:
-                    reckoning.ended(ready.file)
-                    self.failed(Failure(item.path, ready.why.reason))
                 else:
                     reckoning.ended(ready.file)
+                    if ready.why is not None:
+                        self.failed(Failure(item.path, ready.why.reason))
         late.do()
         self.progress(name, *reckoning.now())
+
+    def _from(self, item: Item, cuts: Cuts) -> Task:
+        """What is left of a recording."""
+        first = max(self.journal.numbers(item), default=-1) + 1
+        return Task(item.modality, item.path, item.data, cuts=replace(cuts, first=first))
 
     def _embed_batch(
         self, name: str, items: Sequence[Item], values: list[Any], so_far: tuple[int, int], late: Late
@@ -151,13 +188,12 @@ class Run:
             if left := [item for item in batch if item not in self.journal]:
                 yield left
 
-    def means(self, items: Sequence[Item]) -> None:
+    def means(self, items: Spool) -> None:
         """Makes a row of each file of which all parts are finished: their mean, of unit length."""
-        todo = [item for item in items if item.cut and item in self.journal and mean_of(item) not in self.journal]
-        for name in dict.fromkeys(item.modality for item in todo):
-            some = [item for item in todo if item.modality == name]
-            for start in range(0, len(some), _FUSED_AT_ONCE):
-                self._keep_made(some[start : start + _FUSED_AT_ONCE], name)
+        for name in filter(self._cuts, items.names()):
+            todo = (item for item in items.of(name) if item in self.journal and mean_of(item) not in self.journal)
+            while some := list(itertools.islice(todo, _FUSED_AT_ONCE)):
+                self._keep_made(some, name)
 
     def _keep_made(self, items: list[Item], name: str) -> None:
         rows = torch.from_numpy(self.journal.embeddings(items))
