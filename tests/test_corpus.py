@@ -237,3 +237,27 @@ def test_from_the_command_line(models, recordings, tmp_path):
     command = ["embed", str(recordings / "a.wav"), "--model", models[2], "--out", str(tmp_path / "out.parquet")]
     done = CliRunner().invoke(app, [*command, "--segment", "1s", "--hop", "500ms", "--fuse", "segments"])
     assert done.exit_code == 0 and done.stdout.startswith("7 embedded (7 audio), 0 failed"), done.output
+
+
+def test_several_devices_make_the_same_rows(models, recordings, pictures, tmp_path):
+    """Each batch is embedded by one of two processes, which have a thread each, as this one has."""
+    one, two, options = tmp_path / "one.parquet", tmp_path / "two.parquet", {"dtype": "float32", "segment": "1s"}
+    given, calls = [recordings, pictures], []
+    embed_files(given, models, one, batch_size=2, **options)
+
+    def progress(*at):
+        calls.append(at)
+        if len(calls) > 6:
+            raise Stopped(signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        embed_files(given, models, two, batch_size=2, progress=progress, **options)
+    found = embed_files(given, models, two, batch_size=2, device="cpu,cpu", **options)
+    assert found.resumed and not found.failures and same(one, two)
+    (tmp_path / "bad").mkdir()
+    broken = tiny.checkpoint(tmp_path / "bad", "image")
+    next(Path(broken).glob("*.safetensors")).write_bytes(b"no weights")
+    with pytest.raises(RuntimeError, match="CheckpointError"):
+        embed_files(given, [str(broken)], tmp_path / "bad.parquet", device="cpu,cpu", dtype="float32")
+    with pytest.raises(ValueError, match="device: expected auto, cpu, cuda or cuda:N, got 'nothing'"):
+        embed_files(given, models, tmp_path / "no.parquet", device="cpu,nothing")

@@ -85,7 +85,9 @@ def embed(
     precision: Annotated[
         Products | None, typer.Option(help="Of the layers' products: int8 on a CPU, fp8 on a GPU; less exact, faster.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or cuda:N; several as cuda:0,cuda:1, a process each.")
+    ] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad or damaged file.")] = False,
     allow_urls: Annotated[
         bool, typer.Option("--allow-urls", help="Open URLs of files and folders, by fsspec.")

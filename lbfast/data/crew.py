@@ -67,7 +67,7 @@ class Crew:
     """Starts workers, each with a copy of `work` (it is pickled), and ends them all when it is closed."""
 
     def __init__(self, work: Work):
-        self._work, self._context = work, _context()
+        self._work, self._context = work, context()
         self.running: set[multiprocessing.process.BaseProcess] = set()
         self.closing = False
 
@@ -109,7 +109,7 @@ class Crew:
         return f"the worker process ended with status {code}"
 
 
-def _context() -> Any:
+def context() -> Any:
     """Workers are forked from a fresh process that has imported this module, never from one with threads or a GPU.
 
     That process is started by the thread that calls this. Linux knows a parent as a thread: where it is the main one,

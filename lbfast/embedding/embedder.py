@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -133,6 +134,12 @@ class Embedder:
     def dtype(self) -> torch.dtype:
         """Of the weights, in this process."""
         return pick_dtype(self._dtype, self.device)
+
+    def on(self, device: str) -> Embedder:
+        """A copy of it, unopened, that computes on another device in the same dtype."""
+        other = copy.copy(self)
+        other._device, other._dtype = device, str(self.dtype).removeprefix("torch.")
+        return other
 
     @property
     def _strictly(self) -> str | None:

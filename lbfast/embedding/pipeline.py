@@ -15,8 +15,10 @@ from typing import Any
 import pyarrow as pa
 
 import lbfast
+from lbfast.checkpoints import pick_device
 from lbfast.data.decode import default_workers
 from lbfast.data.suffixes import LANGUAGE
+from lbfast.embedding.devices import Devices
 from lbfast.embedding.embedder import BadFileError, Embedder, check_count
 from lbfast.embedding.finished import Finished, read_finished
 from lbfast.embedding.fused import Group, find_groups, folders_of, modalities_of, stem_of
@@ -121,7 +123,7 @@ def embed_files(
         dtype: "float32", "bfloat16", "float16" or "auto": bfloat16 where the device computes in it, else float32 (see
             `lbfast.model.inference.best_dtype`). Embeddings are normalised and written in float32.
         precision: None, or "int8" or "fp8": of the layers' products, as `lbfast.optimize_for_inference` takes it.
-        device: "auto" (a GPU where there is one), or of torch.
+        device: "auto" (a GPU where there is one), or of torch; several as "cuda:0,cuda:1": a process each.
         strict: stop at the first file that cannot be embedded, or is damaged.
         allow_urls: take URLs of files among the inputs, by fsspec, which is then needed.
         overwrite: replace `out`, and throw away rows of an unfinished run with other settings.
@@ -141,12 +143,15 @@ def embed_files(
     if not inputs:
         raise ValueError("inputs: expected at least one file or folder, got none")
     out = _check_out(Path(out))
+    names = device.split(",")
+    for name in names:
+        pick_device(name)
     embedder = Embedder(
         models,
         dtype=dtype,
         precision=precision,
         batch_size=batch_size,
-        device=device,
+        device=names[0],
         dim=dim,
         allow_urls=allow_urls,
         strict=strict,
@@ -219,7 +224,8 @@ def embed_files(
         if workers is None:
             left = (item for item in items if item not in journal and item.modality != LANGUAGE)
             workers = default_workers(sum(1 for _ in itertools.islice(left, _ENOUGH)), embedder.device)
-        run = Run(embedder, journal, workers, failed, progress or (lambda *_: None), cuts)
+        devices = None if len(names) == 1 else closing.enter_context(Devices(embedder, names))
+        run = Run(embedder, journal, workers, failed, progress or (lambda *_: None), cuts, devices)
         run.embed(items)
         if means:
             run.means(items)

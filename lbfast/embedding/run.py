@@ -14,6 +14,7 @@ import torch
 from lbfast.data.decode import Decoder, Processors, Task, Undecodable
 from lbfast.data.streams import Batch, Streams
 from lbfast.data.suffixes import LANGUAGE
+from lbfast.embedding.devices import Devices
 from lbfast.embedding.embedder import Embedder
 from lbfast.embedding.fused import Group, fused_rows
 from lbfast.embedding.items import Failure, Item, mean_of, piece_of
@@ -85,6 +86,7 @@ class Run:
     Attributes:
         cuts: of the items that are cut.
         failed: called with what cannot be embedded.
+        devices: what embeds in the place of `embedder`, which then is not opened.
     """
 
     embedder: Embedder
@@ -93,6 +95,7 @@ class Run:
     failed: Callable[[Failure], None]
     progress: Progress
     cuts: Cuts | None = None
+    devices: Devices | None = None
 
     def embed(self, items: Spool) -> None:
         """Embeds what the journal does not have yet. One model is loaded at a time, and only if it has work."""
@@ -102,7 +105,8 @@ class Run:
         tasks = _Joined([left[name] for name in names if name != LANGUAGE])
         wanted = [size for name in names if name != LANGUAGE for size in sizes[name]]
         work, ahead = self.embedder.processors(), 2 * self.embedder.batch_size + self.workers
-        with Decoder(work, tasks, self.workers, ahead, wanted, self.embedder.device) as decoder, Late() as late:
+        where = self.embedder.device if self.devices is None else "cpu"
+        with Decoder(work, tasks, self.workers, ahead, wanted, where) as decoder, Late() as late:
             decoded = iter(decoder)
             for name in items.names():
                 if self._cuts(name):
@@ -113,12 +117,12 @@ class Run:
                 self.progress(name, done, total)
                 if not sizes[name]:
                     continue
-                late.do()  # before the next model is loaded
-                self.embedder.open(name, alone=True)
+                self._open(name, late)
                 for size in sizes[name]:
                     good, values = self._values(name, left[name].items(first, size), decoded)
                     first, done = first + size, done + size
                     self._embed_batch(name, good, values, (done, total), late)
+                self._end(name, (done, total), late)
         self.embedder.close()
 
     def _cuts(self, name: str) -> bool:
@@ -148,8 +152,7 @@ class Run:
         self.progress(name, *reckoning.now())
         if not len(left):
             return
-        late.do()
-        self.embedder.open(name, alone=True)
+        self._open(name, late)
         tasks = (self._from(left.item(number), cuts) for number in range(len(left)))
         with Streams(work, tasks, min(self.workers, len(left)), self.embedder.batch_size) as streams:
             for ready in streams:
@@ -163,17 +166,37 @@ class Run:
                     reckoning.ended(ready.file)
                     if ready.why is not None:
                         self.failed(Failure(item.path, ready.why.reason))
-        late.do()
-        self.progress(name, *reckoning.now())
+        self._end(name, reckoning.now(), late)
 
     def _from(self, item: Item, cuts: Cuts) -> Task:
         """What is left of a recording."""
         first = max(self.journal.numbers(item), default=-1) + 1
         return Task(item.modality, item.path, item.data, cuts=replace(cuts, first=first))
 
+    def _open(self, name: str, late: Late) -> None:
+        late.do()  # before the next model is loaded
+        if self.devices is None:
+            self.embedder.open(name, alone=True)
+
+    def _end(self, name: str, so_far: tuple[int, int], late: Late) -> None:
+        """After the last batch of a modality."""
+        late.do()
+        if self.devices is not None:
+            self.devices.drain()
+        self.progress(name, *so_far)
+
     def _embed_batch(
         self, name: str, items: Sequence[Item], values: list[Any], so_far: tuple[int, int], late: Late
     ) -> None:
+        if self.devices is not None:
+
+            def keep(rows: torch.Tensor) -> None:
+                self._keep(items, rows, name)
+                self.progress(name, *so_far)
+
+            if items:
+                self.devices.submit(name, values, keep)
+            return
         embeds = self.embedder.embed_values(name, values) if items else torch.empty(0, self.embedder.size)
         late.put(self._keeping(items, embeds, values, (name, *so_far)))
         if not embeds.is_cuda:  # then it is computed
