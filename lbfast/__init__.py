@@ -30,6 +30,7 @@ _WHERE = {
     "fuse": "lbfast.model.fusion",
     "install_as_languagebind": "lbfast.languagebind",
     "register": "lbfast.auto",
+    "search": "lbfast.searching.find",
     "optimize_for_inference": "lbfast.model.inference",
     "CheckpointError": "lbfast.model.checkpoint",
     "MediaError": "lbfast.processing",
@@ -105,6 +106,7 @@ if TYPE_CHECKING:
         LanguageBindThermalTokenizer as LanguageBindThermalTokenizer,
         LanguageBindVideoTokenizer as LanguageBindVideoTokenizer,
     )
+    from lbfast.searching.find import search as search
 
 __all__ = [*_WHERE, "__version__"]
 

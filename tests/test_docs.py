@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- not run: (?P<why>[^\n]+) -->\n)?```(?P<kind>python|bash)\n(?P<text>.*?)```", re.DOTALL)
 DOWNLOADS = "needs a download"
-REASONS = (DOWNLOADS, "needs a GPU", "takes minutes", "it is what runs this")
+OTHERS = "needs a package that is not lbfast's"
+REASONS = (DOWNLOADS, OTHERS, "needs a GPU", "takes minutes", "it is what runs this", "it runs until it is stopped")
 
 
 def blocks(page):

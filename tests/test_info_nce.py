@@ -89,9 +89,14 @@ def pairs(b, d, dtype, align=False):
 @pytest.mark.parametrize("d", WIDTHS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_matches_float64(dtype, d):
-    """In bfloat16 Triton keeps its exponentials for the backward."""
-    for b, s in itertools.product(SIZES, SCALES):
-        check(pairs(b, d, dtype, align=d == 80), s, impls(dtype))
+    """In bfloat16 Triton keeps its exponentials for the backward.
+
+    Interpreted, it takes one scale a size: of any two of size, width and scale it has every pair.
+    """
+    for (i, b), (j, s) in itertools.product(enumerate(SIZES), enumerate(SCALES)):
+        turn = (i + WIDTHS.index(d)) % len(SCALES) == j
+        names = [name for name in impls(dtype) if name != "triton" or turn or DEVICE == "cuda"]
+        check(pairs(b, d, dtype, align=d == 80), s, names)
 
 
 @pytest.mark.skipif("native" not in IMPLS, reason="no native kernels here")

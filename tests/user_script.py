@@ -29,6 +29,7 @@ step = LargeBatchStep(Towers(initial_model("lbfast-mini/image", plan)), micro_ba
 summary = embed_files(["clips"], ["lbfast-mini/video"], "clips.parquet")
 done: int = summary.embedded["video"]
 embedder = lbfast.Embedder(["lbfast-mini/image"], batch_size=4)
+hits = [hit.path for found in lbfast.search("embeddings.parquet", "a cat", top=3) for hit in found.hits]
 width: int = embedder.encode(["a cat"]).shape[1] + embedder({"text": ["a cat"]})["embedding"].shape[1]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lbfast.cli import about, bench, embed, evaluate, mini, profile, train
+from lbfast.cli import about, bench, embed, evaluate, mini, profile, search, serve, train
 from lbfast.cli.app import app
 
-__all__ = ["about", "app", "bench", "embed", "evaluate", "mini", "profile", "train"]
+__all__ = ["about", "app", "bench", "embed", "evaluate", "mini", "profile", "search", "serve", "train"]

@@ -81,7 +81,7 @@ def retrieval(
             "column of paths named after each.",
         ),
     ],
-    data: Annotated[list[str], typer.Option(help="Manifest (path,caption), shards or folder; may be repeated.")],
+    data: Annotated[list[str], typer.Option(help="Manifest (path,caption), shards, folder or URL; may be repeated.")],
     caption: Annotated[
         list[str] | None, typer.Option(help="Column or field with captions; repeated: each is one more caption.")
     ] = None,

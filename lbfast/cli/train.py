@@ -44,7 +44,7 @@ def train(
         str, typer.Option(metavar="DIR_OR_NAME", help="What to start from: LanguageBind of any modality, or CLIP.")
     ],
     data: Annotated[
-        list[str], typer.Option(metavar="PATH", help="Manifest, shards or folder of them. May be given again.")
+        list[str], typer.Option(metavar="PATH", help="Manifest, shards, folder of them, or a URL. May be repeated.")
     ],
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where everything of this run goes. Needed but with --plan.")

@@ -29,6 +29,8 @@ class Work(Protocol):
     def decode(self, task: Any, /) -> Any: ...
 
 
+WITHOUT = "; workers=0 decodes without worker processes"
+
 DONE = "done"
 """What ends the results of a task that has several."""
 
@@ -62,12 +64,22 @@ class Worker:
         self.hand.connection.close()  # the worker reads the end of its input, and ends
         return self._crew.ended(self._process)
 
+    def kill(self) -> None:
+        """Ends it, in the middle of a file if need be."""
+        self._process.kill()
+        self.ended()
+
 
 class Crew:
-    """Starts workers, each with a copy of `work` (it is pickled), and ends them all when it is closed."""
+    """Starts workers, each with a copy of `work` (it is pickled), and ends them all when it is closed.
 
-    def __init__(self, work: Work):
-        self._work, self._context = work, context()
+    Args:
+        how: of `context`; None: the caller's.
+        advice: what to add where none can be started.
+    """
+
+    def __init__(self, work: Work, how: Any = None, advice: str = ""):
+        self._work, self._context, self._advice = work, context() if how is None else how, advice
         self.running: set[multiprocessing.process.BaseProcess] = set()
         self.closing = False
 
@@ -94,7 +106,7 @@ class Crew:
                 ours.close()
                 if self.closing:
                     break
-        raise RuntimeError(f"decoding: {how} before it was ready; workers=0 decodes without worker processes")
+        raise RuntimeError(f"decoding: {how} before it was ready{self._advice}")
 
     def ended(self, process: multiprocessing.process.BaseProcess) -> str:
         """How a process ended, or is now ended."""

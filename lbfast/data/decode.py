@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lbfast.data import tether
-from lbfast.data.crew import Crew, Work, Worker
+from lbfast.data.crew import WITHOUT, Crew, Work, Worker, context
 from lbfast.data.shared import Lease, Pool, as_array
 from lbfast.processing.media import Reading, named
 from lbfast.processing.processor import Processor, transform_dict
@@ -67,9 +67,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Undecodable:
-    """What came of a file that could not be decoded."""
+    """What came of a file that could not be decoded. `lasting`: nor can others be, for their store has failed."""
 
     reason: str
+    lasting: bool = False
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class Decoder:
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Decoder:
-        self._crew = Crew(self._work) if self._workers else None
+        self._crew = Crew(self._work, advice=WITHOUT) if self._workers else None
         for _ in range(self._workers):
             thread = threading.Thread(target=self._serve, name=tether.WORKER, daemon=True)
             self._threads.append(thread)
@@ -298,3 +299,44 @@ class Decoder:
             if batch not in self._leases:
                 self._leases[batch] = self._pool.lease(self._ends[batch] - begin, size)
             return self._leases[batch], number - begin
+
+
+class Helper:
+    """A worker process for tasks that come one by one, each with a time it may take. For one thread at a time.
+
+    The process is started at the first task, and again where it has died or been ended.
+
+    Args:
+        work: what decodes them, a copy of it there (it is pickled).
+        context: of `helpers_context`.
+    """
+
+    def __init__(self, work: Work, context: Any):
+        self._crew = Crew(work, context)
+        self._worker: Worker | None = None
+
+    def decode(self, task: Any, seconds: float) -> Any:
+        """The result of a task; `Undecodable` too where it took longer, or its process died. RuntimeError: no process
+        can be started."""
+        self._worker = self._worker or self._crew.start()
+        hand = self._worker.hand
+        try:
+            hand.give(task, None, 0, set())
+            if not hand.connection.poll(seconds):
+                self.close()
+                return Undecodable(f"{task.path or task.modality}: decoding it took more than {seconds:g} s")
+            return hand.take(None, 0)[0]
+        except (EOFError, OSError):
+            how, self._worker = self._worker.ended(), None
+            return Undecodable(f"{task.path or task.modality}: {how} while decoding it")
+
+    def close(self) -> None:
+        """Ends the process, in the middle of a file if need be."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
+
+
+def helpers_context() -> Any:
+    """How `Helper` starts processes; to be called by the main thread."""
+    return context()

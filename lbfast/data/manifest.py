@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -12,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from lbfast.data.sample import Sample
+from lbfast.data.sample import Remote, Sample
+from lbfast.data.store import beside, local_copy, suffix_of
+from lbfast.processing.media import is_url
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
 _CHUNK = 100_000  # rows that are Python objects at a time
@@ -22,8 +25,8 @@ class Manifest:
     """The rows of a manifest that have a path and at least one caption.
 
     Args:
-        file: .parquet, .jsonl, .csv or .tsv (with a line of column names).
-        path: column with the media's path, relative to the manifest's folder or absolute.
+        file: .parquet, .jsonl, .csv or .tsv (with a line of column names), or the URL of one.
+        path: column with the media's path, relative to the manifest's folder or absolute; of a URL, below its folder.
         captions: columns with captions; each row needs text in at least one. Empty: none are read or needed.
 
     Attributes:
@@ -34,15 +37,16 @@ class Manifest:
     """
 
     def __init__(self, file: str | os.PathLike[str], path: str = "path", captions: Sequence[str] = ("caption",)):
-        self.file, self._path, self._captions = Path(file), path, tuple(captions)
-        if not self.file.is_file():
-            raise FileNotFoundError(2, "manifest: no such file", str(file))
-        if self.file.suffix.lower() not in SUFFIXES:
-            raise ValueError(
-                f"{file}: expected a manifest ({', '.join(SUFFIXES)}), got {self.file.suffix or 'no suffix'}"
-            )
+        self.file, self._path, self._captions = os.fspath(file), path, tuple(captions)
+        self._remote = is_url(self.file)
+        if not self._remote and not os.path.isfile(self.file):
+            raise FileNotFoundError(2, "manifest: no such file", self.file)
+        self._suffix = suffix_of(self.file)
+        if self._suffix not in SUFFIXES:
+            raise ValueError(f"{file}: expected a manifest ({', '.join(SUFFIXES)}), got {self._suffix or 'no suffix'}")
         self.skipped: dict[str, str] = {}
-        self._columns = self._read()
+        with local_copy(self.file) if self._remote else contextlib.nullcontext(Path(self.file)) as here:
+            self._columns = self._read(here)
         total = len(self._columns[path])
         if total == 0:
             raise ValueError(f"{file}: expected rows with columns {', '.join(self._names)}, got an empty manifest")
@@ -59,7 +63,13 @@ class Manifest:
         row = int(self._rows[index])
         path = self._columns[self._path][row].as_py()
         texts = {name: self._columns[name][row].as_py() for name in self._captions}
-        return Sample(path, os.path.join(self.file.parent, path), {k: v for k, v in texts.items() if v})
+        return Sample(path, self.beside(path), {k: v for k, v in texts.items() if v})
+
+    def beside(self, path: str) -> str | Remote:
+        """What a path of a row names: of a manifest at a URL, what lies below that one's folder."""
+        if self._remote:
+            return Remote(beside(self.file, path))
+        return os.path.join(os.path.dirname(self.file), path)
 
     def fingerprint(self) -> str:
         """Changes with the paths and captions of the rows, as they are written, and their order."""
@@ -85,10 +95,10 @@ class Manifest:
                 f"(missing: {', '.join(missing)})"
             )
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self, here: Path) -> dict[str, Any]:
         """Column -> array of strings or nulls. Rows that cannot be read are nulls, and put down in `skipped`."""
-        if self.file.suffix.lower() == ".parquet":
-            return self._read_parquet()
+        if self._suffix == ".parquet":
+            return self._read_parquet(here)
         import pyarrow as pa
 
         chunks: dict[str, list[Any]] = {name: [] for name in self._names}
@@ -100,7 +110,7 @@ class Manifest:
             rows.clear()
 
         try:
-            for row in self._rows_of_json() if self.file.suffix.lower() == ".jsonl" else self._rows_of_csv():
+            for row in self._rows_of_json(here) if self._suffix == ".jsonl" else self._rows_of_csv(here):
                 rows.append(row)
                 if len(rows) == _CHUNK:
                     flush()
@@ -109,13 +119,13 @@ class Manifest:
         flush()
         return {name: pa.chunked_array(c, pa.large_string()).combine_chunks() for name, c in chunks.items()}
 
-    def _read_parquet(self) -> dict[str, Any]:
+    def _read_parquet(self, here: Path) -> dict[str, Any]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
-            self._check_columns(pq.read_schema(self.file).names)
-            table = pq.read_table(self.file, columns=self._names)
+            self._check_columns(pq.read_schema(here).names)
+            table = pq.read_table(here, columns=self._names)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{self.file}: expected a Parquet file, cannot read it: {error}") from error
         columns = {}
@@ -126,9 +136,9 @@ class Manifest:
                 raise ValueError(f"{self.file}: {name}: expected text, got {table[name].type}") from error
         return columns
 
-    def _rows_of_csv(self) -> Iterator[tuple[str | None, ...]]:
-        delimiter = "\t" if self.file.suffix.lower() == ".tsv" else ","
-        with open(self.file, encoding="utf-8-sig", newline="") as file:
+    def _rows_of_csv(self, here: Path) -> Iterator[tuple[str | None, ...]]:
+        delimiter = "\t" if self._suffix == ".tsv" else ","
+        with open(here, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=delimiter)
             header = next(reader, None)
             if header is None:
@@ -144,11 +154,11 @@ class Manifest:
                 else:
                     yield tuple(row[place] for place in places)
 
-    def _rows_of_json(self) -> Iterator[tuple[str | None, ...]]:
+    def _rows_of_json(self, here: Path) -> Iterator[tuple[str | None, ...]]:
         """Values that are no text count as missing."""
         seen: set[str] = set()
         nothing = (None,) * len(self._names)
-        with open(self.file, encoding="utf-8-sig") as file:
+        with open(here, encoding="utf-8-sig") as file:
             for row, line in enumerate(line for line in file if line.strip()):
                 try:
                     fields = json.loads(line)
@@ -183,7 +193,16 @@ class Manifest:
         for row in np.flatnonzero(~(path & text)).tolist():
             if f"{self.file}, row {row + 1}" not in self.skipped:
                 self._skip(row, f"no {self._path}" if not path[row] else f"no caption in {', '.join(self._captions)}")
-        return np.flatnonzero(path & text)
+        rows = np.flatnonzero(path & text)
+        return np.array([row for row in rows.tolist() if self._lies_below(row)], np.int64) if self._remote else rows
+
+    def _lies_below(self, row: int) -> bool:
+        try:
+            self.beside(self._columns[self._path][row].as_py())
+        except ValueError as error:
+            self._skip(row, str(error))
+            return False
+        return True
 
 
 def caption_columns(views: Mapping[str, float] | None) -> tuple[str, ...]:

@@ -18,7 +18,9 @@ from lbfast.data.manifest import SUFFIXES, Manifest, caption_columns
 from lbfast.data.sample import DEFAULT_VIEWS, Sample, Source, as_file, candidates
 from lbfast.data.shards import Shard, expand_braces
 from lbfast.data.shared import as_array
+from lbfast.data.store import StoreError, listing, suffix_of
 from lbfast.data.suffixes import suffixes_of
+from lbfast.processing.media import is_url
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Reader:
             with as_file(task.sample.media) as file:
                 pixels = self._processor([file], raw=self._raw)["pixel_values"][0]
             return Read(task.path, as_array(pixels.to(self._dtype)), caption)
+        except StoreError as error:
+            return Undecodable(str(error), lasting=True)
         except OSError as error:
             return Undecodable(f"{error.filename or task.path}: {error.strerror or error}")
         except ValueError as error:
@@ -120,7 +124,7 @@ def open_sources(
             opened.append(item)
             continue
         for file in find_files(item):
-            if file.suffix.lower() == ".tar" or file.suffix.lower() not in SUFFIXES:
+            if suffix_of(os.fspath(file)) not in SUFFIXES:
                 opened.append(Shard(file, suffixes, need_captions, split))
             else:
                 opened.append(Manifest(file, media or "path", columns))
@@ -129,14 +133,20 @@ def open_sources(
     return opened
 
 
-def find_files(given: str | os.PathLike[str]) -> list[Path]:
-    """The manifests or shards that a path stands for: itself, those its braces name, or those a folder holds."""
+def find_files(given: str | os.PathLike[str]) -> list[str]:
+    """The manifests or shards that a path stands for: itself, those its braces name, or those a folder holds.
+
+    A URL that ends in a slash is a folder's.
+    """
     name = os.fspath(given)
-    if not os.path.isdir(name):
-        return [Path(one) for one in ([name] if os.path.exists(name) else expand_braces(name))]
-    files = sorted(file for file in Path(name).iterdir() if file.is_file() and not file.name.startswith("."))
-    shards = [file for file in files if file.suffix.lower() == ".tar"]
-    found = shards or [file for file in files if file.suffix.lower() in SUFFIXES]
+    if is_url(name) and name.endswith("/"):
+        files = listing(name)
+    elif not os.path.isdir(name):
+        return [name] if os.path.exists(name) else expand_braces(name)
+    else:
+        files = sorted(str(file) for file in Path(name).iterdir() if file.is_file() and not file.name.startswith("."))
+    shards = [file for file in files if suffix_of(file) == ".tar"]
+    found = shards or [file for file in files if suffix_of(file) in SUFFIXES]
     if not found:
         raise ValueError(f"{name}: expected a folder with shards (.tar) or manifests ({', '.join(SUFFIXES)}), got none")
     return found

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, BinaryIO, Protocol
 
+from lbfast.data.store import Object, local_copy
 from lbfast.processing.media import MediaError, named
 
 DEFAULT_VIEWS = ("txt", "caption", "text")
@@ -22,22 +23,27 @@ DEFAULT_VIEWS = ("txt", "caption", "text")
 class Member:
     """A file inside an uncompressed tar: `size` bytes from `offset` on."""
 
-    tar: str
+    tar: str | Object
     name: str
     offset: int
     size: int
 
     def __fspath__(self) -> str:
-        return f"{self.tar}/{self.name}"
+        return f"{os.fspath(self.tar)}/{self.name}"
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[BinaryIO]:
-        """Its bytes as a file, of which no more is in memory than is read."""
+        """Its bytes as a file, of which no more is in memory than is read where the tar is a file."""
+        if isinstance(self.tar, Object):
+            yield io.BytesIO(self.read())
+            return
         with open(self.tar, "rb") as file:
             yield io.BufferedReader(_Window(file, self))  # type: ignore[type-var]
 
     def read(self) -> bytes:
         """Its bytes. MediaError where the tar has become shorter than it was."""
+        if isinstance(self.tar, Object):
+            return self.tar.read(self.offset, self.size)
         with open(self.tar, "rb") as file:
             file.seek(self.offset)
             data = file.read(self.size)
@@ -75,18 +81,28 @@ class _Window(io.RawIOBase):
 
 
 @dataclass(frozen=True)
+class Remote:
+    """A file at a URL."""
+
+    url: str
+
+    def __fspath__(self) -> str:
+        return self.url
+
+
+@dataclass(frozen=True)
 class Sample:
     """One item and what may be said of it.
 
     Attributes:
         path: what it is called in messages, and its key: the file as the manifest has it, or tar/basename.
-        media: a file, or a member of a tar.
+        media: a file, one at a URL, or a member of a tar.
         texts: captions by view (a manifest's columns).
         members: of a tar, whose text (txt) or fields (json) are captions.
     """
 
     path: str
-    media: str | Member
+    media: str | Remote | Member
     texts: Mapping[str, str] = field(default_factory=dict)
     members: tuple[Member, ...] = ()
 
@@ -134,10 +150,14 @@ def candidates(captions: Mapping[str, str], views: Mapping[str, float] | None) -
 
 
 @contextlib.contextmanager
-def as_file(media: str | Member) -> Iterator[str]:
-    """The name of a file that holds the media; a member of a tar is copied to a temporary one."""
+def as_file(media: str | Remote | Member) -> Iterator[str]:
+    """The name of a file that holds the media; what is none by itself is copied to a temporary one."""
     if isinstance(media, str):
         yield media
+        return
+    if isinstance(media, Remote):
+        with local_copy(media.url) as copy, named(media):
+            yield str(copy)
         return
     data = media.read()
     with tempfile.NamedTemporaryFile(prefix="lbfast-", suffix=PurePath(media.name).suffix) as file:

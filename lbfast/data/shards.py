@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from lbfast.data.sample import Member, Sample
+from lbfast.data.store import Object, look
 from lbfast.data.tar import BrokenTarError, members
+from lbfast.processing.media import is_url
 
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -31,7 +34,7 @@ class Shard:
     reads them all. A tar that breaks off, or has a broken header, gives the samples that are whole before it.
 
     Args:
-        file: an uncompressed tar.
+        file: an uncompressed tar, or the URL of one.
         suffixes: of the media that are wanted, such as (".jpg", ".png"), in order of preference where a sample has
             several.
         captions: whether samples need a txt or json.
@@ -50,9 +53,15 @@ class Shard:
         if split not in ("first", "last"):
             raise ValueError(f"split: expected 'first' or 'last', got {split!r}")
         self.file = os.fspath(file)
-        if not os.path.isfile(self.file):
+        self._tar: str | Object = self.file
+        if is_url(self.file):
+            self._tar = look(self.file)
+            head = self._tar.read(0, min(8, self._tar.size))
+        elif not os.path.isfile(self.file):
             raise FileNotFoundError(2, "shard: no such file", self.file)
-        if name := compression_of(self.file):
+        else:
+            head = head_of(self.file)
+        if name := compressed_with(head):
             raise ValueError(
                 f"{self.file}: expected an uncompressed tar, got one compressed with {name}; decompress it first: "
                 "samples are read by their offset"
@@ -69,7 +78,7 @@ class Shard:
 
         def member(part: np.ndarray) -> Member:
             number, offset, size = part.tolist()
-            return Member(self.file, f"{key}.{self._suffixes[number]}", offset, size)
+            return Member(self._tar, f"{key}.{self._suffixes[number]}", offset, size)
 
         texts = tuple(member(part) for part in parts[1:] if part[0] >= 0)
         return Sample(f"{self.file}/{key}", member(parts[0]), members=texts)
@@ -124,7 +133,7 @@ class Shard:
         """(name, offset, size) of the members that are whole; hidden ones are passed over, links put down if wanted."""
         others: dict[str, str] = {}
         try:
-            for name, offset, size in members(self.file, others):
+            for name, offset, size in self._listed(others):
                 if not name.rpartition("/")[2].startswith("."):
                     yield name, offset, size
         except BrokenTarError as error:
@@ -134,11 +143,32 @@ class Shard:
             if _last(name.rpartition("/")[2]) in last:
                 self.skipped[f"{self.file}/{name}"] = f"{kind}, which holds no data that is read here"
 
+    def _listed(self, others: dict[str, str]) -> Iterator[tuple[str, int, int]]:
+        """`tar.members` of the file; those at a URL are kept, so that the headers need not come again."""
+        if not isinstance(self._tar, Object):
+            yield from members(self.file, others)
+            return
+        kept = self._tar.cached("members")
+        if kept is not None:
+            found, links = json.loads(kept)
+            others.update(links)
+            yield from found
+            return
+        found = []
+        for member in members(self.file, others, self._tar.ranges()):
+            found.append(member)
+            yield member
+        self._tar.keep("members", json.dumps([found, others]).encode())
 
-def compression_of(file: str | os.PathLike[str]) -> str | None:
-    """What a file is compressed with, by its first bytes; None: it is not."""
+
+def head_of(file: str | os.PathLike[str]) -> bytes:
+    """The first bytes of a file."""
     with open(file, "rb") as opened:
-        head = opened.read(8)
+        return opened.read(8)
+
+
+def compressed_with(head: bytes) -> str | None:
+    """What a file is compressed with, by its first bytes; None: it is not."""
     return next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
 
 

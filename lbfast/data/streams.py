@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from lbfast.data import tether
-from lbfast.data.crew import DONE, Crew, Work, Worker
+from lbfast.data.crew import DONE, WITHOUT, Crew, Work, Worker
 from lbfast.data.decode import Part, Task, Undecodable
 from lbfast.processing.threads import one_thread
 
@@ -58,7 +58,7 @@ class Streams:
 
     def __enter__(self) -> Streams:
         if self._workers:
-            self._crew = Crew(self._work)
+            self._crew = Crew(self._work, advice=WITHOUT)
         for _ in range(self._workers):
             thread = threading.Thread(target=self._serve, args=(self._crew,), name=tether.WORKER, daemon=True)
             self._threads.append(thread)

@@ -5,8 +5,10 @@ The standard library's reader takes four times as long for each member, and ends
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
+from io import BufferedIOBase
 from typing import BinaryIO
 
 _BLOCK = 512
@@ -20,16 +22,18 @@ class BrokenTarError(ValueError):
     """A tar ends too early, or holds something else than a header where one should be: the message says where."""
 
 
-def members(path: str | os.PathLike[str], others: dict[str, str] | None = None) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of each regular file that is whole, in the tar's order.
+def members(
+    path: str | os.PathLike[str], others: dict[str, str] | None = None, opened: BinaryIO | BufferedIOBase | None = None
+) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of each regular file that is whole, in the tar's order. `opened`: the tar, where it is open.
 
     What stands for a file but does not hold its bytes is put into `others`: name -> "a hard link" and the like.
 
     Raises, after the last whole one:
         BrokenTarError: truncated, broken, or no tar at all.
     """
-    length = os.path.getsize(path)
-    with open(path, "rb") as file:
+    with open(path, "rb") if opened is None else contextlib.nullcontext(opened) as file:
+        length = file.seek(0, os.SEEK_END)
         at, last = 0, "from the beginning"
         name: str | None = None  # from a long-name or extended header, for the next member
         extended_size: int | None = None
@@ -87,7 +91,7 @@ def _name(block: bytes) -> str:
     return name.split(b"\0")[0].decode("utf-8", "backslashreplace")
 
 
-def _text(file: BinaryIO, size: int, last: str) -> bytes:
+def _text(file: BinaryIO | BufferedIOBase, size: int, last: str) -> bytes:
     if size > _TEXT_LIMIT:
         raise BrokenTarError(f"broken {last}: a name of {size} bytes")
     return file.read(size)

@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 
 from lbfast.data.manifest import SUFFIXES as TABLES
 from lbfast.data.sample import Member
-from lbfast.data.shards import compression_of
+from lbfast.data.shards import compressed_with, head_of
 from lbfast.data.tar import BrokenTarError, members
-from lbfast.processing.media import MediaError
+from lbfast.processing.media import MediaError, reason, url_system
 
 PATH = "path"
 """The column of a table that is read where none is named and none holds files."""
@@ -259,7 +259,7 @@ def tar_files(tar: str, broken: dict[str, str]) -> Iterator[Member]:
 
     ValueError: it is compressed.
     """
-    if how := compression_of(tar):
+    if how := compressed_with(head_of(tar)):
         raise ValueError(f"expected an uncompressed tar, got one compressed with {how}; decompress it first")
     try:
         for name, offset, size in members(tar):
@@ -276,10 +276,8 @@ def lists_files(url: str) -> bool:
 
 def url_files(url: str) -> list[str]:
     """The files that a URL lists: all of a folder, or those that fit its wildcards. OSError: it cannot be reached."""
-    import fsspec.core
-
     try:
-        system, path = fsspec.core.url_to_fs(url)
+        system, path = url_system(url)
         if "*" in path:
             found = [name for name, info in system.glob(path, detail=True).items() if info.get("type") != "directory"]
         else:
@@ -288,8 +286,7 @@ def url_files(url: str) -> list[str]:
     except ImportError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise OSError(f"a URL that cannot be listed ({reason})") from error
+        raise OSError(f"a URL that cannot be listed ({reason(error)})") from error
 
 
 def _hidden(name: str, folder: str) -> bool:

@@ -13,6 +13,7 @@ from lbfast.checkpoints import Checkpoint, checked_dim, open_checkpoints, pick_d
 from lbfast.data.decode import Decoder, Undecodable
 from lbfast.data.reader import Draw, Reader
 from lbfast.data.sample import Sample
+from lbfast.data.store import StoreError
 from lbfast.embeds import media_features, text_features, unit, usable
 
 Progress = Callable[[str, int, int], None]
@@ -107,6 +108,8 @@ class Encoder:
                     if not isinstance(result, Undecodable):
                         good.append(number)
                         pixels.append(result.pixels)
+                    elif result.lasting:
+                        raise StoreError(result.reason)
                     elif on_skip is not None:
                         on_skip(samples[number].path, result.reason)
                 if good:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,14 +117,14 @@ def pair_files(
         raise ValueError(f"modalities: expected two, got {', '.join(modalities) or 'none'}")
     manifest = Manifest(data, path=modalities[0], captions=(modalities[1],))
     skipped = dict(manifest.skipped)
-    links: list[tuple[str, str]] = []
+    links: list[tuple[Any, Any]] = []
     for index in range(len(manifest)):
         sample = manifest[index]
-        links.append((str(sample.media), os.path.join(Path(data).parent, sample.texts[modalities[1]])))
+        links.append((sample.media, manifest.beside(sample.texts[modalities[1]])))
     embeds: list[torch.Tensor] = []
     places: list[dict[Hashable, int]] = []
     for side, modality in enumerate(modalities):
-        items: dict[Hashable, Sample] = {link[side]: Sample(link[side], link[side]) for link in links}
+        items: dict[Hashable, Sample] = {link[side]: Sample(os.fspath(link[side]), link[side]) for link in links}
         rows, place = _embed(open_encoder(modality), items, skipped)
         embeds.append(rows)
         places.append(place)

@@ -15,6 +15,7 @@ from lbfast.evaluation.encoder import Encoder
 from lbfast.evaluation.prompts import check_templates, templates_for
 from lbfast.evaluation.ranking import Ranking, ranks, summarise
 from lbfast.evaluation.report import Report, nothing_left
+from lbfast.processing.media import is_url
 
 
 def class_embeddings(texts: torch.Tensor) -> torch.Tensor:
@@ -79,11 +80,11 @@ def classify_files(
 
 def find_labelled(data: str | os.PathLike[str], modality: str) -> tuple[list[Sample], list[str], dict[str, str]]:
     """The samples, their labels, and rows that are none with the reason."""
-    folder = Path(data)
-    if not folder.exists():
+    folder, remote = Path(data), is_url(os.fspath(data))
+    if not remote and not folder.exists():
         raise FileNotFoundError(2, "data: no such folder or manifest", str(data))
-    if not folder.is_dir():
-        manifest = Manifest(folder, captions=("label",))
+    if remote or not folder.is_dir():
+        manifest = Manifest(data, captions=("label",))
         samples = [manifest[i] for i in range(len(manifest))]
         if not samples:
             raise ValueError(f"{data}: expected rows with path and label, got none")

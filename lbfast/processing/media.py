@@ -120,14 +120,19 @@ def url_stamp(url: str) -> str:
 
     Raises OSError where it cannot be reached. ImportError: fsspec, or a package of the protocol, is not installed.
     """
-    fsspec = _fsspec()
     try:
-        system, path = fsspec.core.url_to_fs(url)
+        system, path = url_system(url)
         return str(system.ukey(path))
     except ImportError:
         raise
     except Exception as error:
-        raise OSError(f"a URL that cannot be opened ({_reason(error)})") from error
+        raise OSError(f"a URL that cannot be opened ({reason(error)})") from error
+
+
+def url_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and what the file is called there. ImportError: as `url_stamp`."""
+    system, path = _fsspec().core.url_to_fs(url)
+    return system, path
 
 
 def _fsspec() -> Any:
@@ -212,7 +217,7 @@ class Source:
         except MediaError:
             raise
         except Exception as error:
-            raise self.error(f"that cannot be decoded ({_reason(error)})") from error
+            raise self.error(f"that cannot be decoded ({reason(error)})") from error
 
     def check_complete(self) -> None:
         """Raises MediaError where a RIFF (WAV, AVI), AIFF or Matroska header promises more bytes than there are.
@@ -253,7 +258,7 @@ class Source:
         except ImportError:  # of the protocol's own package, which the message names
             raise
         except Exception as error:
-            raise MediaError(self.name, self.expected, f"a URL that cannot be opened ({_reason(error)})") from error
+            raise MediaError(self.name, self.expected, f"a URL that cannot be opened ({reason(error)})") from error
         return self._seekable(opened)
 
     def _seekable(self, item: Any) -> IO[bytes]:
@@ -286,7 +291,7 @@ class Source:
         except MediaError:
             raise
         except Exception as error:
-            raise MediaError(self.name, self.expected, f"a file that cannot be read ({_reason(error)})") from error
+            raise MediaError(self.name, self.expected, f"a file that cannot be read ({reason(error)})") from error
 
 
 _UNKNOWN_SIZES = ((0x7FFFF000, 0x80000100), (0xFFFFFF00, 0xFFFFFFFF))  # RIFF's, with up to a header added or taken off
@@ -301,7 +306,7 @@ def _guess(head: bytes) -> str:
     return "unrecognised data"
 
 
-def _reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """A library's message in one printable line of bounded length, with the kind of error where that says more."""
     kind = "" if isinstance(error, OSError | ValueError | SyntaxError) else type(error).__name__
     text = "".join(c if c.isprintable() else " " for c in str(error)[: 4 * _REASON])

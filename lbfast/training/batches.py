@@ -21,6 +21,7 @@ from lbfast.data.reader import Draw, Read, Reader, check_views, open_sources
 from lbfast.data.sample import Sample, Source
 from lbfast.data.shards import Shard
 from lbfast.data.shared import stacked
+from lbfast.data.store import StoreError
 
 _TOLD = 20  # rows that sources leave out, each with a message of its own
 _ENOUGH = 1000  # samples that are bad without one that is good: something else is wrong than the samples
@@ -62,7 +63,7 @@ class Batches:
 
     Args:
         sources: manifests (.parquet, .jsonl, .csv, .tsv), shards (.tar; braces as in "shard-{000..127}.tar"), folders
-            of either, or sequences of `Sample`; one or a list.
+            of either, URLs of these (see `lbfast.data.store`), or sequences of `Sample`; one or a list.
         processor: of the modality; it is copied, and the copy set to `training`.
         tokenizer: for the captions.
         batch_size: rows of a global step, those of all ranks.
@@ -89,7 +90,7 @@ class Batches:
 
     Raises:
         FileNotFoundError, ValueError: a source is not there, cannot be read or is empty; batch_size is larger than the
-        data; no sample that was tried could be read (while iterating).
+        data; no sample that was tried could be read (while iterating). StoreError: a store of URLs has failed.
     """
 
     def __init__(
@@ -214,6 +215,8 @@ class Batches:
         captions: list[str] = []
         for number, result in results:
             self._tried += 1
+            if isinstance(result, Undecodable) and result.lasting:
+                raise StoreError(result.reason)
             if isinstance(result, Read):
                 if not rows or result.pixels.shape == rows[0].shape:
                     rows.append(result.pixels)

@@ -16,11 +16,13 @@ import torch.distributed as dist
 from lbfast.checkpoints import pick_dtype, ready
 from lbfast.data.manifest import SUFFIXES, Manifest, caption_columns
 from lbfast.data.sample import Sample
+from lbfast.data.store import suffix_of
 from lbfast.evaluation.encoder import Encoder
 from lbfast.evaluation.report import Report
 from lbfast.evaluation.retrieval import retrieve_files
 from lbfast.evaluation.zero_shot import classify_files
 from lbfast.model.languagebind import LanguageBindModel, model_dict
+from lbfast.processing.media import is_url
 from lbfast.processing.processor import transform_dict
 from lbfast.training.engine import Place, full
 from lbfast.training.recipes import Recipe
@@ -141,19 +143,19 @@ def task_of(
     """
     if not data:
         raise ValueError("eval: expected data, got none")
-    path = Path(data[0])
+    path, remote = Path(data[0]), is_url(data[0])
     if len(data) > 1:
         return "retrieval"
-    if path.is_dir():
+    if not remote and path.is_dir():
         files = [file.suffix.lower() for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]
         return "retrieval" if {".tar", *SUFFIXES} & set(files) else "zero-shot"
-    if path.suffix.lower() in SUFFIXES and path.is_file():
+    if suffix_of(data[0]) in SUFFIXES and (remote or path.is_file()):
         try:
-            Manifest(path, media or "path", caption_columns(captions))
+            Manifest(data[0], media or "path", caption_columns(captions))
         except ValueError:
             if captions is not None or media is not None:
                 raise
-            Manifest(path, captions=("label",))
+            Manifest(data[0], captions=("label",))
             return "zero-shot"
     return "retrieval"
 

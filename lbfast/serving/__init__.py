@@ -1,0 +1,1 @@
+"""`lbfast serve`: embeddings over HTTP. What it needs besides comes with the extra `serve`."""

@@ -1,0 +1,292 @@
+"""Search against brute force; tables of others, hostile ones too; the page; what the docs have of other tools."""
+
+from __future__ import annotations
+
+import html.parser
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from typer.testing import CliRunner
+
+import lbfast
+from lbfast.cli import app
+from lbfast.embedding import Embedder, embed_files
+from lbfast.searching import table as tables
+from lbfast.searching.find import Found, Hit, nearest, search
+from lbfast.searching.page import caption_of, page, thumbnail
+from lbfast.searching.table import Table, models_of
+from tests import tiny
+from tests.test_docs import OTHERS as NEEDS_OTHERS, blocks
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write(where: Path, rows, kind=None, group: int = 7, **columns) -> Path:
+    """A table of these embeddings; None is null."""
+    kind = kind or pa.list_(pa.float32(), len(next(row for row in rows if row is not None)))
+    made = {"id": [f"image:{i}.jpg" for i in range(len(rows))], "modality": ["image"] * len(rows), **columns}
+    made = {name: values for name, values in made.items() if values is not None}
+    pq.write_table(pa.table({**made, "embedding": pa.array(rows, kind)}), where, row_group_size=group)
+    return where
+
+
+def brute(rows, query, top: int) -> list[int]:
+    """Sorted as a whole, in float64, equal ones by number."""
+    rows = np.array([[np.nan] * len(query) if row is None else row for row in rows], dtype=np.float64)
+    lengths = np.linalg.norm(rows, axis=1)
+    with np.errstate(all="ignore"):
+        scores = rows @ np.asarray(query, dtype=np.float64) / lengths
+    fine = np.flatnonzero(np.isfinite(scores) & (lengths > 0))
+    return sorted(fine.tolist(), key=lambda i: (-round(scores[i], 9), i))[:top]
+
+
+numbers = st.integers(-3, 3)
+some_rows = st.lists(
+    st.one_of(st.none(), st.tuples(numbers, numbers), st.just((float("nan"), 1))), min_size=1, max_size=40
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(some_rows, st.lists(st.tuples(numbers, numbers).filter(any), min_size=1, max_size=3), st.integers(1, 9))
+def test_what_is_found_is_what_sorting_finds(tmp_path, rows, queries, top):
+    """Small whole numbers: ties everywhere, zeros, NaN and nulls; blocks and groups of a few rows."""
+    where = write(tmp_path / "a.parquet", rows, pa.list_(pa.float32(), 2), group=5)
+    found = nearest(Table(where), np.array(queries, dtype=np.float32), top)
+    for query, score, number in zip(queries, *found):
+        length = np.linalg.norm(query)
+        want = brute(rows, np.array(query) / length, top)
+        # cosines that are equal may differ in the last bit of float32: they are then in either order
+        cosines = [np.dot(rows[i], query) / np.linalg.norm(rows[i]) / length for i in want]
+        np.testing.assert_allclose(score, cosines, atol=1e-6)
+        assert all(rows[i] is not None and np.any(rows[i]) for i in number)
+        assert len(set(number)) == len(number) == len(want)
+        exact = [i for i in number if tuple(rows[i]) == tuple(rows[number[0]])]
+        assert exact == sorted(exact), "of equal rows the first comes first"
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32(), 24), pa.list_(pa.float64()), pa.large_list(pa.float16())])
+def test_many_rows_in_several_files(tmp_path, kind, monkeypatch):
+    """Blocks smaller than groups of rows, and groups of several blocks; a folder is one table."""
+    monkeypatch.setattr(tables, "ROWS", 50)
+    monkeypatch.setattr(tables, "_WHOLE", 11_000)  # a whole group of rows is more, the rest of a file less
+    draw = np.random.default_rng(0)
+    rows = draw.standard_normal((700, 24)).astype(np.float16)
+    rows[[3, 333, 699]] = rows[0]
+    modality = ["image"] * 300 + ["video"] * 400
+    (tmp_path / "parts").mkdir()
+    for number, (first, end) in enumerate([(0, 220), (220, 221), (221, 700)]):
+        part = [*rows[first:end].astype(np.float32 if kind.value_type != pa.float16() else np.float16)]
+        path = tmp_path / "parts" / f"{number}.parquet"
+        names = [f"{i}.jpg" for i in range(first, end)]
+        write(path, part, kind, group=120, modality=modality[first:end], path=names)
+    query = rows[0].astype(np.float32)[None] * 3
+    hits = search(tmp_path / "parts", query, top=12)[0].hits
+    assert [hit.row for hit in hits] == brute(rows, query[0], 12)
+    assert [hit.row for hit in hits[:4]] == [0, 3, 333, 699] and hits[2].path == "333.jpg"
+    np.testing.assert_allclose([hit.score for hit in hits[:4]], 1, atol=1e-6)
+    clips = search(tmp_path / "parts", query, top=800, modality="video")[0].hits
+    assert [hit.row for hit in clips] == [300 + i for i in brute(rows[300:], query[0], 800)]
+    assert {hit.modality for hit in clips} == {"video"} and len(clips) == 400
+    assert search(tmp_path / "parts", query, modality="audio")[0].hits == []
+
+
+def test_no_rows(tmp_path):
+    where = write(tmp_path / "none.parquet", [], pa.list_(pa.float32(), 3))
+    assert search(where, np.ones((2, 3)))[1].hits == []
+    where = write(tmp_path / "nulls.parquet", [None, None], pa.list_(pa.float32(), 3))
+    assert search(where, np.ones((1, 3)))[0].hits == []
+
+
+def test_tables_that_are_none(tmp_path):
+    (tmp_path / "text.parquet").write_text("PAR1 and no more")
+    (tmp_path / "folder").mkdir()
+    whole = write(tmp_path / "whole.parquet", [[1.0, 0.0]] * 4000).read_bytes()
+    (tmp_path / "torn.parquet").write_bytes(whole[:-20])
+    damaged = bytearray(whole)
+    damaged[4:2000] = bytes(1996)
+    (tmp_path / "damaged.parquet").write_bytes(damaged)
+    pq.write_table(pa.table({"id": ["a"]}), tmp_path / "other.parquet")
+    pq.write_table(pa.table({"embedding": ["a"]}), tmp_path / "strings.parquet")
+    pq.write_table(pa.table({"embedding": [[1, 2]]}), tmp_path / "whole_numbers.parquet")
+    pq.write_table(pa.table({"embedding": [[1.0, 2.0], [1.0]]}), tmp_path / "ragged.parquet")
+    write(tmp_path / "bare.parquet", [[1.0, 0.0]], modality=None)
+    for name, error in [
+        ("nothing.parquet", "no such file or folder"),
+        ("folder", "expected a folder with Parquet files, got none"),
+        ("text.parquet", r"text.parquet: expected a Parquet file, got "),
+        ("torn.parquet", r"torn.parquet: expected a Parquet file, got "),
+        ("damaged.parquet", r"damaged.parquet: expected a Parquet file that can be read, got "),
+        ("other.parquet", "expected one column embedding, got the columns id"),
+        ("strings.parquet", "embedding: expected lists of floats, got string"),
+        ("whole_numbers.parquet", "embedding: expected lists of floats, got list<"),
+        ("ragged.parquet", "embedding: expected lists of 2 numbers, got of "),
+    ]:
+        with pytest.raises((ValueError, FileNotFoundError), match=error):
+            search(tmp_path / name, np.ones((1, 2)))
+    with pytest.raises(ValueError, match="expected embeddings of 3 numbers, as the queries', got 2"):
+        search(tmp_path / "whole.parquet", np.ones((1, 3)))
+    with pytest.raises(ValueError, match="expected a column modality to choose video by, got none"):
+        search(tmp_path / "bare.parquet", np.ones((1, 2)), modality="video")
+    assert search(tmp_path / "bare.parquet", np.ones((1, 2)))[0].hits[0].modality == ""
+    for queries, error in [
+        ([], "queries: expected at least one, got none"),
+        (np.ones(2), r"queries: expected finite embeddings \(q, E\), got shape \(2,\)"),
+        (np.full((1, 2), np.nan), "queries: expected finite embeddings"),
+        ("a cat", "models: expected some, for .* does not say which have made it"),
+    ]:
+        with pytest.raises(ValueError, match=error):
+            search(tmp_path / "whole.parquet", queries)
+    with pytest.raises(ValueError, match="top: expected a whole number from 1"):
+        search(tmp_path / "whole.parquet", np.ones((1, 2)), top=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run of two modalities and captions, with names that mean something to a terminal and a browser."""
+    pytest.importorskip("av")
+    folder = tmp_path_factory.mktemp("search")
+    models = [tiny.checkpoint(folder / "models", name) for name in ("image", "audio", "video")]
+    for i in range(3):
+        tiny.picture(folder / "files" / f"[red]<img src=x onerror=alert({i})>{i}.jpg", seed=i)
+        tiny.sound(folder / "files" / f"{i}.wav", seed=i)
+    tiny.clip(folder / "files" / "clip.mp4")
+    (folder / "files" / "words.txt").write_text("a cat\n\n<script>alert(1)</script>\n")
+    embed_files([folder / "files"], models, folder / "out.parquet", dtype="float32")
+    return folder
+
+
+def test_queries_of_every_kind(folder):
+    embedder = Embedder([folder / "models" / name for name in ("image", "audio", "video")], dtype="float32")
+    sound, clip = folder / "files" / "1.wav", folder / "files" / "clip.mp4"
+    found = lbfast.search(folder / "out.parquet", ["a cat", sound, clip], top=3)
+    assert [each.query for each in found] == ["a cat", sound, clip]
+    assert found[0].hits[0].id.endswith("words.txt#1") and found[1].hits[0].path == str(sound)
+    assert found[2].hits[0].path == str(clip)
+    for each in found:
+        assert each.hits[0].score == pytest.approx(1, abs=1e-5) and len(each.hits) == 3
+    again = lbfast.search(folder / "out.parquet", "a cat", models=embedder, modality="language")
+    assert [hit.modality for hit in again[0].hits] == ["language"] * 2
+    with pytest.raises(ValueError, match=r"items\[0\]: .*no such file"):
+        lbfast.search(folder / "out.parquet", folder / "nothing.wav")
+
+
+def test_the_models_of_a_table(folder, tmp_path):
+    """Its text's last; a file that was made by another model than is there now is a warning."""
+    table = Table(folder / "out.parquet")
+    assert [Path(name).name for name in models_of(table.settings)] == ["audio", "image", "video"]
+    for other in ({}, {"models": 3}, {"models": {"image": 3}}, {"models": {}, "language": []}):
+        assert models_of(other) == []
+    where = tiny.checkpoint(tmp_path, "image")
+    embed_files([tiny.picture(tmp_path / "a.jpg")], [where], tmp_path / "o.parquet")
+    tiny.checkpoint(tmp_path, "image", seed=1)
+    with pytest.warns(UserWarning, match="its files have another size, time or configuration"):
+        search(tmp_path / "o.parquet", "a cat")
+
+
+class Seen(html.parser.HTMLParser):
+    """The tags and attributes of a page, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_shows_what_it_is_given_and_does_not_obey_it(folder):
+    found = search(folder / "out.parquet", ["<b>a</b>", folder / "files" / "0.wav"], top=20)
+    odd = [
+        Hit(0.5, 7, "image:x", "image", "http://a.b/c.jpg"),
+        Hit(0.4, 8, "image:y", "image", "/etc/passwd"),
+        Hit(0.3, 9, "video:z", "video", str(folder / "files" / "clip.mp4"), "m", 0.1, 0.3),
+        Hit(0.2, 10),
+        Hit(0.1, 11, "language:/proc/self/environ#1", "language", "/proc/self/environ"),
+    ]
+    seen = Seen(page([*found, Found(3, odd), Found("nobody", [])], "<i>table</i>"))
+    known = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "section", "span", "q", "ol", "li"}
+    assert {tag for tag, _ in seen.tags} <= known | {"figure", "div", "img", "figcaption", "b", "br"}
+    images = [attrs["src"] for tag, attrs in seen.tags if tag == "img"]
+    assert len(images) == 2 * 7 + 1 + 1 and all(source.startswith("data:image/jpeg;base64,") for source in images)
+    assert not any(name.startswith("on") or name == "href" for _, attrs in seen.tags for name in attrs)
+    for text in ("<b>a</b>", "<script>alert(1)</script>", "onerror=alert(2)", "<i>table</i>", "0.1-0.3 s", "row 10"):
+        assert text in seen.text
+    assert seen.text.count("not to be seen here") == 3 and "nothing found" in seen.text
+
+
+def test_thumbnails(folder, tmp_path):
+    files = folder / "files"
+    for modality, path in [("video", files / "clip.mp4"), ("audio", files / "0.wav"), ("depth", tmp_path / "d.png")]:
+        if modality == "depth":
+            tiny.depth_map(path)
+        small = thumbnail(modality, str(path))
+        assert small is not None and max(small.size) <= 240
+    assert thumbnail(None, str(files / "0.wav")) is not None
+    (tmp_path / "bad.jpg").write_text("no picture")
+    assert thumbnail("image", str(tmp_path / "bad.jpg")) is None and thumbnail("image", str(tmp_path)) is None
+
+
+def test_captions_are_read_again(tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("one\ntwo\n" + "x" * 400 + "\n")
+    for line, text in [
+        ("1", "one"),
+        ("2", "two"),
+        ("3", "x" * 300 + "..."),
+        ("4", ""),
+        ("0", ""),
+        ("x", ""),
+        ("²", ""),
+    ]:
+        assert caption_of(Hit(1, 0, f"language:{words}#{line}", "language", str(words))) == text, line
+
+
+def test_the_command(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    run = CliRunner()
+    options = ["search", "out.parquet", "a cat", "--audio", "files/1.wav", "--top", "2"]
+    done = run.invoke(app, [*options, "--html", str(tmp_path / "page.html")], env={"COLUMNS": "80"})
+    assert done.exit_code == 0, done.output
+    assert "files/1.wav" in done.output and "a cat" in done.output
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "data:image/jpeg" in (tmp_path / "page.html").read_text()
+    pictures = run.invoke(app, ["search", "out.parquet", "a cat", "--modality", "image"])
+    assert "[red]" in pictures.output  # a name, no colour
+    for arguments, error in [
+        (["out.parquet"], "expected something to search for"),
+        (["none.parquet", "a cat"], "no such file or folder: none.parquet"),
+        (["out.parquet", "a cat", "--modality", "depth"], "no embeddings of modality depth"),
+        (["out.parquet", "--depth", "files/1.wav"], "modality: expected one that there is a model for"),
+        (["out.parquet", "a cat", "--html", str(tmp_path)], "Is a directory"),
+    ]:
+        done = run.invoke(app, ["search", *arguments])
+        assert done.exit_code == 1 and error in " ".join(done.output.split()), done.output
+
+
+PAGE = blocks(ROOT / "docs" / "search.md")
+OTHERS = [text for _, text, why in PAGE if why == NEEDS_OTHERS]
+
+
+@pytest.mark.parametrize("text", OTHERS, ids=lambda text: re.match(r"import (\w+)", text)[1])
+def test_others_find_the_same(text, tmp_path, monkeypatch):
+    """What the documentation shows of other tools, verbatim, where they are installed."""
+    pytest.importorskip(re.match(r"import (\w+)", text)[1])
+    monkeypatch.chdir(tmp_path)
+    draw = np.random.default_rng(0)
+    vectors = torch.nn.functional.normalize(torch.from_numpy(draw.standard_normal((200, 16))).float(), dim=-1).numpy()
+    write(Path("embeddings.parquet"), [*vectors])
+    query = vectors[5:6] + 0.1
+    table = pq.read_table("embeddings.parquet")
+    scope = {"table": table, "vectors": vectors, "query": query}
+    exec(compile(text, "docs/search.md", "exec"), scope)
+    assert scope["found"] == [hit.id for hit in search("embeddings.parquet", query, top=3)[0].hits]
