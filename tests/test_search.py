@@ -103,6 +103,21 @@ def test_no_rows(tmp_path):
     assert search(where, np.ones((1, 3)))[0].hits == []
 
 
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32(), 2), pa.list_(pa.float16()), pa.large_list(pa.float64())])
+def test_columns_of_others(tmp_path, kind):
+    """Nulls in rows and of rows, ids that are no strings, modalities in a dictionary, numbers beyond float32."""
+    rows = [[None, 1.0], None, [0.0, 1.0], [np.inf, 1.0], [1.0, 1.0]]
+    rows += [[1e39, 1.0]] if kind.value_type == pa.float64() else []
+    modality = pa.array([None, "image", "image", "image", "video", "image"][: len(rows)]).dictionary_encode()
+    where = write(
+        tmp_path / "a.parquet", rows, kind, id=[*range(len(rows))], modality=modality, path=[b"\xff"] * len(rows)
+    )
+    hits = search(where, np.array([[0.0, 2.0]]))[0].hits
+    assert [(hit.row, hit.id) for hit in hits] == [(2, "2"), (4, "4")]
+    assert [hit.row for hit in search(where, np.array([[0.0, 2.0]]), modality="video")[0].hits] == [4]
+    assert "not to be seen here" in page([Found("x", hits)], "a")
+
+
 def test_tables_that_are_none(tmp_path):
     (tmp_path / "text.parquet").write_text("PAR1 and no more")
     (tmp_path / "folder").mkdir()
@@ -131,8 +146,11 @@ def test_tables_that_are_none(tmp_path):
             search(tmp_path / name, np.ones((1, 2)))
     with pytest.raises(ValueError, match="expected embeddings of 3 numbers, as the queries', got 2"):
         search(tmp_path / "whole.parquet", np.ones((1, 3)))
-    with pytest.raises(ValueError, match="expected a column modality to choose video by, got none"):
+    with pytest.raises(ValueError, match="expected a column modality of strings to choose by, got none"):
         search(tmp_path / "bare.parquet", np.ones((1, 2)), modality="video")
+    write(tmp_path / "odd.parquet", [[1.0, 0.0]], modality=[3])
+    with pytest.raises(ValueError, match="expected a column modality of strings to choose by, got int64"):
+        search(tmp_path / "odd.parquet", np.ones((1, 2)), modality="video")
     assert search(tmp_path / "bare.parquet", np.ones((1, 2)))[0].hits[0].modality == ""
     for queries, error in [
         ([], "queries: expected at least one, got none"),

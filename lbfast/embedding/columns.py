@@ -119,7 +119,9 @@ def _wrong_value(kind: str, values: Mapping[str, Any]) -> str:
 
 def _wrong_part(start_sec: Any, end_sec: Any) -> str:
     for name, value in (("start_sec", start_sec), ("end_sec", end_sec)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e12
+        ):
             return f"{name}: expected seconds of at least 0, got {shown(value)}"
     if end_sec is not None and end_sec <= (start_sec or 0):
         return f"end_sec: expected more than start_sec, {start_sec or 0:g}, got {end_sec:g}"

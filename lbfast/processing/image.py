@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from lbfast.processing import jpeg
 from lbfast.processing.media import MediaError, Reading, Source, is_readable, named
 from lbfast.processing.memory import one_block
 from lbfast.processing.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
@@ -53,6 +54,14 @@ def open_image(path: Any, expected: str = "an image", reading: Reading | None = 
 
 def decoded(source: Source) -> Image.Image:
     """The picture in a source that is open; see `open_image`."""
+    picture = opened(source)
+    with source.decoding(), one_block():
+        picture.load()
+    return picture
+
+
+def opened(source: Source) -> Image.Image:
+    """The same, not decoded yet."""
     limit = source.reading.limits.image_pixels
     with source.decoding():
         try:
@@ -62,8 +71,6 @@ def decoded(source: Source) -> Image.Image:
         width, height = picture.size
         if width * height > limit:
             raise source.error(f"of {width} x {height} pixels, more than {limit:,} (limits.image_pixels)")
-        with one_block():
-            picture.load()
         return picture
 
 
@@ -74,9 +81,18 @@ def load_and_transform_image(
     if not is_readable(image):
         return (transform if layout is None else transform.laid_out(layout))(image)
     with Source(image, "an image", reading) as source:
-        picture = decoded(source)
+        picture = opened(source)
         if picture.mode.startswith(("I", "F")):
             got = f"{source.what} of mode {picture.mode} (is it a depth map?)"
             raise MediaError(source.name, "an 8-bit image", got)
+        pixels = jpeg.pixels(picture, source) if _takes_arrays(transform) else None
+        if pixels is None:
+            with source.decoding(), one_block():
+                picture.load()
         with named(source.name):
-            return transform(picture)
+            return transform(picture) if pixels is None else transform.laid_out("HWC")(pixels)
+
+
+def _takes_arrays(transform: Any) -> bool:
+    """Whether a transform begins with our own step: somebody else's may want Pillow's pictures."""
+    return isinstance(transform, Compose) and bool(transform.transforms) and type(transform.transforms[0]) is ToTensor

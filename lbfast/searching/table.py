@@ -43,8 +43,9 @@ class Part:
     def groups(self) -> Iterator[Group]:
         first = self.first
         for number in range(self.metadata.num_row_groups):
-            yield Group(self, number, first, self.metadata.row_group(number))
-            first += self.metadata.row_group(number).num_rows
+            group = Group(self, number, first, self.metadata.row_group(number).num_rows)
+            yield group
+            first += group.rows
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,7 @@ class Group:
     part: Part
     number: int
     first: int
-    metadata: pq.RowGroupMetaData
-
-    def may_hold(self, modality: str) -> bool:
-        """Whether it may have rows of a modality, as far as its statistics tell."""
-        columns = (self.metadata.column(number) for number in range(self.metadata.num_columns))
-        known = next((column.statistics for column in columns if column.path_in_schema == "modality"), None)
-        if known is None or not known.has_min_max or not isinstance(known.min, str):
-            return True
-        return known.min <= modality <= known.max
+    rows: int
 
     def batches(self, names: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Its rows in pieces, each with the number of its first. ValueError: they cannot be read."""
@@ -77,12 +70,13 @@ class Group:
             ) from error
 
     def blocks(self, size: int, modality: str | None) -> Iterator[Block]:
+        if modality is not None and not any(_is(batch, modality).true_count for _, batch in self.batches(["modality"])):
+            return  # without a look at its embeddings, nor at its statistics: damaged ones end the process
         for first, batch in self.batches(["embedding"] if modality is None else ["embedding", "modality"]):
             numbers, column = np.arange(first, first + len(batch)), batch.column("embedding")
             keep = pc.is_valid(column)
             if modality is not None:
-                same = pc.equal(batch.column("modality").cast(pa.string()), modality)
-                keep = pc.and_(keep, pc.fill_null(same, False))
+                keep = pc.and_(keep, _is(batch, modality))
             if not pc.all(keep).as_py():
                 column, numbers = column.filter(keep), numbers[keep.to_numpy(zero_copy_only=False)]
             if len(numbers):
@@ -111,9 +105,11 @@ class Table:
             try:
                 file = pq.ParquetFile(path)
                 schema = file.schema_arrow
-            except pa.ArrowException as error:
+                sizes.add(_check_schema(path, schema))
+            except (pa.ArrowException, OSError, UnicodeError) as error:
+                if isinstance(error, OSError) and error.errno:  # of the system: the file may be as it should
+                    raise
                 raise ValueError(f"{path}: expected a Parquet file, got {_line(error)}") from error
-            sizes.add(_check_schema(path, schema))
             self._parts.append(Part(path, self.rows, file.metadata))
             self.rows += file.metadata.num_rows
             self.settings = self.settings or _settings(schema)
@@ -133,12 +129,10 @@ class Table:
         ahead: collections.deque[Future[list[Block]]] = collections.deque()
         with ThreadPoolExecutor(threads, "lbfast-read") as pool:
             for part in self._parts:
-                if modality is not None and "modality" not in part.metadata.schema.to_arrow_schema().names:
-                    raise ValueError(f"{part.path}: expected a column modality to choose {modality} by, got none")
+                if modality is not None:
+                    _check_modality(part)
                 for group in part.groups():
-                    if modality is not None and not group.may_hold(modality):
-                        continue
-                    if 4 * size * group.metadata.num_rows > _WHOLE:
+                    if 4 * size * group.rows > _WHOLE:
                         while ahead:
                             yield from ahead.popleft().result()
                         yield from group.blocks(size, modality)
@@ -155,11 +149,22 @@ class Table:
         for part in self._parts:
             names = [name for name in _DETAILS if name in part.metadata.schema.to_arrow_schema().names]
             for group in part.groups() if names else ():
-                mine = [n for n in found if group.first <= n < group.first + group.metadata.num_rows]
+                mine = [n for n in found if group.first <= n < group.first + group.rows]
                 for first, batch in group.batches(names) if mine else ():
                     for number in (n for n in mine if first <= n < first + len(batch)):
-                        found[number] = batch.slice(number - first, 1).to_pylist()[0]
+                        found[number] = _row(batch, number - first, part.path)
         return found
+
+
+def _row(batch: pa.RecordBatch, number: int, path: Path) -> dict[str, Any]:
+    try:
+        return batch.slice(number, 1).to_pylist()[0]
+    except UnicodeError as error:
+        raise ValueError(f"{path}: expected columns of UTF-8, got {_line(error)}") from error
+
+
+def _is(batch: pa.RecordBatch, modality: str) -> pa.BooleanArray:
+    return pc.fill_null(pc.equal(batch.column("modality").cast(pa.string()), modality), False)
 
 
 def _files(where: Path) -> list[Path]:
@@ -190,6 +195,14 @@ def _check_schema(path: Path, schema: pa.Schema) -> int | None:
     return kind.list_size if fixed else None
 
 
+def _check_modality(part: Part) -> None:
+    schema = part.metadata.schema.to_arrow_schema()
+    kind = schema.field("modality").type if schema.names.count("modality") == 1 else None
+    plain = kind.value_type if kind is not None and pa.types.is_dictionary(kind) else kind
+    if plain is None or not (pa.types.is_string(plain) or pa.types.is_large_string(plain)):
+        raise ValueError(f"{part.path}: expected a column modality of strings to choose by, got {kind or 'none'}")
+
+
 def _settings(schema: pa.Schema) -> dict[str, Any]:
     try:
         settings = json.loads((schema.metadata or {})[_SETTINGS])
@@ -204,9 +217,7 @@ def _matrix(column: pa.Array, path: Path, size: int) -> np.ndarray:
         lengths = pc.unique(pc.list_value_length(column)).to_pylist()
         if lengths != [size]:
             raise ValueError(f"{path}: embedding: expected lists of {size} numbers, got of {lengths[:5]}")
-    values = column.flatten()
-    if values.null_count:
-        values = pc.fill_null(values, float("nan"))
+    values = column.flatten()  # nulls among them become NaN
     return values.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, size)
 
 

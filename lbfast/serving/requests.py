@@ -200,24 +200,27 @@ def _of_item(number: int, item: str | EmbedItem) -> dict[str, Any]:
 
 async def _of_form(request: Request, limits: Limits) -> list[dict[str, Any]]:
     """Files by the name of their modality, or as `file`; texts as `text`, in the order of the form."""
-    wanted: list[dict[str, Any]] = []
     most = limits.items + 1  # one more is refused as too many
-    async with request.form(max_files=most, max_fields=most) as form:
-        for name, value in form.multi_items():
-            modality = name if name in MODALITY_NAMES else None
-            if isinstance(value, UploadFile):
-                if modality is None and name not in FILE_FIELDS:
-                    raise Refused(422, f"{name}: expected a field of a file named file, {', '.join(MODALITY_NAMES)}")
-                wanted.append({"bytes": await value.read(), "path": value.filename or None, "modality": modality})
-            elif name in TEXT_FIELDS:
-                wanted.append({"text": value})
-            elif name in PATH_FIELDS:
-                wanted.append({"path": value})
-            elif modality is not None or name in FILE_FIELDS:
-                raise Refused(422, f"{name}: expected a file, got a text (with curl: -F {name}=@FILE)")
-            else:
-                raise Refused(422, f"{name}: expected a field named file, text, path or {', '.join(MODALITY_NAMES)}")
-    return wanted
+    try:
+        async with request.form(max_files=most, max_fields=most) as form:
+            return [await _of_field(name, value) for name, value in form.multi_items()]
+    except ValueError as error:  # of the parser
+        raise Refused(400, f"body: expected a form, got {error}") from None
+
+
+async def _of_field(name: str, value: UploadFile | str) -> dict[str, Any]:
+    modality = name if name in MODALITY_NAMES else None
+    if isinstance(value, UploadFile):
+        if modality is None and name not in FILE_FIELDS:
+            raise Refused(422, f"{name}: expected a field of a file named file, {', '.join(MODALITY_NAMES)}")
+        return {"bytes": await value.read(), "path": value.filename or None, "modality": modality}
+    if name in TEXT_FIELDS:
+        return {"text": value}
+    if name in PATH_FIELDS:
+        return {"path": value}
+    if modality is not None or name in FILE_FIELDS:
+        raise Refused(422, f"{name}: expected a file, got a text (with curl: -F {name}=@FILE)")
+    raise Refused(422, f"{name}: expected a field named file, text, path or {', '.join(MODALITY_NAMES)}")
 
 
 def _check(number: int, values: dict[str, Any], limits: Limits) -> None:
