@@ -57,7 +57,11 @@ def test_embed_reports_and_goes_on(image_model, tmp_path):
     again = invoke("embed", tmp_path / "in", "--model", image_model, "--out", out)
     said = "3 embedded (1 image, 2 language) by an earlier run of the same inputs and settings, 1 failed"
     assert again.exit_code == 0 and again.stdout == f"nothing left to do: {said} -> {out}\n"
-    other = invoke("embed", tmp_path / "in" / "words.txt", "--model", image_model, "--out", out)
+    some = invoke("embed", tmp_path / "in" / "words.txt", "--model", image_model, "--out", out)
+    said = "3 embedded (1 image, 2 language) by earlier runs of the same settings, 0 failed"
+    assert some.exit_code == 0 and some.stdout == f"nothing left to do: {said} -> {out}\n"
+    assert "kept 1 rows of files that are not among these" in some.stderr
+    other = invoke("embed", tmp_path / "in" / "words.txt", "--model", image_model, "--out", out, "--dim", 4)
     assert other.exit_code == 1 and f"overwrite replaces it: {out}" in other.stderr
     assert other.stderr.count("\n") == 1
 

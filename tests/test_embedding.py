@@ -15,7 +15,7 @@ import torch
 
 from lbfast import files
 from lbfast.checkpoints import open_checkpoints
-from lbfast.data import decode
+from lbfast.data import crew
 from lbfast.data.decode import Decoder, Processors, Task, Undecodable
 from lbfast.embedding import BadFileError, embed_files, find_items
 from lbfast.embedding.items import LONGEST_CAPTION, Item
@@ -402,17 +402,17 @@ def test_workers_decode_in_order_and_are_replaced(pictures):
     with Decoder(Processors(VISION), tasks, workers=2, ahead=3) as decoder:
         results = iter(decoder)
         got = [next(results)]
-        for process in tuple(decoder._running):
+        for process in tuple(decoder._crew.running):
             process.kill()
         got += results
-    assert not decoder._running
+    assert not decoder._crew.running
     for ours, theirs in zip(got[:-1], plain[:-1], strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert got[-1] == plain[-1] and isinstance(got[-1], Undecodable) and "nowhere.jpg" in got[-1].reason
 
 
 def test_a_file_that_kills_workers_is_reported(monkeypatch):
-    monkeypatch.setattr(decode, "_work", workers.poisoned)
+    monkeypatch.setattr(crew, "_work", workers.poisoned)
     with Decoder(
         Processors(VISION), [Task("image", name) for name in ("a", "poison", "b")], workers=1, ahead=2
     ) as decoder:
@@ -422,7 +422,7 @@ def test_a_file_that_kills_workers_is_reported(monkeypatch):
 
 
 def test_workers_that_cannot_start_stop_the_run(monkeypatch):
-    monkeypatch.setattr(decode, "_work", workers.stillborn)
+    monkeypatch.setattr(crew, "_work", workers.stillborn)
     with (
         Decoder(Processors(VISION), [Task("image", "a")], workers=1, ahead=1) as decoder,
         pytest.raises(RuntimeError, match="ended with status 7 before it was ready"),
@@ -436,7 +436,7 @@ def test_leaving_early_ends_the_workers(pictures):
     with pytest.raises(KeyboardInterrupt), Decoder(Processors(VISION), tasks, workers=1, ahead=2) as decoder:
         for _ in decoder:
             raise KeyboardInterrupt
-    assert not decoder._running and time.monotonic() - begin < 20
+    assert not decoder._crew.running and time.monotonic() - begin < 20
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")

@@ -126,7 +126,7 @@ def test_wrong_calls(tokenizer):
         processor(text=[])
     with pytest.raises(ValueError, match="tokenizer: expected one for text"):
         transform_dict["image"](CONFIG)(text="a dog")
-    with pytest.raises(ValueError, match="clip_start_sec: expected for video only, got image"):
+    with pytest.raises(ValueError, match="clip_start_sec: expected for video, audio only, got image"):
         processor(np.zeros((5, 6, 3), np.uint8), clip_start_sec=1.0)
     with pytest.raises(TypeError, match="unexpected keyword"):
         transform_dict["image"](CONFIG, tokenizer, no_such=1)

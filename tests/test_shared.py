@@ -21,7 +21,7 @@ import torch
 from lbfast.data import shared
 from lbfast.data.decode import Decoder, Processors, Task, Undecodable
 from lbfast.data.shared import Desk, Hand, Pool, as_array, stacked
-from lbfast.embedding import embed_files, pipeline
+from lbfast.embedding import embed_files, run
 from lbfast.embedding.journal import partial_path
 
 from . import runs, tiny
@@ -74,7 +74,7 @@ def test_a_batch_is_one_memory_and_stays_as_it_is_while_workers_are_killed(tasks
             if number in (1, 3, 4, 6):  # not the first of a kind, nor the one with a hole
                 assert views[-1].data_ptr() == good[0].ctypes.data
             if number in (1, 4):  # their rows are done again, in the same memory
-                for process in tuple(decoder._running):
+                for process in tuple(decoder._crew.running):
                     process.kill()
     for batch, view in zip(batched(plain), views, strict=True):
         good = [each for each in batch if not isinstance(each, Undecodable)]
@@ -172,7 +172,7 @@ def test_memory_for_a_gpu_is_pinned_until_it_is_gone(monkeypatch):
 
 def test_the_end_of_a_batch_comes_with_the_next_one_or_with_an_error():
     done = []
-    with pytest.raises(ZeroDivisionError), pipeline._Late() as late:
+    with pytest.raises(ZeroDivisionError), run.Late() as late:
         for number in range(3):
             late.put(lambda number=number: done.append(number))
             assert done == list(range(number))

@@ -18,7 +18,7 @@ from lbfast.signals import Signals, Stopped
 
 if TYPE_CHECKING:
     from lbfast.embedding import Failure, Summary
-    from lbfast.embedding.pipeline import Progress
+    from lbfast.embedding.run import Progress
 
 MANY = "Many machines"
 Engine = Enum("Engine", {"ray": "ray"})  # type: ignore[misc]
@@ -28,16 +28,19 @@ Engine = Enum("Engine", {"ray": "ray"})  # type: ignore[misc]
     help="Writes the embeddings of files and captions to one Parquet file, and prints how many.\n\n"
     "Example: lbfast embed clips/ captions.txt --model LanguageBind_Video_FT --out clips.parquet\n\n"
     "Its rows are [bold]id, modality, path, embedding, model[/]; embeddings are float32 of unit length. Captions come "
-    "from text files, one a line.\n\n"
+    "from text files, one a line. With --segment videos and sounds have rows of parts: [bold]start_sec, end_sec[/].\n\n"
     "A run that was interrupted goes on where it stopped when the same command is given again. A bad file is reported "
-    "and skipped. A run that was finished, with the same inputs and settings, has nothing left to do: exit status 0. "
-    "Exit status otherwise: 0; 1 if nothing could be embedded, FILE is of another run, or the run had to stop; 130 if "
-    "interrupted, 143 after SIGTERM, 129 after SIGHUP."
+    "and skipped. A run that was finished, with the same inputs and settings, has nothing left to do: exit status 0; "
+    "with other inputs FILE takes in what is new or changed. Exit status otherwise: 0; 1 if nothing could be embedded, "
+    "FILE is of other settings, or the run had to stop; 130 if interrupted, 143 after SIGTERM, 129 after SIGHUP."
 )
 def embed(
     files: Annotated[
         list[str],
-        typer.Argument(metavar="FILES_OR_FOLDERS...", help="Each may be MODALITY=PATH, as in [bold]depth=maps/[/]."),
+        typer.Argument(
+            metavar="FILES_OR_FOLDERS...",
+            help="Or tables, tars, and [bold]-[/] for a list on stdin. Each may be MODALITY=PATH, as depth=maps/.",
+        ),
     ],
     model: Annotated[
         list[str],
@@ -50,12 +53,28 @@ def embed(
     modality: Annotated[
         Modality | None, typer.Option(help="What every file is, whatever its type; language: one caption a line.")
     ] = None,
+    segment: Annotated[
+        str | None, typer.Option(metavar="SECONDS", help="A row for each so many seconds of videos and sounds, as 10s.")
+    ] = None,
+    hop: Annotated[
+        str | None, typer.Option(metavar="SECONDS", help="From one part's beginning to the next. Default: the same.")
+    ] = None,
     fuse: Annotated[
-        str | None,
-        typer.Option(metavar="MODALITY+MODALITY", help="A row more for files of one stem, as video+audio."),
+        list[str] | None,
+        typer.Option(
+            metavar="MODALITY+MODALITY",
+            help="A row more for files of one stem, as video+audio; [bold]segments[/]: for the mean of a file's parts.",
+        ),
     ] = None,
     dim: Annotated[
         int | None, typer.Option(min=1, help="Keep the first so many numbers, of unit length again. Default: all.")
+    ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of tables: paths, bytes of files, or captions of language=TABLE."),
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Only share I, from 1, of N: one for each machine, and its FILE.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Files, clips or captions at a time.")] = 8,
     workers: Annotated[
@@ -71,9 +90,13 @@ def embed(
     precision: Annotated[
         Products | None, typer.Option(help="Of the layers' products: int8 on a CPU, fp8 on a GPU; less exact, faster.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or cuda:N; several as cuda:0,cuda:1, a process each.")
+    ] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad or damaged file.")] = False,
-    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Open URLs of files, by fsspec.")] = False,
+    allow_urls: Annotated[
+        bool, typer.Option("--allow-urls", help="Open URLs of files and folders, by fsspec.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace FILE, and an unfinished run with other settings.")
     ] = False,
@@ -107,7 +130,11 @@ def embed(
                 model,
                 out,
                 modality=modality.value if modality else None,
-                fuse=fuse,
+                fuse=fuse or None,
+                segment=segment,
+                hop=hop,
+                shard=shard,
+                column=column,
                 dim=dim,
                 batch_size=batch_size,
                 workers=workers,
@@ -132,10 +159,17 @@ def _summarise(summary: Summary) -> None:
     """One line on stdout, and what was ignored on stderr. Exit status 1 where there is no output."""
     for reason, count in sorted(summary.ignored.items()):
         errors.print(f"ignored {count} {'file' if count == 1 else 'files'}: {escape(reason)}", highlight=False)
+    if summary.kept:
+        errors.print(f"kept {summary.kept} rows of files that are not among these", highlight=False)
+    if summary.gone:
+        errors.print(f"removed {summary.gone} rows of files that are no longer there", highlight=False)
     by_modality = ", ".join(f"{count} {name}" for name, count in summary.embedded.items())
     line = f"{sum(summary.embedded.values())} embedded" + (f" ({by_modality})" if by_modality else "")
     if summary.finished:
-        line = f"nothing left to do: {line} by an earlier run of the same inputs and settings"
+        whose = (
+            "earlier runs of the same settings" if summary.kept else "an earlier run of the same inputs and settings"
+        )
+        line = f"nothing left to do: {line} by {whose}"
         typer.echo(f"{line}, {summary.failed} failed -> {summary.out}")
         return
     if summary.resumed:
@@ -168,7 +202,7 @@ def progress_bars() -> Iterator[tuple[Progress, Callable[[Failure], None]]]:
             tasks[modality] = bars.add_task(f"{modality:>8}", total=total, completed=done, rate="")
         speed = bars.tasks[tasks[modality]].speed
         rate = f"{speed:.1f}/s" if speed else ""
-        bars.update(tasks[modality], completed=done, rate=rate)
+        bars.update(tasks[modality], completed=done, total=total, rate=rate)
 
     def on_failure(failure: Failure) -> None:
         reason = failure.reason if failure.path in failure.reason else f"{failure.path}: {failure.reason}"

@@ -5,28 +5,25 @@ from __future__ import annotations
 import bisect
 import contextlib
 import itertools
-import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from multiprocessing import forkserver
-from multiprocessing.connection import Connection
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from lbfast.data import tether
-from lbfast.data.shared import Desk, Hand, Lease, Pool, as_array
+from lbfast.data.crew import WITHOUT, Crew, Work, Worker, context
+from lbfast.data.shared import Lease, Pool, as_array
 from lbfast.processing.media import Reading, named
 from lbfast.processing.processor import Processor, transform_dict
+from lbfast.processing.segments import Cuts
 from lbfast.processing.threads import one_thread
 
 _MOST = 64  # workers, where nobody says how many
-_STARTS = 2  # how often a worker may fail to start before the run stops
 
 
 def default_workers(files: int, device: torch.device) -> int:
@@ -40,14 +37,24 @@ def default_workers(files: int, device: torch.device) -> int:
     return min(max(some, 1), _MOST, files) if files > 1 else 0
 
 
+@runtime_checkable
+class Lazy(Protocol):
+    """A place that an encoded file is in, a tar or a table."""
+
+    def opened(self) -> contextlib.AbstractContextManager[Any]:
+        """The file, as a processor takes it. MediaError, OSError: it is not there."""
+        ...
+
+
 @dataclass(frozen=True)
 class Task:
     """A file to decode as a modality.
 
     Attributes:
         path: its name; of data in memory what messages call it, "" for what a reader calls it.
-        data: what is in memory instead, as a processor takes an item.
+        data: what is in memory instead, as a processor takes an item; or `Lazy`, which is opened where it is decoded.
         start_sec, end_sec: the part that is wanted; None: from its beginning, to its end.
+        cuts: which parts of it are wanted, each by itself; None: the whole.
     """
 
     modality: str
@@ -55,6 +62,7 @@ class Task:
     data: Any = None
     start_sec: float | None = None
     end_sec: float | None = None
+    cuts: Cuts | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,23 @@ class Undecodable:
     lasting: bool = False
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a recording; see `lbfast.processing.segments.Segment`.
+
+    Attributes:
+        expected: how many parts its file has, as far as that is known.
+        last: whether it is the last.
+    """
+
+    number: int
+    start: float
+    end: float
+    expected: int
+    last: bool
+    pixels: np.ndarray
+
+
 Decoded = np.ndarray | Undecodable
 
 
@@ -72,12 +97,6 @@ def plain_fields(vision_config: Any) -> dict[str, Any]:
     """The fields of a vision config that processors read, without its class: workers need not import transformers."""
     plain = (bool, int, float, str, list, tuple, type(None))
     return {name: value for name, value in vars(vision_config).items() if isinstance(value, plain)}
-
-
-class Work(Protocol):
-    """What a worker does: `decode` turns a task into its result, and whatever goes wrong into `Undecodable`."""
-
-    def decode(self, task: Any, /) -> Any: ...
 
 
 class Processors:
@@ -95,34 +114,60 @@ class Processors:
         self._vision, self._reading, self._dtype = vision, reading, dtype
         self._made: dict[str, Processor] = {}
 
-    def decode(self, task: Task) -> Decoded:
-        """Pixel values of a file. Whatever goes wrong in reading it is its reason: the run goes on."""
+    def decode(self, task: Task) -> Any:
+        """`Decoded` pixel values of a file; with `cuts` its `Part`s one by one, and `Undecodable` where it breaks off.
+
+        Whatever goes wrong in reading it is its reason: the run goes on.
+        """
+        if task.cuts is not None:
+            return self._parts(task, task.cuts)
         try:
-            if task.modality not in self._made:
-                config = SimpleNamespace(vision_config=SimpleNamespace(**self._vision[task.modality]))
-                self._made[task.modality] = transform_dict[task.modality](config, reading=self._reading)
             part: dict[str, Any] = {"clip_start_sec": task.start_sec, "clip_end_sec": task.end_sec}
-            with named(task.path) if task.data is not None and task.path else contextlib.nullcontext():
-                item = task.path if task.data is None else task.data
-                values = self._made[task.modality]([item], **part)["pixel_values"]
-            return as_array(values[0].to(self._dtype))
-        except (ValueError, OSError) as error:
-            return Undecodable(str(error))
-        except Exception as error:  # a codec's own, out of memory, or a fault of ours
-            where = f"{task.path}: " if task.path else ""
-            return Undecodable(f"{where}{type(error).__name__}: {error}")
+            with _opened(task) as item:
+                return as_array(self._processor(task)([item], **part)["pixel_values"][0].to(self._dtype))
+        except Exception as error:
+            return _why(task, error)
+
+    def _parts(self, task: Task, cuts: Cuts) -> Iterator[Part | Undecodable]:
+        """The parts of a recording; after those before a broken place, why there are no more."""
+        held: Part | None = None  # until it is known whether it is the last
+        try:
+            with _opened(task) as item:
+                for each in self._processor(task).segments(item, cuts):
+                    if held is not None:
+                        yield held
+                    pixels = as_array(each.pixels.to(self._dtype))
+                    held = Part(each.number, each.start, each.end, each.expected, False, pixels)
+            if held is not None:
+                yield replace(held, last=True)
+        except Exception as error:
+            if held is not None:
+                yield held
+            yield _why(task, error)
+
+    def _processor(self, task: Task) -> Processor:
+        if task.modality not in self._made:
+            config = SimpleNamespace(vision_config=SimpleNamespace(**self._vision[task.modality]))
+            self._made[task.modality] = transform_dict[task.modality](config, reading=self._reading)
+        return self._made[task.modality]
 
 
-def _work(connection: Connection, work: Work) -> None:
-    """A worker process: says that it is ready, then answers tasks until its parent hangs up or is gone."""
-    tether.ignore_signals()
-    tether.die_with_parent()
-    torch.set_num_threads(1)
-    desk = Desk(connection)
-    with contextlib.suppress(EOFError, OSError):
-        connection.send(None)
-        while True:
-            desk.answer(work.decode(desk.task()))
+@contextlib.contextmanager
+def _opened(task: Task) -> Iterator[Any]:
+    """What the processor takes; errors in the block name the task's path where that is not what was opened."""
+    if task.data is None:
+        yield task.path
+        return
+    lazily = task.data.opened() if isinstance(task.data, Lazy) else contextlib.nullcontext(task.data)
+    with lazily as item, named(task.path) if task.path else contextlib.nullcontext():
+        yield item
+
+
+def _why(task: Task, error: Exception) -> Undecodable:
+    if isinstance(error, ValueError | OSError):
+        return Undecodable(str(error))
+    where = f"{task.path}: " if task.path else ""
+    return Undecodable(f"{where}{type(error).__name__}: {error}")  # a codec's own, no memory, a fault of ours
 
 
 class Decoder:
@@ -162,13 +207,11 @@ class Decoder:
         self._changed = threading.Condition()
         self._results: dict[int, Any] = {}
         self._fault: str | None = None
-        self._closing = False
-        self._context: Any = None
-        self._running: set[multiprocessing.process.BaseProcess] = set()
+        self._crew: Crew | None = None
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Decoder:
-        self._context = _context() if self._workers else None
+        self._crew = Crew(self._work, advice=WITHOUT) if self._workers else None
         for _ in range(self._workers):
             thread = threading.Thread(target=self._serve, name=tether.WORKER, daemon=True)
             self._threads.append(thread)
@@ -177,9 +220,8 @@ class Decoder:
 
     def __exit__(self, *error: object) -> None:
         """Ends the workers, in the middle of a file if need be."""
-        self._closing = True
-        for process in tuple(self._running):
-            process.kill()
+        if self._crew is not None:
+            self._crew.close()
         for _ in self._threads:
             self._room.release()
         for thread in self._threads:
@@ -208,33 +250,31 @@ class Decoder:
 
     def _serve(self) -> None:
         """A thread for each worker: hands it one task at a time and takes the result, or starts another worker."""
-        hand: Hand | None = None
-        process: multiprocessing.process.BaseProcess | None = None
+        crew = self._crew
+        worker: Worker | None = None
+        assert crew is not None
         try:
             while True:
                 self._room.acquire()
                 number = next(self._numbers)
-                if self._closing or number >= len(self._tasks):
+                if crew.closing or number >= len(self._tasks):
                     return
                 task = self._tasks[number]
                 kind = getattr(task, "modality", None)
                 lease, row = self._place(number, kind)
                 for _ in range(2):  # a dead worker may not be the file's fault; two are
-                    if hand is None or process is None:
-                        process, connection = self._start()
-                        hand = Hand(connection, process.pid or 0)
+                    worker = worker or crew.start()
                     try:
-                        hand.give(task, lease, row, self._pool.alive)
-                        result, size = hand.take(lease, row)
+                        worker.hand.give(task, lease, row, self._pool.alive)
+                        result, size = worker.hand.take(lease, row)
                         if size:
                             self._sizes.setdefault(kind, size)
                         break
                     except (EOFError, OSError):
-                        if self._closing:
+                        if crew.closing:
                             return
-                        result = Undecodable(f"{task.path}: {self._ended(process)} while decoding it")
-                        hand.connection.close()
-                        process = hand = None
+                        result = Undecodable(f"{task.path}: {worker.ended()} while decoding it")
+                        worker = None
                 lease = None  # while this thread waits, it keeps no buffer
                 with self._changed:
                     self._results[number] = result
@@ -245,10 +285,8 @@ class Decoder:
                 self._fault = str(error) or type(error).__name__
                 self._changed.notify_all()
         finally:
-            if hand is not None:
-                hand.connection.close()  # the worker reads the end of its input, and ends
-            if process is not None:
-                self._ended(process)
+            if worker is not None:
+                worker.ended()
 
     def _place(self, number: int, kind: Any) -> tuple[Lease | None, int]:
         """The memory of a task's batch, and the row there; None where it is not known how long a row is."""
@@ -262,27 +300,6 @@ class Decoder:
                 self._leases[batch] = self._pool.lease(self._ends[batch] - begin, size)
             return self._leases[batch], number - begin
 
-    def _start(self) -> tuple[multiprocessing.process.BaseProcess, Connection]:
-        """A worker that has said it is ready."""
-        how = ""
-        for _ in range(_STARTS):
-            process, ours = _begun(self._context, self._work)
-            self._running.add(process)
-            try:
-                ours.recv()
-                return process, ours
-            except (EOFError, OSError):
-                how = self._ended(process)
-                ours.close()
-                if self._closing:
-                    break
-        raise RuntimeError(f"decoding: {how} before it was ready; workers=0 decodes without worker processes")
-
-    def _ended(self, process: multiprocessing.process.BaseProcess) -> str:
-        how = _ended(process)
-        self._running.discard(process)
-        return how
-
 
 class Helper:
     """A worker process for tasks that come one by one, each with a time it may take. For one thread at a time.
@@ -295,88 +312,31 @@ class Helper:
     """
 
     def __init__(self, work: Work, context: Any):
-        self._work, self._context = work, context
-        self._process: multiprocessing.process.BaseProcess | None = None
-        self._hand: Hand | None = None
+        self._crew = Crew(work, context)
+        self._worker: Worker | None = None
 
     def decode(self, task: Any, seconds: float) -> Any:
         """The result of a task; `Undecodable` too where it took longer, or its process died. RuntimeError: no process
         can be started."""
+        self._worker = self._worker or self._crew.start()
+        hand = self._worker.hand
         try:
-            hand = self._ready()
             hand.give(task, None, 0, set())
             if not hand.connection.poll(seconds):
                 self.close()
                 return Undecodable(f"{task.path or task.modality}: decoding it took more than {seconds:g} s")
             return hand.take(None, 0)[0]
         except (EOFError, OSError):
-            how = "" if self._process is None else _ended(self._process)
-            self.close()
+            how, self._worker = self._worker.ended(), None
             return Undecodable(f"{task.path or task.modality}: {how} while decoding it")
-
-    def _ready(self) -> Hand:
-        how = ""
-        for _ in range(_STARTS):
-            if self._hand is not None:
-                return self._hand
-            self._process, connection = _begun(self._context, self._work)
-            try:
-                connection.recv()
-                self._hand = Hand(connection, self._process.pid or 0)
-            except (EOFError, OSError):
-                how = _ended(self._process)
-                connection.close()
-        if self._hand is None:
-            raise RuntimeError(f"decoding: {how} before it was ready")
-        return self._hand
 
     def close(self) -> None:
         """Ends the process, in the middle of a file if need be."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-        if self._hand is not None:
-            self._hand.connection.close()
-        self._process = self._hand = None
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
 
 
 def helpers_context() -> Any:
     """How `Helper` starts processes; to be called by the main thread."""
-    return _context()
-
-
-def _begun(context: Any, work: Work) -> tuple[multiprocessing.process.BaseProcess, Connection]:
-    """A worker process, and the connection to it, by which it will say that it is ready."""
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, work), name=tether.WORKER, daemon=True)
-    process.start()
-    theirs.close()
-    return process, ours
-
-
-def _ended(process: multiprocessing.process.BaseProcess) -> str:
-    """Waits for the end of a process, not for long, and says how it came."""
-    process.join(5)
-    if process.is_alive():
-        process.kill()
-        process.join()
-    code = process.exitcode
-    if code is not None and code < 0:
-        return f"the worker process was ended by {signal.Signals(-code).name}"
-    return f"the worker process ended with status {code}"
-
-
-def _context() -> Any:
-    """Workers are forked from a fresh process that has imported this module, never from one with threads or a GPU.
-
-    That process is started by the thread that calls this. Linux knows a parent as a thread: where it is the main one,
-    which lives as long as the process, the other end of its life is seen by the kernel.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([tether.TETHERED, __name__])
-    main = threading.current_thread() is threading.main_thread()
-    with tether.named() if main else contextlib.nullcontext(), tether.deaf():
-        forkserver.ensure_running()
-    return context
+    return context()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Protocol
+from typing import Any, BinaryIO, Protocol
 
 from lbfast.data.store import Object, local_copy
 from lbfast.processing.media import MediaError, named
@@ -30,6 +31,15 @@ class Member:
     def __fspath__(self) -> str:
         return f"{os.fspath(self.tar)}/{self.name}"
 
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[BinaryIO]:
+        """Its bytes as a file, of which no more is in memory than is read where the tar is a file."""
+        if isinstance(self.tar, Object):
+            yield io.BytesIO(self.read())
+            return
+        with open(self.tar, "rb") as file:
+            yield io.BufferedReader(_Window(file, self))  # type: ignore[type-var]
+
     def read(self) -> bytes:
         """Its bytes. MediaError where the tar has become shorter than it was."""
         if isinstance(self.tar, Object):
@@ -40,6 +50,34 @@ class Member:
         if len(data) < self.size:
             raise MediaError(os.fspath(self), f"{self.size} bytes", f"{len(data)} (has the tar changed?)")
         return data
+
+
+class _Window(io.RawIOBase):
+    """The bytes of a member, from 0, of an open tar."""
+
+    def __init__(self, file: BinaryIO, member: Member):
+        self._file, self._member, self._at = file, member, 0
+        self.name = os.fspath(member)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._member.size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, into: Any) -> int:
+        view = memoryview(into)[: max(0, self._member.size - self._at)]
+        self._file.seek(self._member.offset + self._at)
+        count = self._file.readinto(view)  # type: ignore[attr-defined]
+        if len(view) and not count:
+            raise MediaError(self.name, f"{self._member.size} bytes", f"{self._at} (has the tar changed?)")
+        self._at += count
+        return int(count)
 
 
 @dataclass(frozen=True)

@@ -60,14 +60,12 @@ class Shard:
         elif not os.path.isfile(self.file):
             raise FileNotFoundError(2, "shard: no such file", self.file)
         else:
-            with open(self.file, "rb") as opened:
-                head = opened.read(8)
-        for magic, name in _COMPRESSED.items():
-            if head.startswith(magic):
-                raise ValueError(
-                    f"{self.file}: expected an uncompressed tar, got one compressed with {name}; decompress it first: "
-                    "samples are read by their offset"
-                )
+            head = head_of(self.file)
+        if name := compressed_with(head):
+            raise ValueError(
+                f"{self.file}: expected an uncompressed tar, got one compressed with {name}; decompress it first: "
+                "samples are read by their offset"
+            )
         self.skipped: dict[str, str] = {}
         self._collect([suffix.lower().lstrip(".") for suffix in suffixes], captions, split)
 
@@ -161,6 +159,17 @@ class Shard:
             found.append(member)
             yield member
         self._tar.keep("members", json.dumps([found, others]).encode())
+
+
+def head_of(file: str | os.PathLike[str]) -> bytes:
+    """The first bytes of a file."""
+    with open(file, "rb") as opened:
+        return opened.read(8)
+
+
+def compressed_with(head: bytes) -> str | None:
+    """What a file is compressed with, by its first bytes; None: it is not."""
+    return next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
 
 
 @dataclass(frozen=True)

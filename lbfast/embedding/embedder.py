@@ -151,6 +151,12 @@ class Embedder:
         """Of the weights, in this process."""
         return pick_dtype(self._dtype, self.device)
 
+    def on(self, device: str) -> Embedder:
+        """A copy of it, unopened, that computes on another device in the same dtype."""
+        other = copy.copy(self)
+        other._device, other._dtype = device, str(self.dtype).removeprefix("torch.")
+        return other
+
     @property
     def _strictly(self) -> str | None:
         return "batch" if self.reading.strict else None

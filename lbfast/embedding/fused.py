@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
@@ -48,17 +48,17 @@ def modalities_of(given: str | Sequence[str], available: Collection[str]) -> tup
     return names
 
 
-def find_groups(items: Sequence[Item], inputs: Sequence[str | os.PathLike[str]], modalities: Sequence[str]) -> Groups:
+def find_groups(items: Iterable[Item], inputs: Sequence[str | os.PathLike[str]], modalities: Sequence[str]) -> Groups:
     """Groups files by stem: the path below the folder that was given, or the name, without its last suffix.
 
     "video:clips/x/a.mp4" and "audio:sounds/x/a.wav" of the inputs clips/ and sounds/ are both "x/a". The row of a group
     has the id "video+audio:x/a", the path of the first modality's file, and a stamp that changes with either.
     """
-    folders = sorted((os.path.join(split_modality(os.fspath(given))[1], "") for given in inputs), key=len, reverse=True)
+    folders = folders_of(inputs)
     by_stem: dict[str, dict[str, list[Item]]] = {}
     for item in items:
         if item.modality in modalities:
-            by_stem.setdefault(_stem(item.path, folders), {}).setdefault(item.modality, []).append(item)
+            by_stem.setdefault(stem_of(item.path, folders), {}).setdefault(item.modality, []).append(item)
     found, name = Groups(), "+".join(modalities)
     for stem, files in by_stem.items():
         twice = next((each for each in modalities if len(files.get(each, ())) > 1), None)
@@ -76,7 +76,13 @@ def find_groups(items: Sequence[Item], inputs: Sequence[str | os.PathLike[str]],
     return found
 
 
-def _stem(path: str, folders: Sequence[str]) -> str:
+def folders_of(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """The inputs as folders, ending with a slash, the longest first."""
+    return sorted((os.path.join(split_modality(os.fspath(given))[1], "") for given in inputs), key=len, reverse=True)
+
+
+def stem_of(path: str, folders: Sequence[str]) -> str:
+    """What groups have in common: the path below one of the folders, or the name, without its last suffix."""
     folder = next((folder for folder in folders if path.startswith(folder)), os.path.join(os.path.dirname(path), ""))
     return str(PurePath(path[len(folder) :]).with_suffix(""))
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import stat
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, Protocol, TextIO
 
+from lbfast.data.sample import Member
 from lbfast.data.suffixes import LANGUAGE, MODALITY_NAMES, modality_of
+from lbfast.embedding import places
 from lbfast.processing.media import is_url, url_stamp
 
 ORDER = (*MODALITY_NAMES, LANGUAGE)
@@ -19,8 +22,12 @@ ORDER = (*MODALITY_NAMES, LANGUAGE)
 
 _QUERY = re.compile(r"[?#]|::")  # what may follow a URL's path
 
+_UNTOLD = "bytes that do not say what they are: give the table as MODALITY=TABLE"
+
 LONGEST_CAPTION = 1_000_000
 """Characters of a line; what is longer is no file of captions, and may not fit into memory."""
+
+MOST_SHARES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class Item:
         path: as given, or found below the folder given.
         stamp: changes with the content: size and time of a file, or a hash of the caption.
         text: the caption.
+        data: where it is, if not in the file `path`; see `lbfast.data.decode.Lazy`.
+        cut: it is embedded in parts, each a `Piece`.
     """
 
     id: str
@@ -40,6 +49,58 @@ class Item:
     path: str
     stamp: str
     text: str | None = None
+    data: Any = None
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class Piece(Item):
+    """A part of a recording: "video:a.mp4#10-20".
+
+    Attributes:
+        number: from 0.
+        start_sec, end_sec: seconds.
+        last: whether it is the last one of its file.
+    """
+
+    number: int = 0
+    start_sec: float = 0.0
+    end_sec: float = 0.0
+    last: bool = False
+
+
+def piece_of(item: Item, number: int, start: float, end: float, last: bool) -> Piece:
+    """A part of an item that is cut."""
+    name = f"{item.id}#{_seconds(start)}-{_seconds(end)}"
+    return Piece(name, item.modality, item.path, item.stamp, None, None, False, number, start, end, last)
+
+
+def mean_of(item: Item) -> Item:
+    """The row of an item that is cut which is the mean of its parts."""
+    return replace(item, cut=False)
+
+
+def in_order(items: Iterable[Item]) -> list[Item]:
+    """Sorted by modality; fused ones last."""
+    return sorted(items, key=lambda item: ORDER.index(item.modality) if item.modality in ORDER else len(ORDER))
+
+
+def share_of(given: str) -> Callable[[str], bool]:
+    """Which names are in a share: "2/5", the second of five, by a hash. ValueError."""
+    number, _, count = given.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count) <= MOST_SHARES):
+        raise ValueError(f"shard: expected I/N with I from 1 to N, as 2/5, got {given!r}")
+
+    def is_in(name: str) -> bool:
+        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") % int(count) == int(number) - 1
+
+    return is_in
+
+
+def _seconds(at: float) -> str:
+    """Of a time, to the millisecond: "10", "1.5"."""
+    return f"{at:.3f}".rstrip("0").rstrip(".")
 
 
 @dataclass(frozen=True)
@@ -48,6 +109,26 @@ class Failure:
 
     path: str
     reason: str
+
+
+class Items(Protocol):
+    """Where a listing goes: a list, or something that holds more."""
+
+    def append(self, item: Item, /) -> None: ...
+
+    def extend(self, items: Iterable[Item], /) -> None: ...
+
+    def __iter__(self) -> Iterator[Item]: ...
+
+    def __len__(self) -> int: ...
+
+
+class Marks(Protocol):
+    """Names that were met: a set, or something that holds more."""
+
+    def add(self, name: str, /) -> None: ...
+
+    def __contains__(self, name: object, /) -> bool: ...
 
 
 @dataclass
@@ -60,7 +141,7 @@ class Listing:
         ignored: what folders held besides, counted by reason.
     """
 
-    items: list[Item] = field(default_factory=list)
+    items: Items = field(default_factory=list[Item])
     failures: list[Failure] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
 
@@ -77,7 +158,13 @@ def split_modality(given: str) -> tuple[str | None, str]:
 
 
 def find_items(
-    inputs: Sequence[str | os.PathLike[str]], available: Collection[str], modality: str | None, allow_urls: bool = False
+    inputs: Iterable[str | os.PathLike[str]],
+    available: Collection[str],
+    modality: str | None,
+    allow_urls: bool = False,
+    column: str | None = None,
+    into: Items | None = None,
+    marks: Marks | None = None,
 ) -> Listing:
     """Lists the files and captions to embed.
 
@@ -86,11 +173,19 @@ def find_items(
     names a modality for is not guessed at in another. A folder's files of other types, of modalities that are not
     available, and hidden ones are ignored; files given by name fail instead.
 
+    A tar stands for the files in it, its name for their folder. A table (parquet, csv, tsv, jsonl), or a folder that
+    Hugging Face's `save_to_disk` made, stands for what a column holds: paths, relative to the table's folder, or bytes
+    of files, "image:table.parquet#3" in row 3, captions where its modality is language. In folders neither is opened.
+
     Args:
-        inputs: files, folders and URLs of files, each optionally as MODALITY=PATH.
+        inputs: files, folders, tables, tars, and URLs of files, of folders (ending with a slash) or with an asterisk,
+            each optionally as MODALITY=PATH.
         available: modalities that there is a model for; language always is.
         modality: of every file whose input names none.
         allow_urls: list URLs; else they fail.
+        column: of tables; None: the one of bytes, or `path`.
+        into: where the items go, which keeps them sorted; None: a list.
+        marks: what remembers the files that are in it; None: a set.
 
     Raises:
         ValueError: `modality` is unknown or not available. ImportError: fsspec, which opens URLs, is not installed.
@@ -100,22 +195,27 @@ def find_items(
         raise ValueError(
             f"modality: expected one that there is a model for ({', '.join(sorted(available))}), got {modality!r}"
         )
-    finder = _Finder(available, allow_urls)
-    pairs = [split_modality(os.fspath(given)) for given in inputs]
-    for own, path in sorted(pairs, key=lambda pair: pair[0] is None):  # those with a modality of their own first
-        finder.add(path, own or modality, own is not None)
-    finder.listing.items.sort(key=lambda item: ORDER.index(item.modality))
+    finder = _Finder(available, allow_urls, column, Listing() if into is None else Listing(into), marks)
+    for named in (True, False):  # those with a modality of their own first
+        for own, path in (split_modality(os.fspath(given)) for given in inputs):
+            if (own is not None) == named:
+                finder.add(path, own or modality, named)
+    if into is None:
+        finder.listing.items = in_order(finder.listing.items)
     return finder.listing
 
 
 class _Finder:
     """A listing in the making, and the files that are in it already."""
 
-    def __init__(self, available: Collection[str], allow_urls: bool):
-        self.listing = Listing()
-        self._available, self._allow_urls = available, allow_urls
-        self._seen: set[tuple[str, str]] = set()
-        self._named: set[str] = set()
+    def __init__(
+        self, available: Collection[str], allow_urls: bool, column: str | None, listing: Listing, marks: Marks | None
+    ):
+        self.listing = listing
+        self._marks: Marks = set() if marks is None else marks
+        self._available, self._allow_urls, self._column = available, allow_urls, column
+        media = [name for name in available if name != LANGUAGE]
+        self._only = media[0] if len(media) == 1 else None
 
     def add(self, path: str, wanted: str | None, named: bool) -> None:
         """Adds a file, or the files of a folder. `named`: the input itself says that they are `wanted`."""
@@ -123,12 +223,78 @@ class _Finder:
             self._fail(path, f"no model for {wanted}")
         elif os.path.isdir(path):
             self._add_folder(path, wanted, named)
+        elif is_url(path) and self._allow_urls and places.lists_files(path):
+            self._add_urls(path, wanted, named)
+        elif places.is_table(path) and os.path.isfile(path):
+            self._add_table(path, wanted, named)
+        elif path.lower().endswith(".tar") and os.path.isfile(path):
+            self._add_tar(path, wanted)
         else:
-            found = wanted or modality_of(url_path(path), self._available)
-            if found is not None and found in self._available:
-                self._add_file(path, found, named)
-            else:
-                self._fail(path, _why_not(path, found))
+            self._add_alone(path, wanted, named)
+
+    def _add_alone(self, path: str, wanted: str | None, named: bool) -> None:
+        found = wanted or modality_of(url_path(path), self._available)
+        if found is not None and found in self._available:
+            self._add_file(path, found, named)
+        else:
+            self._fail(path, _why_not(path, found))
+
+    def _add_urls(self, url: str, wanted: str | None, named: bool) -> None:
+        try:
+            files = places.url_files(url)
+        except OSError as error:
+            self._fail(url, str(error))
+            return
+        if not files:
+            self._fail(url, "a URL that lists no files")
+        for file in files:
+            self._add_listed(file, wanted, named)
+
+    def _add_table(self, table: str, wanted: str | None, named: bool) -> None:
+        stamp = _stamp(os.stat(table))
+        try:
+            for row in places.rows_of(table, self._column):
+                name = f"{table}#{row.number}"
+                if row.cell is not None:
+                    found = wanted or row.modality or modality_of(row.name or "", self._available) or self._only
+                    if found is None or found == LANGUAGE or found not in self._available:
+                        self._fail(name, _why_not(row.name or name, found) if found else _UNTOLD)
+                    else:
+                        self.listing.items.append(Item(f"{found}:{name}", found, name, stamp, data=row.cell))
+                elif row.text is not None and wanted == LANGUAGE:
+                    if text := row.text.strip():
+                        self.listing.items.append(_caption(name, table, text))
+                elif row.text is not None:
+                    self._add_alone(places.beside(table, row.text), wanted, named)
+        except (ValueError, OSError) as error:
+            self._fail(table, str(error))
+
+    def _add_tar(self, tar: str, wanted: str | None) -> None:
+        stamp, broken = _stamp(os.stat(tar)), dict[str, str]()
+        try:
+            for member in places.tar_files(tar, broken):
+                name = os.fspath(member)
+                found = self._modality_of(name, wanted)
+                if found == LANGUAGE:
+                    self._add_captions_of(member, name)
+                elif found in self._available:
+                    own = f"{stamp}:{member.offset}:{member.size}"
+                    self.listing.items.append(Item(f"{found}:{name}", str(found), name, own, data=member))
+                else:
+                    self._ignore(_why_not(name, found))
+        except (ValueError, OSError) as error:
+            self._fail(tar, str(error))
+        for name, why in broken.items():
+            self._fail(name, why)
+
+    def _add_captions_of(self, member: Member, name: str) -> None:
+        try:
+            with member.opened() as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as file:
+                self.listing.items.extend(_captions(name, file))
+        except UnicodeDecodeError:
+            self._fail(name, "the text is not UTF-8")
+        except (OSError, ValueError) as error:
+            self._fail(name, str(error))
 
     def _fail(self, path: str, reason: str) -> None:
         self.listing.failures.append(Failure(path, reason))
@@ -137,30 +303,52 @@ class _Finder:
         def unreadable(error: OSError) -> None:
             self._fail(str(error.filename or folder), error.strerror or str(error))
 
-        for path in _walk(folder, unreadable):
-            found = modality_of(path, self._available)
-            if wanted is not None and found is not None:
-                found = wanted if (found == LANGUAGE) == (wanted == LANGUAGE) else None
-            if found is not None and found in self._available:
-                self._add_file(path, found, named)
-            else:
-                reason = _why_not(path, found)
-                self.listing.ignored[reason] = self.listing.ignored.get(reason, 0) + 1
+        try:
+            files = places.dataset_files(folder)
+        except (ValueError, OSError) as error:
+            self._fail(folder, str(error))
+            return
+        for table in files or ():
+            self._add_table(table, wanted, named)
+        for path in _walk(folder, unreadable) if files is None else ():
+            self._add_listed(path, wanted, named)
+
+    def _add_listed(self, path: str, wanted: str | None, named: bool) -> None:
+        """A file that was not given by name."""
+        found = self._modality_of(url_path(path), wanted)
+        if found is not None and found in self._available:
+            self._add_file(path, found, named)
+        else:
+            self._ignore(_why_not(path, found))
+
+    def _modality_of(self, path: str, wanted: str | None) -> str | None:
+        found = modality_of(path, self._available)
+        if wanted is not None and found is not None:
+            found = wanted if (found == LANGUAGE) == (wanted == LANGUAGE) else None
+        return found
+
+    def _ignore(self, reason: str) -> None:
+        self.listing.ignored[reason] = self.listing.ignored.get(reason, 0) + 1
 
     def _add_file(self, path: str, modality: str, named: bool) -> None:
         where = path if is_url(path) else os.path.abspath(path)
-        if (modality, where) in self._seen or (not named and where in self._named):
+        mark, of_a_name = f"{modality}={where}", f"={where}"
+        if mark in self._marks or (not named and of_a_name in self._marks):
             return
-        self._seen.add((modality, where))
+        self._marks.add(mark)
         if named:
-            self._named.add(where)
+            self._marks.add(of_a_name)
         try:
             path.encode()
             if is_url(path):
                 items = [self._remote(path, modality)]
             else:
                 status = os.stat(path)
-                items = _captions(path) if modality == LANGUAGE else [_file(path, modality, status)]
+                if modality == LANGUAGE:
+                    with _opened(path) as file:
+                        items = _captions(path, file)
+                else:
+                    items = [Item(f"{modality}:{path}", modality, path, _stamp(status))]
         except UnicodeError as error:
             reason = "the text is not UTF-8" if isinstance(error, UnicodeDecodeError) else "the name is not UTF-8"
             self._fail(path.encode(errors="surrogateescape").decode(errors="backslashreplace"), reason)
@@ -170,7 +358,7 @@ class _Finder:
             return
         if not items:
             self._fail(path, "no captions: expected one a line")
-        self.listing.items += items
+        self.listing.items.extend(items)
 
     def _remote(self, url: str, modality: str) -> Item:
         if modality == LANGUAGE:
@@ -192,23 +380,26 @@ def _why_not(path: str, found: str | None) -> str:
     return f"no model for {found}"
 
 
-def _file(path: str, modality: str, status: os.stat_result) -> Item:
-    return Item(f"{modality}:{path}", modality, path, f"{status.st_size}:{status.st_mtime_ns}")
+def _stamp(status: os.stat_result) -> str:
+    return f"{status.st_size}:{status.st_mtime_ns}"
 
 
-def _captions(path: str) -> list[Item]:
+def _captions(path: str, file: TextIO) -> list[Item]:
     """One caption a line; empty lines are passed over, line numbers count from 1."""
     items: list[Item] = []
     number = 0
-    with _opened(path) as file:
-        while line := file.readline(LONGEST_CAPTION + 1):
-            number += 1
-            if len(line.rstrip("\n")) > LONGEST_CAPTION:
-                raise OSError(f"line {number}: expected a caption of at most {LONGEST_CAPTION:,} characters")
-            if text := line.strip():
-                stamp = hashlib.sha256(text.encode()).hexdigest()[:16]
-                items.append(Item(f"{LANGUAGE}:{path}#{number}", LANGUAGE, path, stamp, text))
+    while line := file.readline(LONGEST_CAPTION + 1):
+        number += 1
+        if len(line.rstrip("\n")) > LONGEST_CAPTION:
+            raise OSError(f"line {number}: expected a caption of at most {LONGEST_CAPTION:,} characters")
+        if text := line.strip():
+            items.append(_caption(f"{path}#{number}", path, text))
     return items
+
+
+def _caption(name: str, path: str, text: str) -> Item:
+    stamp = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Item(f"{LANGUAGE}:{name}", LANGUAGE, path, stamp, text)
 
 
 def _opened(path: str) -> TextIO:

@@ -9,57 +9,34 @@ moves that to OUT: OUT is complete or absent.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import functools
+import itertools
 import json
 import os
 import stat
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lbfast import files
 from lbfast.embedding import frames
+from lbfast.embedding.finished import Finished, Tag, schema, settings_of, write
 from lbfast.embedding.frames import Frame
 from lbfast.embedding.items import Item
+from lbfast.embedding.spool import Tables, key
 
 _SYNC_SECONDS = 1.0
-_ROWS_A_GROUP = 8192
-_SETTINGS, _RUN = b"lbfast", b"lbfast.run"
-
-
-def schema(size: int, settings: Mapping[str, Any], run: Mapping[str, Any] | None = None) -> pa.Schema:
-    """Columns of the Parquet file; the settings of the run are its metadata, as JSON under "lbfast".
-
-    Under "lbfast.run" is what tells a finished run from another of the same settings.
-    """
-    columns = [
-        ("id", pa.string()),
-        ("modality", pa.string()),
-        ("path", pa.string()),
-        ("embedding", pa.list_(pa.float32(), size)),
-        ("model", pa.string()),
-    ]
-    metadata = {_SETTINGS: json.dumps(settings, sort_keys=True)}
-    if run is not None:
-        metadata[_RUN] = json.dumps(run, sort_keys=True)
-    return pa.schema(columns, metadata=metadata)
-
-
-def read_finished(out: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The settings of the run that made a Parquet file, and what `finish` was given; None where no run made it."""
-    try:
-        metadata = pq.read_schema(out).metadata or {}
-        return json.loads(metadata[_SETTINGS]), json.loads(metadata[_RUN])
-    except (pa.ArrowException, OSError, ValueError, KeyError):
-        return None
+_AT_ONCE = 4096  # rows of a finished file that are noted together
+_WHOLE = -1  # in the place of a part's number
+_NOWHERE = 1e-6  # the length of a sum of unit vectors that cancel each other
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
@@ -72,12 +49,12 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a row is: the frame of its record batch in the journal, and its number there."""
+    """Where a row is: the frame of its record batch in the journal, or a row group of `base`, and its number there."""
 
-    stamp: str
-    frame: Frame
+    tag: Tag
+    frame: Frame | int
     row: int
 
 
@@ -89,24 +66,46 @@ class Journal:
         size: dimensions of an embedding.
         settings: what the rows depend on besides the files; a journal of other settings is not mixed in.
         restart: throw a journal of other settings away instead of refusing it.
+        parts: rows may be of parts of files: see `Piece`.
+        base: the file at `out`, whose rows are as finished as those of the journal.
 
     Raises:
         ValueError: there is a journal of other settings, or something else under its name.
         BlockingIOError: another run is writing it. OSError: it cannot be written.
     """
 
-    def __init__(self, out: Path, size: int, settings: Mapping[str, Any], restart: bool = False):
-        self.out, self.path = out, partial_path(out)
-        self._schema = schema(size, settings).append(pa.field("stamp", pa.string()))
+    def __init__(
+        self,
+        out: Path,
+        size: int,
+        settings: Mapping[str, Any],
+        restart: bool = False,
+        parts: bool = False,
+        base: Finished | None = None,
+    ):
+        self.out, self.path, self._parts, self._base = out, partial_path(out), parts, base
+        tags = [pa.field("stamp", pa.string())]
+        tags += [pa.field("number", pa.int32()), pa.field("last", pa.bool_())] if parts else []
+        plain = schema(size, settings, parts=parts)
+        self._names, self._schema = plain.names, pa.schema([*plain, *tags], metadata=plain.metadata)
         self._size, self._settings = size, dict(settings)
-        self._places: dict[str, _Place] = {}
+        self._places = Tables(
+            out.parent,
+            "CREATE TABLE places (file BLOB, number INTEGER, stamp TEXT, last INTEGER, grp INTEGER, offset INTEGER,"
+            " size INTEGER, checksum BLOB, before BLOB, row INTEGER, PRIMARY KEY (file, number)) WITHOUT ROWID",
+        )
+        self.rows = 0
+        self._again = functools.lru_cache(maxsize=256)(self._read_again)
         self._synced = time.monotonic()
         self._end, self._checksum = 0, frames.FIRST
+        found = iter(base or ())
+        while some := list(itertools.islice(found, _AT_ONCE)):
+            self._put([(each.id, _Place(each.tag, each.group, each.row)) for each in some])
         self._file = _open_locked(self.path)
         try:
             self._resume(restart)
         except BaseException:
-            self._file.close()
+            self._close()
             raise
 
     def _resume(self, restart: bool) -> None:
@@ -140,7 +139,7 @@ class Journal:
             written = pa.ipc.read_schema(pa.ipc.read_message(message))
         except (EOFError, pa.ArrowInvalid, OSError):
             return None
-        return written if _SETTINGS in (written.metadata or {}) else None
+        return written if settings_of(written) is not None else None
 
     def _is_ours(self, written: pa.Schema, restart: bool) -> bool:
         """Whether a journal is of this run. ValueError where it is of another, unless that is to be thrown away."""
@@ -148,7 +147,7 @@ class Journal:
             return True
         if restart:
             return False
-        named = differences(json.loads(written.metadata[_SETTINGS]), self._settings)
+        named = differences(settings_of(written) or {}, self._settings)
         raise ValueError(
             f"{self.path}: an unfinished run with other settings ({named or 'another layout'}). "
             "Finish it with its own settings, or overwrite it"
@@ -163,31 +162,69 @@ class Journal:
         return batch
 
     def _index(self, batch: pa.RecordBatch, frame: Frame) -> None:
-        pairs = zip(batch.column("id").to_pylist(), batch.column("stamp").to_pylist())
-        for row, (name, stamp) in enumerate(pairs):
-            self._places[name] = _Place(stamp, frame, row)
+        names = ("id", "stamp", *(("number", "last") if self._parts else ()))
+        columns = zip(*(batch.column(each).to_pylist() for each in names))
+        self._put([(name, _Place(Tag(*tag), frame, row)) for row, (name, *tag) in enumerate(columns)])
+        self.rows += batch.num_rows
+
+    def _put(self, rows: Sequence[tuple[str, _Place]]) -> None:
+        """Rows that are found or made; they take the places of those of the same id, or of a file that has changed."""
+        values = []
+        for name, place in rows:
+            whole, tag, frame = place.tag.number is None, place.tag, place.frame
+            file, number = (key(name), _WHOLE) if whole else (key(name.rpartition("#")[0]), tag.number)
+            where = (frame, 0, 0, b"", b"") if isinstance(frame, int) else (None, *dataclasses.astuple(frame))
+            values.append((file, number, tag.stamp, bool(tag.last), *where, place.row))
+        changed = [(row[0], _WHOLE, row[2]) for row in values if row[1] != _WHOLE]
+        self._places.fill("DELETE FROM places WHERE file = ? AND number > ? AND stamp <> ?", changed)
+        self._places.fill("INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+
+    def _found(self, item: Item, what: str, more: str = "") -> list[tuple[Any, ...]]:
+        which = f"number {'>' if item.cut else '='} {_WHOLE}"
+        statement = f"SELECT {what} FROM places WHERE file = ? AND {which} AND stamp = ? {more}"
+        return self._places.run(statement, (key(item.id), item.stamp))
 
     def __contains__(self, item: Item) -> bool:
-        """Whether the item is finished, and its content has not changed since."""
-        place = self._places.get(item.id)
-        return place is not None and place.stamp == item.stamp
+        """Whether the item is finished, all of it, and its content has not changed since."""
+        return bool(self._found(item, "1", "AND last LIMIT 1" if item.cut else ""))
+
+    def numbers(self, item: Item) -> list[int]:
+        """Which parts of an item that is cut are finished, rising; its content has not changed since."""
+        return [number for (number,) in self._found(item, "number", "ORDER BY number")]
+
+    def count(self, item: Item) -> int:
+        """How many rows there are of an item."""
+        return int(self._found(item, "COUNT(*)")[0][0])
+
+    def _rows_of(self, item: Item) -> list[_Place]:
+        rows = self._found(item, "*", "ORDER BY number")
+        return [
+            _Place(
+                Tag(stamp, None if number == _WHOLE else number, bool(last)),
+                Frame(*frame) if group is None else group,
+                row,
+            )
+            for _, number, stamp, last, group, *frame, row in rows
+        ]
 
     def append(self, items: Sequence[Item], embeddings: np.ndarray, model: str) -> None:
         """Adds finished rows. They survive the process at once, and the machine within a second.
 
         Args:
-            items: n of them.
+            items: n of them, or of their parts.
             embeddings: (n, size) float32.
             model: name of the checkpoint.
         """
         flat = pa.array(np.ascontiguousarray(embeddings, dtype=np.float32).reshape(-1))
+        values: dict[str, Any] = {
+            name: [getattr(item, name, None) for item in items] for name in self._schema.names if name != "embedding"
+        }
+        values |= {
+            "embedding": pa.FixedSizeListArray.from_arrays(flat, self._size),
+            "model": [model] * len(items),
+        }
         columns = [
-            pa.array([item.id for item in items]),
-            pa.array([item.modality for item in items]),
-            pa.array([item.path for item in items]),
-            pa.FixedSizeListArray.from_arrays(flat, self._size),
-            pa.array([model] * len(items)),
-            pa.array([item.stamp for item in items]),
+            pa.array(values[f.name], f.type) if f.name != "embedding" else values["embedding"] for f in self._schema
         ]
         batch = pa.record_batch(columns, schema=self._schema)
         self._index(batch, self._write(batch.serialize()))
@@ -208,14 +245,24 @@ class Journal:
         return frame
 
     def embeddings(self, items: Sequence[Item]) -> np.ndarray:
-        """(n, size) float32 of finished items, in this order."""
-        read = functools.lru_cache(maxsize=256)(self._again)
-        places = [self._places[item.id] for item in items]
-        rows = [read(place.frame).column("embedding")[place.row].values.to_numpy() for place in places]
-        return np.stack(rows) if rows else np.empty((0, self._size), np.float32)
+        """(n, size) float32 of finished items, in this order; of those that are cut the mean of their parts.
 
-    def finish(self, items: Sequence[Item], run: Mapping[str, Any], replaces: Signature | None = None) -> None:
-        """Writes `out` with the rows of `items`, all of them finished, in this order; then removes the journal.
+        Means are of unit length; zeros where the parts' sum points nowhere.
+        """
+        return np.stack([self._embedding(item) for item in items]) if items else np.empty((0, self._size), np.float32)
+
+    def _embedding(self, item: Item) -> np.ndarray:
+        vectors = (self._batch(place).column("embedding")[place.row].values.to_numpy() for place in self._rows_of(item))
+        if not item.cut:
+            return next(vectors)
+        total = np.zeros(self._size)
+        for vector in vectors:
+            total += vector
+        length = np.linalg.norm(total)
+        return (total / length if length > _NOWHERE else 0 * total).astype(np.float32)
+
+    def finish(self, items: Iterable[Item], run: Mapping[str, Any], replaces: Signature | None = None) -> None:
+        """Writes `out` with the finished rows of `items`, in this order; then removes the journal.
 
         Args:
             run: what `read_finished` gives back.
@@ -223,42 +270,49 @@ class Journal:
 
         Raises FileExistsError where there is another file by now, OSError where rows are not as they were written.
         """
-        made = schema(self._size, self._settings, run)
+        made = schema(self._size, self._settings, run, self._parts)
         try:
             with files.replacing(self.out, new=replaces is None) as staged:
-                self._write_rows(staged, made, items)
+                write(staged, made, self._rows(items))
                 if signature(self.out) != replaces:
                     raise FileExistsError
         except FileExistsError:
             raise FileExistsError(errno.EEXIST, CHANGED, str(self.out)) from None
         self.remove()
 
-    def _write_rows(self, staged: Path, made: pa.Schema, items: Sequence[Item]) -> None:
-        with pq.ParquetWriter(staged, made) as writer:
-            read = functools.lru_cache(maxsize=256)(self._again)
-            for start in range(0, len(items), _ROWS_A_GROUP):
-                rows = [self._places[item.id] for item in items[start : start + _ROWS_A_GROUP]]
-                slices = [read(place.frame).slice(place.row, 1) for place in rows]
-                table = pa.Table.from_batches(slices).select(made.names).combine_chunks()
-                writer.write_table(table.replace_schema_metadata(made.metadata))
+    def _rows(self, items: Iterable[Item]) -> Iterator[tuple[pa.RecordBatch, Tag]]:
+        for item in items:
+            for place in self._rows_of(item):
+                yield self._batch(place).slice(place.row, 1), place.tag
 
-    def _again(self, frame: Frame) -> pa.RecordBatch:
+    def _batch(self, place: _Place) -> pa.RecordBatch:
+        """The batch that a row is in, with the columns of the finished file."""
+        if isinstance(place.frame, int):
+            assert self._base is not None
+            return self._base.group(place.frame).replace_schema_metadata(None)
+        return self._again(place.frame)
+
+    def _read_again(self, frame: Frame) -> pa.RecordBatch:
         message = frames.read(self._file.fileno(), frame)
         batch = None if message is None else self._read_batch(message)
         if batch is None:
             raise OSError(errno.EIO, "finished rows are not as they were written; call again", str(self.path))
-        return batch
+        return batch.select(self._names).replace_schema_metadata(None)
 
     def remove(self) -> None:
         """Removes the journal, whose rows are in `out`."""
         self.path.unlink()
-        self._file.close()
+        self._close()
 
     def close(self) -> None:
         """Lets go of the file and the lock. The rows stay for the next run; a journal without any does not."""
-        if not self._places and not self._file.closed:
+        if not self.rows and not self._file.closed:
             self.path.unlink(missing_ok=True)
+        self._close()
+
+    def _close(self) -> None:
         self._file.close()
+        self._places.close()
 
 
 Signature = tuple[int, int, int]

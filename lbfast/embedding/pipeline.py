@@ -7,27 +7,36 @@ import errno
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+import pyarrow as pa
 
 import lbfast
-from lbfast.data.decode import Decoder, Task, Undecodable, default_workers
+from lbfast.checkpoints import pick_device
+from lbfast.data.decode import default_workers
 from lbfast.data.suffixes import LANGUAGE
+from lbfast.embedding.devices import Devices
 from lbfast.embedding.embedder import BadFileError, Embedder, check_count
-from lbfast.embedding.fused import Group, find_groups, fused_rows, modalities_of
-from lbfast.embedding.items import Failure, Item, find_items
-from lbfast.embedding.journal import CHANGED, Journal, differences, partial_path, read_finished, signature
-from lbfast.embeds import usable
+from lbfast.embedding.finished import Finished, read_finished
+from lbfast.embedding.fused import Group, find_groups, folders_of, modalities_of, stem_of
+from lbfast.embedding.items import ORDER, Failure, Item, find_items, mean_of, share_of, split_modality
+from lbfast.embedding.journal import CHANGED, Journal, differences, partial_path, signature
+from lbfast.embedding.places import listed
+from lbfast.embedding.run import Progress, Run
+from lbfast.embedding.spool import Chained, Spool
+from lbfast.processing.segments import CUT, Cuts
 
-Progress = Callable[[str, int, int], None]
-"""progress(modality, done, total) after each batch; rows done in an earlier run count as done."""
+SEGMENTS = "segments"
+"""What `fuse` calls the means of parts."""
 
-_FUSED_AT_ONCE = 4096
+
+LIST = "-"
+"""The input that stands for a list of inputs."""
+
+_ENOUGH = 1000  # files that keep any number of workers busy
 
 
 @dataclass
@@ -41,6 +50,8 @@ class Summary:
         finished: whether an earlier run had finished everything, so that nothing was left to do.
         failures: files that are not in `out`, as this run met them. failed: how many an earlier, finished one met.
         ignored: what folders held besides, counted by reason.
+        kept: rows of an earlier run whose files are not among the inputs of this one; they are in `out`.
+        gone: rows of an earlier run whose files are no longer in the folders given; they are not in `out` any more.
     """
 
     out: Path | None = None
@@ -50,6 +61,8 @@ class Summary:
     failed: int = 0
     failures: list[Failure] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
+    kept: int = 0
+    gone: int = 0
 
 
 def embed_files(
@@ -59,7 +72,11 @@ def embed_files(
     *,
     modality: str | None = None,
     fuse: str | Sequence[str] | None = None,
+    segment: str | float | None = None,
+    hop: str | float | None = None,
     dim: int | None = None,
+    shard: str | None = None,
+    column: str | None = None,
     batch_size: int = 8,
     workers: int | None = 0,
     dtype: str = "auto",
@@ -81,23 +98,32 @@ def embed_files(
     embedded by the model of their modality, captions (text files, one a line) by the text tower of the last model.
 
     A run that was interrupted, killed even, goes on where it stopped when it is called again with the same settings.
-    One that was finished has nothing left to do when inputs and settings are the same.
+    One that was finished has nothing left to do when inputs and settings are the same. Given other inputs with the same
+    settings it embeds what `out` lacks and what has changed; rows of files that are not among the inputs stay, but for
+    those of a folder that is given and does not have them any more.
 
     Args:
-        inputs: files and folders, each optionally as "MODALITY=PATH"; see `find_items` for how a modality is found.
+        inputs: files, folders, tables, tars and URLs, each optionally as "MODALITY=PATH"; see `find_items` for how a
+            modality is found. "-": a list of them on the standard input, one a line, or each ended by a NUL.
         models: checkpoints, each optionally as "MODALITY=DIR_OR_NAME"; else config.json says the modality.
         out: Parquet file. Complete or absent; finished rows wait in OUT.partial.
         modality: of every file whose input names none; "language" for captions.
         fuse: "video+audio": a row more, of that modality, for every two files of one stem (the path below the folder
             given, without its suffix); their embeddings as `lbfast.fuse` makes them one. Of three or more as well.
+            "segments": a row more for every file that is embedded in parts, of its id and their mean. Both, as a list.
+        segment: embed videos and sounds in parts of so many seconds ("10s", "2min", 1.5), as `Cuts` has it. Rows have
+            `start_sec` and `end_sec`, null where they are of something whole, and ids as "video:a.mp4#10-20".
+        hop: seconds from the beginning of one part to that of the next; None: `segment`.
         dim: keep the first `dim` numbers of each embedding, of unit length again, as nested ones are. None: all.
-        batch_size: files or captions at a time. For videos, that many clips.
+        shard: "2/5": only the second of five shares of what is found, by a hash of the id, for as many machines.
+        column: of tables: the one with paths, bytes of files, or captions. None: that of bytes, or `path`.
+        batch_size: files or captions at a time. For videos, that many clips; of recordings in parts those of one file.
         workers: processes that decode files while the model computes; 0: none; None: see `default_workers`. With
             workers, call this from a script under `if __name__ == "__main__":`, as multiprocessing asks.
         dtype: "float32", "bfloat16", "float16" or "auto": bfloat16 where the device computes in it, else float32 (see
             `lbfast.model.inference.best_dtype`). Embeddings are normalised and written in float32.
         precision: None, or "int8" or "fp8": of the layers' products, as `lbfast.optimize_for_inference` takes it.
-        device: "auto" (a GPU where there is one), or of torch.
+        device: "auto" (a GPU where there is one), or of torch; several as "cuda:0,cuda:1": a process each.
         strict: stop at the first file that cannot be embedded, or is damaged.
         allow_urls: take URLs of files among the inputs, by fsspec, which is then needed.
         overwrite: replace `out`, and throw away rows of an unfinished run with other settings.
@@ -117,12 +143,15 @@ def embed_files(
     if not inputs:
         raise ValueError("inputs: expected at least one file or folder, got none")
     out = _check_out(Path(out))
+    names = device.split(",")
+    for name in names:
+        pick_device(name)
     embedder = Embedder(
         models,
         dtype=dtype,
         precision=precision,
         batch_size=batch_size,
-        device=device,
+        device=names[0],
         dim=dim,
         allow_urls=allow_urls,
         strict=strict,
@@ -131,7 +160,8 @@ def embed_files(
         token=token,
     )
     checkpoints, weights = embedder.checkpoints, embedder.dtype
-    fused = () if fuse is None else modalities_of(fuse, checkpoints.keys())
+    cuts = _cuts(segment, hop)
+    means, fused = _kinds(fuse, checkpoints.keys(), cuts)
     summary = Summary()
 
     def failed(failure: Failure) -> None:
@@ -141,64 +171,176 @@ def embed_files(
         if on_failure is not None:
             on_failure(failure)
 
-    listing = find_items(inputs, checkpoints.keys(), modality, allow_urls)
-    summary.ignored = listing.ignored
-    for failure in listing.failures:
-        failed(failure)
-    if not listing.items:
-        return summary
-    last = embedder.text_checkpoint
-    settings: dict[str, Any] = {
-        "lbfast": lbfast.__version__,
-        "dtype": str(weights).removeprefix("torch."),
-        "precision": precision,
-        "models": {name: [c.name, c.fingerprint()] for name, c in checkpoints.items()},
-        "language": [last.name, last.fingerprint(), last.tokenizer_fingerprint()],
-    }
-    groups = find_groups(listing.items, inputs, fused)
-    if fused:
-        settings["fuse"] = list(fused)
-    if dim is not None:
-        settings["dim"] = dim
-    for reason, count in groups.ignored.items():
-        summary.ignored[reason] = count
-    before, inputs = signature(out), _digest(listing.items)
-    if before is not None and not overwrite:
-        _take_finished(out, settings, inputs, strict, summary)
-        with contextlib.suppress(ValueError, OSError):  # killed between the two, the run left its journal
-            if partial_path(out).exists():
-                Journal(out, embedder.size, settings).remove()
-        return summary
-    if not os.access(out.parent, os.W_OK):
-        raise PermissionError(errno.EACCES, "out: cannot write in this folder", str(out.parent))
-    for failure in groups.failures:
-        failed(failure)
-    journal = Journal(out, embedder.size, settings, restart=overwrite)
-    try:
+    given = [name for name in (os.fspath(one) for one in inputs) if name != LIST]
+    share = None if shard is None else _share(share_of(shard), given, fused)
+    with contextlib.ExitStack() as closing:
+        items = closing.enter_context(Spool(out.parent, () if cuts is None else CUT, share))
+        lists = [items.keep(listed())] if len(given) < len(inputs) else []
+        listing = find_items(
+            Chained(given, *lists), checkpoints.keys(), modality, allow_urls, column, items, items.marks
+        )
+        summary.ignored = listing.ignored
+        for failure in listing.failures:
+            failed(failure)
+        if not len(items):
+            return summary
+        last = embedder.text_checkpoint
+        settings: dict[str, Any] = {
+            "lbfast": lbfast.__version__,
+            "dtype": str(weights).removeprefix("torch."),
+            "precision": precision,
+            "models": {name: [c.name, c.fingerprint()] for name, c in checkpoints.items()},
+            "language": [last.name, last.fingerprint(), last.tokenizer_fingerprint()],
+        }
+        if fused or means:
+            settings["fuse"] = [*([SEGMENTS] if means else []), *fused]
+        if cuts is not None:
+            settings["segment"] = [str(cuts.length), str(cuts.hop)]
+        if dim is not None:
+            settings["dim"] = dim
+        groups = find_groups(items if fused else (), given, fused)
+        for reason, count in groups.ignored.items():
+            summary.ignored[reason] = count
+        before, digest, base = signature(out), _digest(items), None
+        if before is not None and not overwrite:
+            if _is_finished(out, settings, digest, strict, summary):
+                with contextlib.suppress(ValueError, OSError):  # killed between the two, the run left its journal
+                    if partial_path(out).exists():
+                        Journal(out, embedder.size, settings, parts=cuts is not None).remove()
+                return summary
+            base = closing.enter_context(_base(out))
+        if not os.access(out.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "out: cannot write in this folder", str(out.parent))
+        for failure in groups.failures:
+            failed(failure)
+        journal = Journal(out, embedder.size, settings, overwrite, cuts is not None, base)
+        closing.callback(journal.close)
         if signature(out) != before:  # by a run that held the journal until now
             raise FileExistsError(errno.EEXIST, CHANGED, str(out))
-        heard = progress or (lambda *_: None)
-        left = sum(item not in journal and item.modality != LANGUAGE for item in listing.items)
-        workers = default_workers(left, embedder.device) if workers is None else workers
-        run = _Run(embedder, journal, workers, failed, heard)
-        summary.resumed = sum(item in journal for item in listing.items)
-        run.embed(listing.items)
+        others = closing.enter_context(Spool(out.parent, () if cuts is None else CUT))
+        made = _Made(items, others, groups.whole, means)
+        stale = _sort(base, made, given, share, summary)
+        summary.resumed = sum(map(journal.count, made.of_inputs())) if journal.rows or base else 0
+        if workers is None:
+            left = (item for item in items if item not in journal and item.modality != LANGUAGE)
+            workers = default_workers(sum(1 for _ in itertools.islice(left, _ENOUGH)), embedder.device)
+        devices = None if len(names) == 1 else closing.enter_context(Devices(embedder, names))
+        run = Run(embedder, journal, workers, failed, progress or (lambda *_: None), cuts, devices)
+        run.embed(items)
+        if means:
+            run.means(items)
         run.fuse(groups.whole)
-        items = [*listing.items, *(group.item for group in groups.whole)]
-        finished = [item for item in items if item in journal]
-        for item in finished:
-            summary.embedded[item.modality] = summary.embedded.get(item.modality, 0) + 1
-        if finished:
-            journal.finish(
-                finished, {"inputs": inputs, "rows": summary.embedded, "failed": len(summary.failures)}, before
-            )
+        for item in made:
+            if count := journal.count(item):
+                summary.embedded[item.modality] = summary.embedded.get(item.modality, 0) + count
+        if base is not None and not journal.rows and not stale and not summary.gone:
+            journal.remove()
+            summary.out, summary.finished = out, not summary.failures
+        elif summary.embedded:
+            counts = {"inputs": digest, "rows": summary.embedded, "failed": len(summary.failures)}
+            journal.finish(made, counts, before)
             summary.out = out
-    finally:
-        journal.close()
     return summary
 
 
-def _digest(items: Sequence[Item]) -> str:
+@dataclass
+class _Made:
+    """What the output is to have, in order: what `others` has, what is among the inputs, and means and fused rows."""
+
+    items: Spool
+    others: Spool
+    groups: Sequence[Group]
+    means: bool
+
+    def __iter__(self) -> Iterator[Item]:
+        for name in sorted({*self.items.names(), *self.others.names()} & {*ORDER}, key=ORDER.index):
+            yield from self._with_means(itertools.chain(self.others.of(name), self.items.of(name)))
+        for name in {*self.others.names()} - {*ORDER}:
+            yield from self.others.of(name)
+        yield from (group.item for group in self.groups)
+
+    def of_inputs(self) -> Iterator[Item]:
+        yield from self._with_means(self.items)
+        yield from (group.item for group in self.groups)
+
+    def _with_means(self, items: Iterable[Item]) -> Iterator[Item]:
+        for item in items:
+            yield item
+            if self.means and item.cut:
+                yield mean_of(item)
+
+
+def _share(is_in: Callable[[str], bool], inputs: Sequence[str], fused: Collection[str]) -> Callable[[Item], bool]:
+    """Which items are in a share: by their ids, but what may be fused by its stem, so that it stays together."""
+    folders = folders_of(inputs)
+
+    def accept(item: Item) -> bool:
+        if "+" in item.modality:
+            return is_in(item.id.partition(":")[2])
+        return is_in(stem_of(item.path, folders) if item.modality in fused else item.id)
+
+    return accept
+
+
+def _cuts(segment: str | float | None, hop: str | float | None) -> Cuts | None:
+    if segment is None and hop is not None:
+        raise ValueError(f"hop: expected with segment, the length of a part, got {hop!r} alone")
+    return None if segment is None else Cuts.of(segment, hop)
+
+
+def _kinds(
+    fuse: str | Sequence[str] | None, available: Collection[str], cuts: Cuts | None
+) -> tuple[bool, tuple[str, ...]]:
+    """Whether means of segments are wanted, and which modalities are to be fused. ValueError."""
+    if fuse is None:
+        return False, ()
+    given = [fuse] if isinstance(fuse, str) else list(fuse)
+    others = [name for name in given if name != SEGMENTS]
+    if len(others) < len(given) and cuts is None:
+        raise ValueError(f"fuse: {SEGMENTS}: expected with segment, the length of a part")
+    means = len(others) < len(given)
+    return means, modalities_of("+".join(others), available) if others or not means else ()
+
+
+def _base(out: Path) -> Finished:
+    """The rows that are there already."""
+    try:
+        return Finished(out)
+    except (ValueError, OSError, pa.ArrowException) as error:
+        why = f"of a run with other inputs, and does not say of which files ({error})"
+        raise FileExistsError(
+            errno.EEXIST, f"out: it is there already, {why}; overwrite replaces it", str(out)
+        ) from None
+
+
+def _sort(
+    base: Finished | None,
+    made: _Made,
+    inputs: Sequence[str],
+    share: Callable[[Item], bool] | None,
+    summary: Summary,
+) -> int:
+    """Puts what else is in `base` and stays there into `made.others`; how many rows are of files that have changed."""
+    fused = {group.item.id: group.item.stamp for group in made.groups}
+    names = {split_modality(one)[1] for one in inputs}
+    inside = tuple(mark for name in names for mark in (os.path.join(name, ""), f"{name}#"))
+    stale = 0
+    for found in base or ():
+        cut = found.tag.number is not None
+        file = found.id.rpartition("#")[0] if cut else found.id
+        stamp = fused.get(file) or made.items.stamp(file)
+        item = Item(file, found.modality, found.path, found.tag.stamp, cut=cut)
+        if stamp is not None:
+            stale += stamp != found.tag.stamp
+        elif (found.path in names or found.path.startswith(inside)) and (share is None or share(item)):
+            summary.gone += 1
+        else:
+            summary.kept += 1
+            made.others.append(item)
+    return stale
+
+
+def _digest(items: Iterable[Item]) -> str:
     """Changes with the items, their order and their content."""
     key = hashlib.sha256()
     for item in items:
@@ -206,159 +348,23 @@ def _digest(items: Sequence[Item]) -> str:
     return key.hexdigest()
 
 
-def _take_finished(out: Path, settings: Mapping[str, Any], inputs: str, strict: bool, summary: Summary) -> None:
-    """What there is to say of `out` where an earlier run of the same inputs and settings has made it."""
+def _is_finished(out: Path, settings: Mapping[str, Any], inputs: str, strict: bool, summary: Summary) -> bool:
+    """Whether an earlier run has done all of this; then the summary says what. FileExistsError: `out` is of another."""
     found = read_finished(out)
     if found is None:
         why = "no run has made it"
     elif other := differences(found[0], settings):
         why = f"of a run with other settings ({other})"
     elif found[1].get("inputs") != inputs:
-        why = "of a run with other inputs"
+        return False
     elif strict and found[1].get("failed"):
         why = f"of a run that left out {found[1]['failed']} files that failed"
     else:
         summary.embedded = {str(name): int(count) for name, count in found[1]["rows"].items()}
         summary.resumed, summary.finished, summary.out = sum(summary.embedded.values()), True, out
         summary.failed = int(found[1]["failed"])
-        return
+        return True
     raise FileExistsError(errno.EEXIST, f"out: it is there already, {why}; overwrite replaces it", str(out))
-
-
-@dataclass
-class _Run:
-    """The part of a run that needs the models."""
-
-    embedder: Embedder
-    journal: Journal
-    workers: int
-    failed: Callable[[Failure], None]
-    progress: Progress
-
-    def embed(self, items: Sequence[Item]) -> None:
-        """Embeds what the journal does not have yet. One model is loaded at a time, and only if it has work."""
-        left = [item for item in items if item not in self.journal]
-        tasks = [Task(item.modality, item.path) for item in left if item.modality != LANGUAGE]
-        work, ahead = self.embedder.processors(), 2 * self.embedder.batch_size + self.workers
-        names = list(dict.fromkeys(item.modality for item in items))
-        batches = {name: list(self._batches(item for item in items if item.modality == name)) for name in names}
-        sizes = [len(batch) for name in names if name != LANGUAGE for batch in batches[name]]
-        with Decoder(work, tasks, self.workers, ahead, sizes, self.embedder.device) as decoder, _Late() as late:
-            decoded = iter(decoder)
-            for name in names:
-                total = sum(item.modality == name for item in items)
-                done = total - sum(map(len, batches[name]))
-                self.progress(name, done, total)
-                if not batches[name]:
-                    continue
-                late.do()  # before the next model is loaded
-                self.embedder.open(name, alone=True)
-                for batch in batches[name]:
-                    good, values = self._values(name, batch, decoded)
-                    embeds = self.embedder.embed_values(name, values) if good else torch.empty(0, self.embedder.size)
-                    done += len(batch)
-                    late.put(self._keeping(good, embeds, values, (name, done, total)))
-                    if not embeds.is_cuda:  # then it is computed
-                        late.do()
-        self.embedder.close()
-
-    def _batches(self, items: Iterator[Item]) -> Iterator[list[Item]]:
-        """Batches of the items of one modality, without what is finished: the same batches whatever that is.
-
-        What a row is to the last bit depends on what is embedded with it.
-        """
-        while batch := list(itertools.islice(items, self.embedder.batch_size)):
-            if left := [item for item in batch if item not in self.journal]:
-                yield left
-
-    def fuse(self, groups: Sequence[Group]) -> None:
-        """Makes one row of the rows of each group whose parts are all finished."""
-        todo = [group for group in groups if group.item not in self.journal]
-        todo = [group for group in todo if all(part in self.journal for part in group.parts)]
-        for start in range(0, len(todo), _FUSED_AT_ONCE):
-            some = todo[start : start + _FUSED_AT_ONCE]
-            modalities = range(len(some[0].parts))
-            rows = [self.journal.embeddings([group.parts[i] for group in some]) for i in modalities]
-            model = "+".join(self.embedder.checkpoint_of(part.modality).name for part in some[0].parts)
-            good = []
-            for group, row in fused_rows(some, rows):
-                if row is None:
-                    self.failed(Failure(group.item.id, "the embeddings of its files point in opposite directions"))
-                else:
-                    good.append((group.item, row))
-            if good:
-                self.journal.append([item for item, _ in good], np.stack([row for _, row in good]), model)
-
-    def _values(
-        self, modality: str, batch: list[Item], decoded: Iterator[np.ndarray | Undecodable]
-    ) -> tuple[list[Item], list[Any]]:
-        """The items that have pixel values, or are captions, and these."""
-        if modality == LANGUAGE:
-            return batch, [item.text for item in batch]
-        good: list[Item] = []
-        pixels: list[np.ndarray] = []
-        for item in batch:
-            result = next(decoded)
-            if isinstance(result, Undecodable):
-                self.failed(Failure(item.path, result.reason))
-            else:
-                good.append(item)
-                pixels.append(result)
-        return good, pixels
-
-    def _keeping(
-        self, items: list[Item], embeds: torch.Tensor, values: list[Any], so_far: tuple[str, int, int]
-    ) -> Callable[[], None]:
-        """What is left to do of a batch when `embeds`, which a GPU may still compute from `values`, are there."""
-        rows = embeds.to("cpu", non_blocking=True)
-        there = torch.cuda.current_stream(embeds.device).record_event() if embeds.is_cuda else None
-
-        def keep() -> None:
-            if there is not None:
-                there.synchronize()
-            values.clear()  # until now they were in use
-            self._keep(items, rows, so_far[0])
-            self.progress(*so_far)
-
-        return keep
-
-    def _keep(self, items: list[Item], rows: torch.Tensor, modality: str) -> None:
-        """Writes the rows that are finite."""
-        finite = usable(rows)
-        for item, good in zip(items, finite.tolist()):
-            if not good:
-                self.failed(Failure(item.path, self.embedder.not_finite()))
-        kept = [item for item, good in zip(items, finite.tolist()) if good]
-        if kept:
-            self.journal.append(kept, rows[finite].numpy(), self.embedder.checkpoint_of(modality).name)
-
-
-class _Late:
-    """The end of a batch, done when the next one is with the device, which computes meanwhile.
-
-    Used as a context manager: what was put is done, however the block ends.
-    """
-
-    def __init__(self) -> None:
-        self._put: Callable[[], None] | None = None
-
-    def __enter__(self) -> _Late:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.do()
-
-    def put(self, end: Callable[[], None]) -> None:
-        """Takes this one's, and does the one before."""
-        before, self._put = self._put, end
-        if before is not None:
-            before()
-
-    def do(self) -> None:
-        """What was put, now."""
-        end, self._put = self._put, None
-        if end is not None:
-            end()
 
 
 def _named(failure: Failure) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -237,11 +238,44 @@ def audio_transform(vision_config: Any, antialias: bool = True) -> AudioTransfor
     return AudioTransform(int(getattr(vision_config, "audio_sample_rate", 16000)), **given)
 
 
-def load_and_transform_audio(audio: Any, transform: Any, reading: Reading | None = None) -> torch.Tensor:
-    """A path, bytes, a file object, or `(waveform, sample_rate)`, through `transform`."""
+def load_and_transform_audio(
+    audio: Any,
+    transform: Any,
+    reading: Reading | None = None,
+    clip_start_sec: float = 0.0,
+    clip_end_sec: float | None = None,
+) -> torch.Tensor:
+    """A path, bytes, a file object, or `(waveform, sample_rate)`, through `transform`.
+
+    `clip_start_sec` and `clip_end_sec` choose seconds of a file: what a file of these samples alone would give. Sounds
+    in memory raise ValueError.
+    """
+    clipped = bool(clip_start_sec) or clip_end_sec is not None
     if not is_readable(audio):
+        if clipped:
+            raise ValueError("clip_start_sec, clip_end_sec: expected a file, got a waveform in memory")
         return transform(audio)
+    if clipped:
+        with Source(audio, _WAVEFORM, reading) as source, named(source.name):
+            return transform(_clip(SoundFile(source), clip_start_sec, clip_end_sec))
     if not isinstance(transform, AudioTransform):  # a caller's own
         return transform(read_audio(audio, reading))
     with Source(audio, _WAVEFORM, reading) as source, named(source.name):
         return transform.of_sound(SoundFile(source))
+
+
+def _clip(sound: SoundFile, start: float, end: float | None) -> tuple[torch.Tensor, int]:
+    """The samples of channel 0 from ceil(start rate) to ceil(end rate), and the rate."""
+
+    def sample(seconds: float) -> int:
+        return math.ceil(Fraction(str(float(seconds))) * sound.rate)  # 0.1 is a tenth here
+
+    def plan(samples: int) -> list[Span]:
+        first, last = sample(start), samples if end in (None, math.inf) else min(samples, sample(end))
+        return [(first, last)] if 0 <= first < last else []
+
+    samples, parts = sound.parts(plan)
+    if not parts:
+        asked = f"a sound from {start:g} s to {'the end' if end is None else f'{end:g} s'}"
+        raise MediaError(sound.name, asked, f"one of {samples / sound.rate:.2f} s")
+    return parts[0], sound.rate

@@ -139,7 +139,7 @@ def _fsspec() -> Any:
     try:
         import fsspec.core
     except ImportError as error:
-        raise ImportError("URLs need fsspec: pip install fsspec") from error
+        raise ImportError("URLs need fsspec: pip install 'lbfast[url]'") from error
     return fsspec
 
 

@@ -19,6 +19,7 @@ from lbfast import files
 from lbfast.messages import shown
 from lbfast.processing import audio, depth, image, video
 from lbfast.processing.media import MediaError, Reading, is_readable
+from lbfast.processing.segments import CUT, Cuts, Segment, sound_segments, video_segments
 from lbfast.processing.threads import one_thread
 from lbfast.processing.transforms import Compose
 from lbfast.processing.values import plain
@@ -134,7 +135,7 @@ class Processor:
             truncation: cut longer captions; False raises instead.
             raw: pixel values as uint8 0..255, resized and cropped but not normalised, each rounded to the nearest level
                 (off by up to 0.5 / 255, 0.007 after normalisation; bicubic overshoot is clamped). Not for audio.
-            clip_start_sec, clip_end_sec: seconds of a video file.
+            clip_start_sec, clip_end_sec: seconds of a video's or a sound's file.
             layout: the order of an array's axes: "THWC", "TCHW" or "CTHW" of a clip, "HW", "HWC" or "CHW" of a picture;
                 None takes the one that fits its shape.
             strict, allow_urls: see `Reading`; None takes the processor's.
@@ -169,15 +170,38 @@ class Processor:
             pixel_values = pixel_values.numpy()
         return BatchFeature({**(encoding or {}), "pixel_values": pixel_values})
 
+    def segments(self, item: Any, cuts: Cuts, *, strict: bool | None = None) -> Iterator[Segment]:
+        """The parts of a recording of any length, each when it is decoded; see `lbfast.processing.segments`.
+
+        Args:
+            item: a video or a sound: a path, bytes or a file object.
+            cuts: which parts.
+            strict: see `Reading`; None takes the processor's.
+
+        Raises:
+            FileNotFoundError, MediaError: as the call; where a file is broken off, after the parts before.
+            ValueError: another modality, or a processor that draws.
+        """
+        if self.modality not in CUT or self.training:
+            got = f"{self.modality} while training" if self.training else self.modality
+            raise ValueError(f"segments: expected a processor of {' or '.join(CUT)} that draws nothing, got {got}")
+        reading = self.reading if strict is None else replace(self.reading, strict=strict)
+        if self.modality == "audio":
+            return sound_segments(item, self.transform, cuts, reading)
+        num_frames = getattr(self.config.vision_config, "num_frames", 8)
+        return video_segments(item, self.transform, cuts, num_frames, reading)
+
     def preprocess(self, images: Any, return_tensors: str | None = None, **options: Any) -> Any:
         """The call, under the name that language models which read a tower have for it."""
         return self(images, return_tensors=return_tensors, **options)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         row = ROWS[self.modality]
-        wrong = [name for name in options if not (row.layouts if name == "layout" else self.modality == "video")]
+        wrong = [name for name in options if not (row.layouts if name == "layout" else self.modality in CUT)]
         if wrong:
-            takers = ", ".join(name for name, row in ROWS.items() if row.layouts) if wrong == ["layout"] else "video"
+            takers = (
+                ", ".join(name for name, row in ROWS.items() if row.layouts) if wrong == ["layout"] else ", ".join(CUT)
+            )
             raise ValueError(f"{', '.join(wrong)}: expected for {takers} only, got {self.modality}")
 
     def _pixels(self, images: Any, raw: bool, options: dict[str, Any]) -> torch.Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +25,6 @@ _DAMAGED = 10  # at most one packet in so many may be undecodable
 _FLAC_SECONDS = 0.01  # its header says how many samples there are; one that has fewer is truncated
 _LONG_SECONDS = 60  # longer files are not decoded between the parts, where that changes nothing
 _WAV_BYTES = 1 << 16  # of a packet: FFmpeg's 4096 are a call of the decoder each
-_DTYPES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "s64": np.int64, "flt": np.float32, "dbl": np.float64}
 _DTYPES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "s64": np.int64, "flt": np.float32, "dbl": np.float64}
 
 _SUMMED = ("ac3", "eac3")  # each packet has a checksum, which FFmpeg looks at when told to
@@ -89,7 +91,7 @@ class SoundFile:
     def __init__(self, source: Source):
         self.source, self.name, self.rate = source, source.name, 0
         source.check_complete()
-        self._seconds, self._announced = 0.0, 0  # and samples, before the file was decoded; 0: not said
+        self._seconds, self.announced = 0.0, 0  # and samples, before the file was decoded; 0: not said
         self._damage = ""
 
     def parts(self, plan: Callable[[int], list[Span]]) -> tuple[int, list[torch.Tensor]]:
@@ -104,7 +106,7 @@ class SoundFile:
                 samples = (self._near if near else self._all)(container, stream, kept)
             wanted = plan(samples)
             if samples and (found := _cut(kept, wanted, samples)) is not None:
-                self._report()
+                self.report()
                 return samples, [_checked(self.name, x) for x in found]
             near, spans = False, None if near else wanted
         raise self.source.error("that decodes differently each time")
@@ -112,7 +114,7 @@ class SoundFile:
     def _skippable(self, stream: Any) -> bool:
         """Whether it is worth while, and allowed, to decode only what is kept."""
         codec = stream.codec_context
-        long = self._announced > _LONG_SECONDS * self.rate
+        long = self.announced > _LONG_SECONDS * self.rate
         return long and codec.name in FORGETFUL and not self.source.reading.strict
 
     def _near(self, container: Any, stream: Any, kept: list[_Part]) -> int:
@@ -122,7 +124,8 @@ class SoundFile:
             samples = windows.read(container.demux(stream))
         except Unsure:
             return 0
-        return samples if samples >= self._announced - _FLAC_SECONDS * self.rate else 0  # fewer: truncated, perhaps
+        truncated = container.format.name == "flac" and samples < self.announced - _FLAC_SECONDS * self.rate
+        return 0 if truncated else samples
 
     def _all(self, container: Any, stream: Any, kept: list[_Part]) -> int:
         """The same, decoding from first to last."""
@@ -133,10 +136,44 @@ class SoundFile:
             samples += frame.samples
         return samples
 
+    def windows(
+        self, first: int, span: Callable[[int], tuple[Fraction, Fraction]], count: Callable[[Fraction], int]
+    ) -> Iterator[tuple[int, Fraction, Fraction, torch.Tensor]]:
+        """Windows of channel 0 in order, each when its end is reached: (number, begin, end, float32 samples).
+
+        Begin and end are in seconds. No more is kept than the next one needs.
+
+        Args:
+            first: number of the first one that is wanted.
+            span: begin and end of a window by its number, in seconds, both rising.
+            count: how many windows a sound of so many seconds has: all that end within it, and perhaps the next, which
+                ends with the sound.
+        """
+
+        def edges(number: int) -> Span:
+            begin, end = span(number)
+            return math.ceil(begin * self.rate), math.ceil(end * self.rate)
+
+        samples, number, kept = 0, first, None
+        for frame in self.frames():
+            kept = _Tail(edges(first)[0]) if kept is None else kept
+            kept.take(frame, samples)
+            samples += frame.samples
+            while edges(number)[1] <= samples:
+                yield number, *span(number), self._floats(kept, *edges(number))
+                number += 1
+                kept.forget(edges(number)[0])
+        length = Fraction(samples, self.rate)
+        if kept is not None and number < count(length):
+            yield number, span(number)[0], length, self._floats(kept, edges(number)[0], samples)
+
+    def _floats(self, kept: _Tail, begin: int, end: int) -> torch.Tensor:
+        return _checked(self.name, floats(torch.from_numpy(kept.cut(begin, end))))
+
     def whole(self) -> torch.Tensor:
         """(channels, samples) float32."""
         waveform = floats(torch.from_numpy(np.concatenate([_channels(frame) for frame in self.frames()], axis=1)))
-        self._report()
+        self.report()
         return waveform
 
     @contextlib.contextmanager
@@ -156,7 +193,7 @@ class SoundFile:
             check_rate(self.name, self.rate)
             self._seconds = float(stream.duration * stream.time_base) if stream.duration else 0.0
             self._seconds = self._seconds or (container.duration or 0) / 1e6
-            self._announced = self.announced_by(self._seconds)
+            self.announced = self.announced_by(self._seconds)
             yield container, stream
 
     def frames(self) -> Iterator[Any]:
@@ -208,7 +245,7 @@ class SoundFile:
     def _likely(self, plan: Callable[[int], list[Span]], head: int) -> list[Span]:
         """The first seconds, and what is wanted if the file is about as long as it announces; none overlap."""
         margin = _MARGIN_SECONDS * self.rate
-        spans = [(max(0, a - margin), b + margin) for a, b in plan(self._announced)] if self._announced else []
+        spans = [(max(0, a - margin), b + margin) for a, b in plan(self.announced)] if self.announced else []
         merged = [(0, head * self.rate)]
         for begin, end in sorted(spans):
             if end - begin > 4 * _HEAD_SECONDS * self.rate:
@@ -219,7 +256,8 @@ class SoundFile:
                 merged.append((begin, end))
         return merged
 
-    def _report(self) -> None:
+    def report(self) -> None:
+        """Warns once of what was passed over in a file that was read to its end."""
         if self._damage:
             warnings.warn(f"{self.name}: {self._damage}", MediaWarning, stacklevel=2)
 
@@ -269,6 +307,28 @@ class _Part:
         if len(self._chunks) > 1:
             self._chunks = [np.concatenate(self._chunks)]
         return floats(torch.from_numpy(self._chunks[0][begin - self.begin : end - self.begin]))
+
+
+class _Tail:
+    """Channel 0 from sample `begin` on, as far as frames went by; what lies before is forgotten."""
+
+    def __init__(self, begin: int):
+        self._begin, self._chunks = begin, collections.deque[tuple[int, np.ndarray]]()
+
+    def take(self, frame: Any, at: int) -> None:
+        """A frame whose first sample is number `at`."""
+        if at + frame.samples > self._begin:
+            self._chunks.append((at, _first_channel(frame).copy()))
+
+    def forget(self, begin: int) -> None:
+        """What lies before sample `begin`."""
+        self._begin = begin
+        while self._chunks and self._chunks[0][0] + len(self._chunks[0][1]) <= begin:
+            self._chunks.popleft()
+
+    def cut(self, begin: int, end: int) -> np.ndarray:
+        """Samples [begin, end), none of which is forgotten."""
+        return np.concatenate([chunk[max(0, begin - at) : max(0, end - at)] for at, chunk in self._chunks])
 
 
 def _cut(kept: list[_Part], spans: list[Span], samples: int) -> list[torch.Tensor] | None:

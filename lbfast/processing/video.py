@@ -7,9 +7,12 @@ that decord gives, to the bit: index linspace(0, n - 1, num_frames), RGB by swsc
 
 from __future__ import annotations
 
+import array
+import bisect
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -36,11 +39,20 @@ _HIDDEN_FRAMES = ("vp8",)  # codecs with packets that show nothing: only decodin
 _BACKENDS = ("decord", "opencv", "pytorchvideo")  # names that configs carry; one decoder serves them all
 
 
-class _Missing(Exception):
+class Missing(Exception):
     """A wanted frame did not come out of the decoder."""
 
 
-class _File:
+@dataclass
+class Counted:
+    """What decoding all of a video showed: times of the frames, numbers of corrupt ones, packets that gave nothing."""
+
+    pts: list[Any] = field(default_factory=list)
+    corrupt: list[int] = field(default_factory=list)
+    undecodable: int = 0
+
+
+class VideoFile:
     """An open video. `scan` lists its packets; `at_times` and `by_counting` decode the frames that `choose` picks.
 
     `choose(times)` gets the time of every frame in seconds after the first, and returns the indices of the wanted ones.
@@ -63,7 +75,7 @@ class _File:
         self.delays: set[int] = set()  # from decoding to showing
         self.kept: list[Any] | None = []
 
-    def __enter__(self) -> _File:
+    def __enter__(self) -> VideoFile:
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -134,90 +146,117 @@ class _File:
         guessed = "avi" in self.container.format.name and codec.has_b_frames and len(self.delays) == 1
         return once and not guessed and bool(self.keys) and codec.name not in _HIDDEN_FRAMES
 
+    def order(self) -> tuple[array.array[int], array.array[float]]:
+        """The packets' times as they are shown, on the stream's clock and in seconds after the first."""
+        order = array.array("q", sorted(p for p in self.pts if p is not None))
+        base: Fraction = self.stream.time_base
+        return order, array.array("d", ((p - order[0]) * base.numerator / base.denominator for p in order))
+
+    @property
+    def rate(self) -> Fraction:
+        """Frames a second, as far as the container knows."""
+        return self.stream.guessed_rate or Fraction(25)
+
     def at_times(self, choose: Callable[[Sequence[float]], list[int]]) -> np.ndarray:
-        """Decodes from the key frame before each wanted frame; unwanted frames that nothing refers to are skipped.
+        """The frames that `choose` picks, by `at`. Raises Missing."""
+        order, times = self.order()
+        wanted = [order[i] for i in choose(times)]
+        clip = _Clip(wanted, self.source)
+        for pts, frame in self.at(sorted(set(wanted))):
+            clip.put(pts, self.picture(frame))
+        return clip.frames
+
+    def at(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """The frames of some times, rising, as they are decoded: those that are shown first, first.
+
+        Decodes from the key frame before each wanted frame; unwanted frames that nothing refers to are skipped.
 
         Raises:
-            _Missing: the decoder did not give a wanted frame, or calls one that it gave corrupt.
+            Missing: the decoder did not give a wanted frame, or calls one that it gave corrupt.
         """
-        position = {p: i for i, p in enumerate(self.pts) if p is not None}
-        order = sorted(position)
-        base: Fraction = self.stream.time_base
-        times = [(p - order[0]) * base.numerator / base.denominator for p in order]
-        wanted = [order[i] for i in choose(times)]
+        missing = set(wanted)
+        position = {p: i for i, p in enumerate(self.pts) if p in missing}
         runs: list[list[int]] = []  # first and last packet; leading pictures of a key frame may make neighbours overlap
-        for pts in sorted(set(wanted)):
-            begin = max((k for k in self.keys if k <= position[pts] and self._pts(k) <= pts), default=0)
+        for pts in wanted:
+            begin = self._key_before(pts, position[pts])
             if runs and begin <= runs[-1][1] + 1:
                 runs[-1][1] = max(runs[-1][1], position[pts])
             else:
                 runs.append([begin, position[pts]])
-        clip = _Clip(wanted, self.source)
-        for frame in self._decode(runs, set(wanted)):
+        for frame in self._decode(runs, missing.copy()):
             if frame is None or frame.is_corrupt:
-                raise _Missing
-            if frame.pts in clip.missing:
-                clip.put(frame.pts, self._picture(frame))
-        if clip.missing:
-            raise _Missing
-        return clip.frames
+                raise Missing
+            if frame.pts in missing:
+                missing.remove(frame.pts)
+                yield frame.pts, frame
+        if missing:
+            raise Missing
+
+    def _key_before(self, pts: int, index: int) -> int:
+        """The last packet up to number `index` where decoding what is shown at `pts` can begin."""
+        for place in range(bisect.bisect_right(self.keys, index) - 1, -1, -1):
+            if self._pts(self.keys[place]) <= pts:
+                return self.keys[place]
+        return 0
 
     def by_counting(self, choose: Callable[[Sequence[float]], list[int]]) -> np.ndarray:
         """Decodes from first packet to last, and again where there turn out to be more or fewer frames than packets.
 
         In the place of a frame that the decoder calls corrupt comes the last good one before it, else the first after.
         """
-        rate = self.stream.guessed_rate or Fraction(25)
-        times = [float(i / rate) for i in range(self.shown)]
+        times = [float(i / self.rate) for i in range(self.shown)]
         for _ in range(2):
             wanted = choose(times)
-            clip = _Clip(wanted, self.source)
-            seen, corrupt, undecodable = self._collect(clip)
-            if not seen:
-                bound = f"{self.limit:,} pixels (limits.frame_pixels)"
-                raise self.source.error(f"without a frame of at most {bound} that can be decoded")
-            if None in seen or seen != sorted(seen):
-                times = [float(i / rate) for i in range(len(seen))]
-            else:
-                times = [float((pts - seen[0]) * self.stream.time_base) for pts in seen]
+            clip, seen = _Clip(wanted, self.source), Counted()
+            for number, frame in self.counted(seen, clip.missing):
+                clip.put(number, self.picture(frame))
+            times = self.times_of(seen)
             if choose(times) == wanted:
-                self._judge(len(seen), corrupt, [i for i in corrupt if i in wanted], undecodable)
+                self.judge(seen, [i for i in seen.corrupt if i in wanted])
                 return clip.frames
         raise self.source.error("that decodes differently each time")
 
-    def _collect(self, clip: _Clip) -> tuple[list[Any], list[int], int]:
-        """Puts the frames with the clip's numbers into it: the times of all, the corrupt ones, undecodable packets."""
+    def times_of(self, seen: Counted) -> list[float]:
+        """The times of all frames, in seconds after the first. MediaError where there is none."""
+        if not seen.pts:
+            bound = f"{self.limit:,} pixels (limits.frame_pixels)"
+            raise self.source.error(f"without a frame of at most {bound} that can be decoded")
+        if None in seen.pts or seen.pts != sorted(seen.pts):
+            return [float(i / self.rate) for i in range(len(seen.pts))]
+        return [float((pts - seen.pts[0]) * self.stream.time_base) for pts in seen.pts]
+
+    def counted(self, seen: Counted, wanted: Collection[int]) -> Iterator[tuple[int, Any]]:
+        """The frames of some numbers, by decoding all of them; `seen` gets what is met on the way.
+
+        In the place of a corrupt one comes the last good one before it, else the first after.
+        """
         self._open()  # a decoder that has seen other frames may hold them back longer
-        seen: list[Any] = []
-        corrupt: list[int] = []
         orphans: list[int] = []  # corrupt, and nothing good came before
-        undecodable, good = 0, None
+        good = None
         for frame in self._decode([[0, len(self.pts) - 1]]):
             if frame is None:
-                undecodable += 1
+                seen.undecodable += 1
                 continue
-            number = len(seen)
-            seen.append(frame.pts)
+            number = len(seen.pts)
+            seen.pts.append(frame.pts)
             if frame.is_corrupt:
-                corrupt.append(number)
+                seen.corrupt.append(number)
             else:
                 good = frame
             orphans.append(number)
             if good is not None:
-                for i in clip.missing.intersection(orphans):
-                    clip.put(i, self._picture(good))
+                yield from ((i, good) for i in orphans if i in wanted)
                 orphans = []
-        return seen, corrupt, undecodable
 
-    def _judge(self, frames: int, corrupt: list[int], replaced: list[int], undecodable: int) -> None:
+    def judge(self, seen: Counted, replaced: list[int]) -> None:
         """Says what is damaged; raises MediaError where that is most of it, or `strict` was asked for."""
-        said = []
+        frames, corrupt, said = len(seen.pts), len(seen.corrupt), []
         if corrupt:
-            said.append(f"{len(corrupt)} of {frames} frames are broken")
-        if undecodable:
-            said.append(f"{undecodable} of {len(self.pts)} packets cannot be decoded")
+            said.append(f"{corrupt} of {frames} frames are broken")
+        if seen.undecodable:
+            said.append(f"{seen.undecodable} of {len(self.pts)} packets cannot be decoded")
         damage = " and ".join(said)
-        if 2 * (len(corrupt) + undecodable) > frames + undecodable or (damage and self.source.reading.strict):
+        if 2 * (corrupt + seen.undecodable) > frames + seen.undecodable or (damage and self.source.reading.strict):
             raise self.source.error(f"of which {damage}")
         if replaced:
             damage += f"; in the place of {', '.join(map(str, replaced))} their neighbours are used"
@@ -266,7 +305,7 @@ class _File:
                 raise
             return [None]
 
-    def _picture(self, frame: Any) -> np.ndarray:
+    def picture(self, frame: Any) -> np.ndarray:
         """(H, W, 3) uint8, turned and mirrored as the file says; of the stream's size, where single frames differ."""
         if self.size is None:
             codec = self.stream.codec_context
@@ -359,13 +398,13 @@ def read_frames(
                 raise MediaError(source.name, asked, f"{len(times)} frames, the last at {times[-1]:.2f} s")
             return [inside[i] for i in evenly(len(inside), num_frames)]
 
-        with source.decoding(), _File(source) as video:
+        with source.decoding(), VideoFile(source) as video:
             video.scan()
             frames = None
             if video.timed:
                 try:
                     frames = video.at_times(choose)
-                except _Missing:
+                except Missing:
                     video.threads = 1  # what comes of broken packets may depend on how they are shared
             if frames is None:
                 frames = video.by_counting(choose)

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lbfast.data.decode import Helper, Task, Undecodable, Work, helpers_context
+from lbfast.data.crew import Work
+from lbfast.data.decode import Helper, Task, Undecodable, helpers_context
 from lbfast.serving.batching import Unusable
 
 
