@@ -202,15 +202,6 @@ class Run:
         if not embeds.is_cuda:  # then it is computed
             late.do()
 
-    def _batches(self, items: Iterator[Item]) -> Iterator[list[Item]]:
-        """Batches of the items of one modality, without what is finished: the same batches whatever that is.
-
-        What a row is to the last bit depends on what is embedded with it.
-        """
-        while batch := list(itertools.islice(items, self.embedder.batch_size)):
-            if left := [item for item in batch if item not in self.journal]:
-                yield left
-
     def means(self, items: Spool) -> None:
         """Makes a row of each file of which all parts are finished: their mean, of unit length."""
         for name in filter(self._cuts, items.names()):
