@@ -18,6 +18,7 @@ import torch
 from lbfast.data import tether
 from lbfast.data.crew import WITHOUT, Crew, Work, Worker, context
 from lbfast.data.shared import Lease, Pool, as_array
+from lbfast.data.store import StoreError
 from lbfast.processing.media import Reading, named
 from lbfast.processing.processor import Processor, transform_dict
 from lbfast.processing.segments import Cuts
@@ -165,7 +166,7 @@ def _opened(task: Task) -> Iterator[Any]:
 
 def _why(task: Task, error: Exception) -> Undecodable:
     if isinstance(error, ValueError | OSError):
-        return Undecodable(str(error))
+        return Undecodable(str(error), lasting=isinstance(error, StoreError))
     where = f"{task.path}: " if task.path else ""
     return Undecodable(f"{where}{type(error).__name__}: {error}")  # a codec's own, no memory, a fault of ours
 

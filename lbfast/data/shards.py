@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -11,17 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lbfast.data import tar
 from lbfast.data.sample import Member, Sample
-from lbfast.data.store import Object, look
-from lbfast.data.tar import BrokenTarError, members
-from lbfast.processing.media import is_url
 
-_COMPRESSED = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\x00": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-}
 _TEXT = ("txt", "json")
 
 
@@ -53,19 +44,7 @@ class Shard:
         if split not in ("first", "last"):
             raise ValueError(f"split: expected 'first' or 'last', got {split!r}")
         self.file = os.fspath(file)
-        self._tar: str | Object = self.file
-        if is_url(self.file):
-            self._tar = look(self.file)
-            head = self._tar.read(0, min(8, self._tar.size))
-        elif not os.path.isfile(self.file):
-            raise FileNotFoundError(2, "shard: no such file", self.file)
-        else:
-            head = head_of(self.file)
-        if name := compressed_with(head):
-            raise ValueError(
-                f"{self.file}: expected an uncompressed tar, got one compressed with {name}; decompress it first: "
-                "samples are read by their offset"
-            )
+        self._tar = tar.find(self.file)
         self.skipped: dict[str, str] = {}
         self._collect([suffix.lower().lstrip(".") for suffix in suffixes], captions, split)
 
@@ -133,43 +112,15 @@ class Shard:
         """(name, offset, size) of the members that are whole; hidden ones are passed over, links put down if wanted."""
         others: dict[str, str] = {}
         try:
-            for name, offset, size in self._listed(others):
+            for name, offset, size in tar.members(self._tar, others):
                 if not name.rpartition("/")[2].startswith("."):
                     yield name, offset, size
-        except BrokenTarError as error:
+        except tar.BrokenTarError as error:
             self.skipped[self.file] = f"{error}; what follows is lost"
         last = {_last(suffix) for suffix in (*wanted, *_TEXT)}
         for name, kind in others.items():
             if _last(name.rpartition("/")[2]) in last:
                 self.skipped[f"{self.file}/{name}"] = f"{kind}, which holds no data that is read here"
-
-    def _listed(self, others: dict[str, str]) -> Iterator[tuple[str, int, int]]:
-        """`tar.members` of the file; those at a URL are kept, so that the headers need not come again."""
-        if not isinstance(self._tar, Object):
-            yield from members(self.file, others)
-            return
-        kept = self._tar.cached("members")
-        if kept is not None:
-            found, links = json.loads(kept)
-            others.update(links)
-            yield from found
-            return
-        found = []
-        for member in members(self.file, others, self._tar.ranges()):
-            found.append(member)
-            yield member
-        self._tar.keep("members", json.dumps([found, others]).encode())
-
-
-def head_of(file: str | os.PathLike[str]) -> bytes:
-    """The first bytes of a file."""
-    with open(file, "rb") as opened:
-        return opened.read(8)
-
-
-def compressed_with(head: bytes) -> str | None:
-    """What a file is compressed with, by its first bytes; None: it is not."""
-    return next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ PATIENCE, CACHE, CACHE_GIB = "LBFAST_DATA_PATIENCE", "LBFAST_DATA_CACHE", "LBFAS
 _PIECE = 16 << 20  # bytes that are asked for at once of a whole object
 _SLOWEST = 1 << 20  # bytes a second that an answer takes at most, after
 _ANSWER = 60.0  # seconds, which none may be without
+_PAUSE = 0.5  # seconds before a store is asked for the second time, about
 _QUIET = 3.0  # seconds without an answer of which nothing is said
 _SHORT, _LONG = 1 << 16, 8 << 20  # bytes that are read ahead where headers are far apart, and close
 _BUSY, _GONE = (408, 425, 429), (404, 410)  # of HTTP's 4xx: those that pass, and those of no file
@@ -137,7 +138,7 @@ def look(url: str) -> Object:
             raise NotImplementedError(f"{url}: the store does not say how long it is")
         marks = ("ETag", "etag", "Content-MD5", "md5Hash", "commit_hash", "lfs", "LastModified", "Last-Modified")
         said = [str(about[mark]) for mark in (*marks, "mtime", "updated", "created") if about.get(mark)]
-        return Object(url, int(size), "\0".join(said))
+        return Object(url, int(size), " ".join(said))
 
     return _insisting(url, attempt)
 
@@ -186,7 +187,7 @@ def _timeout(system: Any, size: int = 0) -> dict[str, float]:
 
 def _insisting(url: str, attempt: Callable[[], _Result]) -> _Result:
     """What `attempt` returns, once it does."""
-    begun, pause = time.monotonic(), 0.5
+    begun, pause = time.monotonic(), _PAUSE
     for tries in itertools.count(1):
         try:
             return attempt()

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TextIO
 
 from lbfast.data.sample import Member
 from lbfast.data.suffixes import LANGUAGE, MODALITY_NAMES, modality_of
+from lbfast.data.tar import find as find_tar
 from lbfast.embedding import places
 from lbfast.processing.media import is_url, url_stamp
 
@@ -22,6 +23,7 @@ ORDER = (*MODALITY_NAMES, LANGUAGE)
 
 _QUERY = re.compile(r"[?#]|::")  # what may follow a URL's path
 
+_NOT_ALLOWED = "a URL: allow_urls (--allow-urls) opens it"
 _UNTOLD = "bytes that do not say what they are: give the table as MODALITY=TABLE"
 
 LONGEST_CAPTION = 1_000_000
@@ -227,7 +229,7 @@ class _Finder:
             self._add_urls(path, wanted, named)
         elif places.is_table(path) and os.path.isfile(path):
             self._add_table(path, wanted, named)
-        elif path.lower().endswith(".tar") and os.path.isfile(path):
+        elif url_path(path).lower().endswith(".tar") and (os.path.isfile(path) or is_url(path)):
             self._add_tar(path, wanted)
         else:
             self._add_alone(path, wanted, named)
@@ -270,9 +272,14 @@ class _Finder:
             self._fail(table, str(error))
 
     def _add_tar(self, tar: str, wanted: str | None) -> None:
-        stamp, broken = _stamp(os.stat(tar)), dict[str, str]()
+        broken = dict[str, str]()
+        if is_url(tar) and not self._allow_urls:
+            self._fail(tar, _NOT_ALLOWED)
+            return
         try:
-            for member in places.tar_files(tar, broken):
+            found_tar = find_tar(tar)
+            stamp = _stamp(os.stat(tar)) if isinstance(found_tar, str) else f"url:{found_tar.size}:{found_tar.version}"
+            for member in places.tar_files(found_tar, broken):
                 name = os.fspath(member)
                 found = self._modality_of(name, wanted)
                 if found == LANGUAGE:
@@ -364,7 +371,7 @@ class _Finder:
         if modality == LANGUAGE:
             raise OSError("a URL: captions are read from local files")
         if not self._allow_urls:
-            raise OSError("a URL: allow_urls (--allow-urls) opens it")
+            raise OSError(_NOT_ALLOWED)
         return Item(f"{modality}:{url}", modality, url, f"url:{url_stamp(url)}")
 
 

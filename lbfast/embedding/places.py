@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from lbfast.data.manifest import SUFFIXES as TABLES
 from lbfast.data.sample import Member
-from lbfast.data.shards import compressed_with, head_of
+from lbfast.data.store import Object
 from lbfast.data.tar import BrokenTarError, members
 from lbfast.processing.media import MediaError, reason, url_system
 
@@ -254,19 +254,14 @@ def _json(path: str) -> Any:
         return json.loads(file.read(_LONGEST))
 
 
-def tar_files(tar: str, broken: dict[str, str]) -> Iterator[Member]:
-    """The regular files in an uncompressed tar, hidden ones passed over; what is wrong with it is put into `broken`.
-
-    ValueError: it is compressed.
-    """
-    if how := compressed_with(head_of(tar)):
-        raise ValueError(f"expected an uncompressed tar, got one compressed with {how}; decompress it first")
+def tar_files(tar: str | Object, broken: dict[str, str]) -> Iterator[Member]:
+    """The regular files in a tar, hidden ones passed over; what is wrong with it is put into `broken`."""
     try:
         for name, offset, size in members(tar):
             if not name.rpartition("/")[2].startswith("."):
                 yield Member(tar, name, offset, size)
     except BrokenTarError as error:
-        broken[tar] = f"{error}; what follows is lost"
+        broken[os.fspath(tar)] = f"{error}; what follows is lost"
 
 
 def lists_files(url: str) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from lbfast.data.decode import Decoder, Processors, Task, Undecodable
+from lbfast.data.store import StoreError
 from lbfast.data.streams import Batch, Streams
 from lbfast.data.suffixes import LANGUAGE
 from lbfast.embedding.devices import Devices
@@ -165,6 +166,7 @@ class Run:
                 else:
                     reckoning.ended(ready.file)
                     if ready.why is not None:
+                        _check_store(ready.why)
                         self.failed(Failure(item.path, ready.why.reason))
         self._end(name, reckoning.now(), late)
 
@@ -248,6 +250,7 @@ class Run:
         for item in batch:
             result = next(decoded)
             if isinstance(result, Undecodable):
+                _check_store(result)
                 self.failed(Failure(item.path, result.reason))
             else:
                 good.append(item)
@@ -279,6 +282,12 @@ class Run:
         kept = [item for item, good in zip(items, finite.tolist()) if good]
         if kept:
             self.journal.append(kept, rows[finite].numpy(), self.embedder.checkpoint_of(modality).name)
+
+
+def _check_store(result: Undecodable) -> None:
+    """Raises StoreError where others would fail as this one: what is finished is kept, and the run can go on later."""
+    if result.lasting:
+        raise StoreError(result.reason)
 
 
 class Late:
