@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
@@ -261,3 +262,40 @@ def test_several_devices_make_the_same_rows(models, recordings, pictures, tmp_pa
         embed_files(given, [str(broken)], tmp_path / "bad.parquet", device="cpu,cpu", dtype="float32")
     with pytest.raises(ValueError, match="device: expected auto, cpu, cuda or cuda:N, got 'nothing'"):
         embed_files(given, models, tmp_path / "no.parquet", device="cpu,nothing")
+
+
+def test_what_cannot_be_listed_now_loses_no_rows(models, pictures, tmp_path):
+    """A disk that is away, a table that is torn, a tar that breaks off, captions that are no text any more."""
+    away, out = tmp_path / "away", tmp_path / "out.parquet"
+    away.mkdir()
+    tiny.picture(away / "a.jpg", seed=50)
+    files = {f"{i}.jpg": (pictures / f"{i}.jpg").read_bytes() for i in (0, 1)}
+    tar = tiny.shard(tmp_path / "x.tar", files)
+    cells = pa.array([{"bytes": data, "path": name} for name, data in files.items()])
+    pq.write_table(pa.table({"image": cells}), tmp_path / "t.parquet")
+    (tmp_path / "words.txt").write_text("one\ntwo\n")
+    inputs = [away, tar, tmp_path / "t.parquet", tmp_path / "words.txt"]
+    before = (embed_files(inputs, models, out), table(out))[1]
+    assert len(before) == 7
+    away.rename(tmp_path / "else")
+    tar.write_bytes(tar.read_bytes()[:1500])
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    (tmp_path / "words.txt").write_bytes(b"\xff\xfe")
+    found = embed_files([*inputs, pictures / "2.jpg"], models, out)
+    assert found.gone == 0 and len(found.failures) == 4
+    assert [failure.reason for failure in found.failures if failure.path == str(away)] == ["No such file or directory"]
+    assert table(out).keys() == before.keys() | {f"image:{pictures / '2.jpg'}"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_no_input_is_replaced(models, pictures, tmp_path, overwrite):
+    pq.write_table(pa.table({"path": ["pictures/0.jpg"]}), tmp_path / "t.parquet")
+    for out, inputs in (
+        (pictures / "0.jpg", [pictures]),
+        (pictures / "0.jpg", [f"image={pictures}/../{pictures.name}/0.jpg"]),
+        (tmp_path / "t.parquet", [tmp_path / "t.parquet", pictures]),
+    ):
+        content = out.read_bytes()
+        with pytest.raises(FileExistsError, match="out: it is one of the inputs"):
+            embed_files(inputs, models, out, overwrite=overwrite)
+        assert out.read_bytes() == content and not partial_path(out).exists()

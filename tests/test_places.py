@@ -15,6 +15,7 @@ import pytest
 
 from lbfast.data.sample import Member
 from lbfast.embedding import embed_files, find_items, pipeline
+from lbfast.embedding.fused import stem_of
 from lbfast.embedding.places import listed
 from tests import tiny
 from tests.test_processing_video import make_video
@@ -130,9 +131,6 @@ def test_a_dataset_names_no_files_elsewhere(tmp_path, bad):
         ("a.csv", "file\nx.jpg\n", "expected one column path (column names another), got file"),
         ("a.csv", "path,path\nx,y\n", "expected one column path"),
         ("a.csv", "path\n" + "x" * 2_000_000, "expected lines of at most 1,048,576 characters"),
-        ("a.csv", b"path\n\xff\n", "a table that cannot be read"),
-        ("a.jsonl", '{"path": "x"\n', "line 1: expected a JSON object, got JSONDecodeError"),
-        ("a.jsonl", "[" * 100_000 + "\n", "line 1: expected a JSON object, got RecursionError"),
         ("a.jsonl", '{"file": "x"}\n', "expected a field path, got none"),
         ("a.parquet", "PAR1 or not", "a table that cannot be read"),
         ("a.arrow", "no stream", "a table that cannot be read"),
@@ -216,3 +214,90 @@ def test_folders_and_wildcards_of_urls(models, pictures, plain, tmp_path):
         ids, failures = names([url], allow_urls=True)
         assert [name.rpartition("/")[2] for name in ids] == ["0.jpg", "1.jpg", "2.jpg", "deep.jpg"] and not failures
     assert names(["memory://bucket/none/"], allow_urls=True)[1] and names(["memory://bucket/dir/"])[1]
+
+
+@pytest.mark.parametrize(
+    "suffix, lines, reason",
+    [
+        ("jsonl", ['{"path": "in/0.jpg"}', '{"path": "a\\u0000.jpg"}', '{"path": "in/2.jpg"}'], "null byte"),
+        ("jsonl", ['{"path": "in/0.jpg"}', '{"path": "\\ud800.jpg"}', '{"path": "in/2.jpg"}'], "not UTF-8"),
+        ("jsonl", ['{"path": "in/0.jpg"}', "[" * 100_000, '{"path": "in/2.jpg"}'], "got RecursionError"),
+        ("jsonl", ['{"path": "in/0.jpg"}', "{bad", '{"path": "in/2.jpg"}'], "expected a JSON object"),
+        ("jsonl", ['{"path": "in/0.jpg"}', '{"path": 3}', '{"path": "in/2.jpg"}'], "expected an object with text"),
+        ("jsonl", ['{"path": "in/0.jpg"}', "[1]", '{"path": "in/2.jpg"}'], "expected an object with text"),
+        ("csv", ["path", "in/0.jpg", b"gr\xfcn.jpg", "in/2.jpg"], "not UTF-8"),
+        ("csv", ["path", "in/0.jpg", "in/no.jpg", "in/2.jpg"], "No such file"),
+        ("csv", ["path", "in/0.jpg", "in/x", "in/2.jpg"], "No such file"),
+    ],
+)
+def test_a_bad_row_hurts_no_other(pictures, tmp_path, suffix, lines, reason):
+    content = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines)
+    (tmp_path / f"t.{suffix}").write_bytes(content)
+    ids, failures = names([tmp_path / f"t.{suffix}"])
+    assert ids == [f"image:{tmp_path}/in/{i}.jpg" for i in (0, 2)]
+    assert len(failures) == 1 and reason in failures[0]
+
+
+def test_rows_without_anything_are_counted(pictures, tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"path": null}\n{"path": ""}\n{}\n{"path": "in/0.jpg"}\n')
+    (tmp_path / "t.csv").write_text('n,path\n1,in/1.jpg\n2,""\n3\n')
+    pq.write_table(pa.table({"path": ["in/2.jpg", None]}), tmp_path / "t.parquet")
+    found = find_items([tmp_path / f"t.{suffix}" for suffix in ("jsonl", "csv", "parquet")], ["image"], None)
+    assert len(found.items) == 3 and not found.failures
+    assert found.ignored == {"an empty row of a table": 6}
+
+
+def test_members_of_one_name_are_told(pictures, tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for picture in pictures[:2]:
+            tar.add(picture, "a.jpg")
+    ids, failures = names([tmp_path / "x.tar", f"{tmp_path}/../{tmp_path.name}/x.tar"])
+    assert ids == [f"image:{tmp_path}/x.tar/a.jpg"]
+    assert failures == [f"{tmp_path}/x.tar/a.jpg: the tar has two members of this name; the first is used"]
+
+
+def test_what_a_file_of_a_table_is_called(pictures, tmp_path):
+    """The path beside its bytes is its stem, for what is fused and for shares, and says its modality."""
+    content = {"bytes": [path.read_bytes() for path in pictures], "path": ["k/0.jpg", "k/1.mp4", "k/2.wav"]}
+    pq.write_table(pa.table(content), tmp_path / "t.parquet")
+    found = list(find_items([tmp_path / "t.parquet"], ["image", "video", "audio"], None).items)
+    assert {(item.modality, stem_of(item, [])) for item in found} == {
+        ("image", "k/0"),
+        ("video", "k/1"),
+        ("audio", "k/2"),
+    }
+
+
+def test_arrows_own_files(pictures, tmp_path):
+    """Of both kinds, whatever the letters of their suffix; categories are text."""
+    made = pa.table({"path": pa.array([f"in/{i}.jpg" for i in range(3)]).dictionary_encode()})
+    for name, new in (("a.arrow", pa.ipc.new_file), ("b.ARROW", pa.ipc.new_stream)):
+        with new(tmp_path / name, made.schema) as writer:
+            writer.write_table(made)
+        assert names([tmp_path / name])[0] == [f"image:{tmp_path}/in/{i}.jpg" for i in range(3)]
+
+
+def test_names_that_look_like_something_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.picture(Path("image=z.jpg"))
+    Path("end.jpg\r").write_bytes(Path("image=z.jpg").read_bytes())
+    assert names(["image=z.jpg"])[0] == ["image:image=z.jpg"]
+    assert list(listed(io.BytesIO(b"end.jpg\r\0x.jpg\0"))) == ["end.jpg\r", "x.jpg"]
+    assert list(listed(io.BytesIO(b"end.jpg\r\nx.jpg\r\n"))) == ["end.jpg", "x.jpg"]
+    assert names(["no-such-folder"])[1] == ["no-such-folder: No such file or directory"]
+
+
+def test_a_standard_input_that_is_closed_or_empty(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ValueError, match="standard input, which is closed"):
+        embed_files(["-"], models, tmp_path / "out.parquet")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert embed_files(["-"], models, tmp_path / "out.parquet").failures[0].reason == "no names on the standard input"
+
+
+def test_a_wildcard_below_a_hidden_folder(tmp_path):
+    pytest.importorskip("fsspec")
+    (tmp_path / ".hid").mkdir()
+    tiny.picture(tmp_path / ".hid" / "a.jpg")
+    tiny.picture(tmp_path / ".hid" / ".b.jpg")
+    assert names([f"file://{tmp_path}/.hid/*.jpg"], allow_urls=True)[0] == [f"image:file://{tmp_path}/.hid/a.jpg"]

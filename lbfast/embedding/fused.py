@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from lbfast.embedding.items import Failure, Item, split_modality
+from lbfast.embedding.places import Cell
 from lbfast.model.fusion import fuse
 
 
@@ -58,7 +59,7 @@ def find_groups(items: Iterable[Item], inputs: Sequence[str | os.PathLike[str]],
     by_stem: dict[str, dict[str, list[Item]]] = {}
     for item in items:
         if item.modality in modalities:
-            by_stem.setdefault(stem_of(item.path, folders), {}).setdefault(item.modality, []).append(item)
+            by_stem.setdefault(stem_of(item, folders), {}).setdefault(item.modality, []).append(item)
     found, name = Groups(), "+".join(modalities)
     for stem, files in by_stem.items():
         twice = next((each for each in modalities if len(files.get(each, ())) > 1), None)
@@ -81,8 +82,14 @@ def folders_of(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
     return sorted((os.path.join(split_modality(os.fspath(given))[1], "") for given in inputs), key=len, reverse=True)
 
 
-def stem_of(path: str, folders: Sequence[str]) -> str:
-    """What groups have in common: the path below one of the folders, or the name, without its last suffix."""
+def stem_of(item: Item, folders: Sequence[str]) -> str:
+    """What groups have in common: the path below one of the folders, or the name, without its last suffix.
+
+    Of a file in a table that is the path beside it; one without a path shares its row's with nothing.
+    """
+    path = item.path
+    if isinstance(item.data, Cell):
+        return path if item.data.name is None else str(PurePath(item.data.name).with_suffix(""))
     folder = next((folder for folder in folders if path.startswith(folder)), os.path.join(os.path.dirname(path), ""))
     return str(PurePath(path[len(folder) :]).with_suffix(""))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -139,7 +140,7 @@ class Listing:
 
     Attributes:
         items: sorted by modality; within one, in the order given, folders by name.
-        failures: inputs that cannot be embedded.
+        failures: inputs, and what is in them, that cannot be listed or embedded.
         ignored: what folders held besides, counted by reason.
     """
 
@@ -154,9 +155,9 @@ def url_path(path: str) -> str:
 
 
 def split_modality(given: str) -> tuple[str | None, str]:
-    """ "depth=maps/" -> ("depth", "maps/"); anything that does not begin with a modality and "=" is left whole."""
+    """ "depth=maps/" -> ("depth", "maps/"); what does not begin with a modality and "=", or is there, is left whole."""
     modality, equals, rest = given.partition("=")
-    return (modality, rest) if equals and modality in ORDER else (None, given)
+    return (modality, rest) if equals and modality in ORDER and not os.path.lexists(given) else (None, given)
 
 
 def find_items(
@@ -238,6 +239,8 @@ class _Finder:
         found = wanted or modality_of(url_path(path), self._available)
         if found is not None and found in self._available:
             self._add_file(path, found, named)
+        elif not is_url(path) and not os.path.lexists(path):
+            self._fail(path, os.strerror(errno.ENOENT))
         else:
             self._fail(path, _why_not(path, found))
 
@@ -256,22 +259,37 @@ class _Finder:
         stamp = _stamp(os.stat(table))
         try:
             for row in places.rows_of(table, self._column):
-                name = f"{table}#{row.number}"
-                if row.cell is not None:
-                    found = wanted or row.modality or modality_of(row.name or "", self._available) or self._only
-                    if found is None or found == LANGUAGE or found not in self._available:
-                        self._fail(name, _why_not(row.name or name, found) if found else _UNTOLD)
-                    else:
-                        self.listing.items.append(Item(f"{found}:{name}", found, name, stamp, data=row.cell))
-                elif row.text is not None and wanted == LANGUAGE:
-                    if text := row.text.strip():
-                        self.listing.items.append(_caption(name, table, text))
-                elif row.text is not None:
-                    self._add_alone(places.beside(table, row.text), wanted, named)
+                try:
+                    self._add_row(table, stamp, row, wanted, named)
+                except UnicodeError:
+                    self._fail(f"{table}#{row.number}", "the text is not UTF-8")
+                except (ValueError, OSError) as error:
+                    self._fail(f"{table}#{row.number}", str(error))
         except (ValueError, OSError) as error:
             self._fail(table, str(error))
 
+    def _add_row(self, table: str, stamp: str, row: places.Row, wanted: str | None, named: bool) -> None:
+        name = f"{table}#{row.number}"
+        if row.cell is not None:
+            was = row.cell.name or ""
+            found = wanted or row.modality or modality_of(was, self._available) or self._only
+            if found is None or found == LANGUAGE or found not in self._available:
+                self._fail(name, _why_not(was or name, found) if found else _UNTOLD)
+            else:
+                self.listing.items.append(Item(f"{found}:{name}", found, name, stamp, data=row.cell))
+        elif row.error is not None:
+            self._fail(name, row.error)
+        elif row.text is None or not row.text.strip():
+            self._ignore("an empty row of a table")
+        elif wanted == LANGUAGE:
+            self.listing.items.append(_caption(name, table, row.text.strip()))
+        else:
+            self._add_alone(places.beside(table, row.text), wanted, named)
+
     def _add_tar(self, tar: str, wanted: str | None) -> None:
+        mark = f"{wanted or ''}={tar if is_url(tar) else os.path.abspath(tar)}/"
+        if not self._is_new(mark):
+            return
         broken = dict[str, str]()
         if is_url(tar) and not self._allow_urls:
             self._fail(tar, _NOT_ALLOWED)
@@ -281,6 +299,9 @@ class _Finder:
             stamp = _stamp(os.stat(tar)) if isinstance(found_tar, str) else f"url:{found_tar.size}:{found_tar.version}"
             for member in places.tar_files(found_tar, broken):
                 name = os.fspath(member)
+                if not self._is_new(f"{mark}/{member.name}"):
+                    self._fail(name, "the tar has two members of this name; the first is used")
+                    continue
                 found = self._modality_of(name, wanted)
                 if found == LANGUAGE:
                     self._add_captions_of(member, name)
@@ -303,8 +324,15 @@ class _Finder:
         except (OSError, ValueError) as error:
             self._fail(name, str(error))
 
+    def _is_new(self, mark: str) -> bool:
+        """Whether it was not met before; now it is."""
+        if mark in self._marks:
+            return False
+        self._marks.add(mark)
+        return True
+
     def _fail(self, path: str, reason: str) -> None:
-        self.listing.failures.append(Failure(path, reason))
+        self.listing.failures.append(Failure(_shown(path), reason))
 
     def _add_folder(self, folder: str, wanted: str | None, named: bool) -> None:
         def unreadable(error: OSError) -> None:
@@ -358,10 +386,10 @@ class _Finder:
                     items = [Item(f"{modality}:{path}", modality, path, _stamp(status))]
         except UnicodeError as error:
             reason = "the text is not UTF-8" if isinstance(error, UnicodeDecodeError) else "the name is not UTF-8"
-            self._fail(path.encode(errors="surrogateescape").decode(errors="backslashreplace"), reason)
+            self._fail(path, reason)
             return
-        except OSError as error:
-            self._fail(path, error.strerror or str(error))
+        except (OSError, ValueError) as error:  # the latter of a name with NUL
+            self._fail(path, getattr(error, "strerror", None) or str(error))
             return
         if not items:
             self._fail(path, "no captions: expected one a line")
@@ -385,6 +413,14 @@ def _why_not(path: str, found: str | None) -> str:
     if found is None:
         return f"unknown type {Path(path).suffix or '(no suffix)'}"
     return f"no model for {found}"
+
+
+def _shown(path: str) -> str:
+    """A name as text that can be printed and written."""
+    try:
+        return path.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    except UnicodeEncodeError:
+        return path.encode(errors="backslashreplace").decode()
 
 
 def _stamp(status: os.stat_result) -> str:

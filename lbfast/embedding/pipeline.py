@@ -20,7 +20,7 @@ from lbfast.data.decode import default_workers
 from lbfast.data.suffixes import LANGUAGE
 from lbfast.embedding.devices import Devices
 from lbfast.embedding.embedder import BadFileError, Embedder, check_count
-from lbfast.embedding.finished import Finished, read_finished
+from lbfast.embedding.finished import Finished, Found, read_finished
 from lbfast.embedding.fused import Group, find_groups, folders_of, modalities_of, stem_of
 from lbfast.embedding.items import ORDER, Failure, Item, find_items, mean_of, share_of, split_modality
 from lbfast.embedding.journal import CHANGED, Journal, differences, partial_path, signature
@@ -176,9 +176,15 @@ def embed_files(
     with contextlib.ExitStack() as closing:
         items = closing.enter_context(Spool(out.parent, () if cuts is None else CUT, share))
         lists = [items.keep(listed())] if len(given) < len(inputs) else []
+        if lists and next(iter(lists[0]), None) is None:
+            failed(Failure(LIST, "no names on the standard input"))
         listing = find_items(
             Chained(given, *lists), checkpoints.keys(), modality, allow_urls, column, items, items.marks
         )
+        where = os.path.abspath(out)
+        files = (os.path.abspath(split_modality(name)[1]) for name in given)
+        if where in files or any(f"{name}={where}" in items.marks for name in ORDER):
+            raise FileExistsError(errno.EEXIST, "out: it is one of the inputs; name another file", str(out))
         summary.ignored = listing.ignored
         for failure in listing.failures:
             failed(failure)
@@ -219,7 +225,8 @@ def embed_files(
             raise FileExistsError(errno.EEXIST, CHANGED, str(out))
         others = closing.enter_context(Spool(out.parent, () if cuts is None else CUT))
         made = _Made(items, others, groups.whole, means)
-        stale = _sort(base, made, given, share, summary)
+        unlisted = {failure.path for failure in listing.failures}
+        stale = _sort(base, made, given, unlisted, share, summary)
         summary.resumed = sum(map(journal.count, made.of_inputs())) if journal.rows or base else 0
         if workers is None:
             left = (item for item in items if item not in journal and item.modality != LANGUAGE)
@@ -277,7 +284,7 @@ def _share(is_in: Callable[[str], bool], inputs: Sequence[str], fused: Collectio
     def accept(item: Item) -> bool:
         if "+" in item.modality:
             return is_in(item.id.partition(":")[2])
-        return is_in(stem_of(item.path, folders) if item.modality in fused else item.id)
+        return is_in(stem_of(item, folders) if item.modality in fused else item.id)
 
     return accept
 
@@ -317,13 +324,17 @@ def _sort(
     base: Finished | None,
     made: _Made,
     inputs: Sequence[str],
+    unlisted: Collection[str],
     share: Callable[[Item], bool] | None,
     summary: Summary,
 ) -> int:
-    """Puts what else is in `base` and stays there into `made.others`; how many rows are of files that have changed."""
+    """Puts what else is in `base` and stays there into `made.others`; how many rows are of files that have changed.
+
+    What is no longer in an input goes, but for what lies in one that could not be listed now (`unlisted`).
+    """
     fused = {group.item.id: group.item.stamp for group in made.groups}
-    names = {split_modality(one)[1] for one in inputs}
-    inside = tuple(mark for name in names for mark in (os.path.join(name, ""), f"{name}#"))
+    names = {split_modality(one)[1].rstrip("/") for one in inputs}
+    unlisted = {name.rstrip("/") for name in unlisted}
     stale = 0
     for found in base or ():
         cut = found.tag.number is not None
@@ -332,12 +343,26 @@ def _sort(
         item = Item(file, found.modality, found.path, found.tag.stamp, cut=cut)
         if stamp is not None:
             stale += stamp != found.tag.stamp
-        elif (found.path in names or found.path.startswith(inside)) and (share is None or share(item)):
+        elif (
+            _lies_in(_file_of(found), names)
+            and not _lies_in(_file_of(found), unlisted)
+            and (share is None or share(item))
+        ):
             summary.gone += 1
         else:
             summary.kept += 1
             made.others.append(item)
     return stale
+
+
+def _file_of(found: Found) -> str:
+    """The path of a row; of a caption with its line, of a table's row with its number."""
+    return found.id.partition(":")[2] if found.modality == LANGUAGE else found.path
+
+
+def _lies_in(path: str, names: Collection[str]) -> bool:
+    """Whether a path is one of the names, or lies in one: a folder, a tar, a table, a text file."""
+    return path in names or any(path[:i] in names for i, letter in enumerate(path) if letter in "/#")
 
 
 def _digest(items: Iterable[Item]) -> str:

@@ -10,10 +10,11 @@ import contextlib
 import csv
 import functools
 import io
+import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +31,9 @@ from lbfast.processing.media import MediaError, reason, url_system
 PATH = "path"
 """The column of a table that is read where none is named and none holds files."""
 
+BYTES = "bytes"
+"""The one that is, although there is one of that name: a column of paths beside bytes says what they are called."""
+
 _LONGEST = 1 << 20  # characters of a line of a table, bytes of a name on the standard input
 _GROUP_BYTES = 1 << 30  # of a row group's cells, which are read together
 _TYPES = {"Image": "image", "Audio": "audio", "Video": "video"}  # of Hugging Face's features
@@ -41,7 +45,8 @@ class Cell:
 
     Attributes:
         table: a Parquet file, or one of Arrow's streams. number: of the row, from 1.
-        group, row: where it is: the row group (0 of a stream), and its number there.
+        group, row: where it is: the row group (0 of Arrow's), and its number there.
+        name: the path beside it.
     """
 
     table: str
@@ -49,13 +54,14 @@ class Cell:
     number: int
     group: int
     row: int
+    name: str | None = None
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[bytes | str]:
         """The bytes, or the path that stands in their place."""
         name = f"{self.table}#{self.number}"
         try:
-            read = _stream if self.table.endswith(".arrow") else _group
+            read = _arrow if _is_arrow(self.table) else _group
             value = read(self.table, os.stat(self.table).st_mtime_ns, self.column, self.group)[self.row].as_py()
         except (pa.ArrowException, IndexError, KeyError) as error:
             raise MediaError(name, "a cell of the table", f"{type(error).__name__} (has it changed?)") from error
@@ -78,76 +84,105 @@ def _group(table: str, stamp: int, column: str, group: int) -> Any:
 
 
 @functools.lru_cache(maxsize=4)
-def _stream(table: str, stamp: int, column: str, group: int) -> Any:
-    return pa.ipc.open_stream(pa.memory_map(table)).read_all()[column]  # nothing is read yet
+def _arrow(table: str, stamp: int, column: str, group: int) -> Any:
+    schema, batches = _arrow_batches(table)
+    return pa.Table.from_batches(batches, schema)[column]  # nothing is read yet
+
+
+def _arrow_batches(table: str) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    """Of one of Arrow's files or streams."""
+    mapped = pa.memory_map(table)
+    if mapped.read(6) == b"ARROW1":
+        file = pa.ipc.open_file(mapped)
+        return file.schema, (file.get_batch(i) for i in range(file.num_record_batches))
+    mapped.seek(0)
+    stream = pa.ipc.open_stream(mapped)
+    return stream.schema, iter(stream)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: the text of its cell, or the file in it with the path it had, and perhaps a modality."""
+    """A row of a table: the text of its cell, or the file in it, and perhaps a modality; or why it has neither.
+
+    Where all are None, the cell is empty.
+    """
 
     number: int
     text: str | None = None
     cell: Cell | None = None
-    name: str | None = None
     modality: str | None = None
+    error: str | None = None
 
 
 def is_table(path: str) -> bool:
     """Whether a file is read as a table when it is given by name."""
-    return Path(path).suffix.lower() in (*TABLES, ".arrow")
+    return Path(path).suffix.lower() in TABLES or _is_arrow(path)
+
+
+def _is_arrow(path: str) -> bool:
+    return Path(path).suffix.lower() == ".arrow"
 
 
 def rows_of(table: str, column: str | None) -> Iterator[Row]:
-    """The rows of a table that have something in the column; None: the one that holds files, or `path`.
+    """The rows of a table; `column` None: the one that holds files, or `path`. One that is wrong hurts no other.
 
     Raises ValueError where it cannot be read, or has no such column.
     """
+    begun = False
     try:
-        suffix = Path(table).suffix.lower()
-        yield from (_arrow_rows if suffix in (".parquet", ".arrow") else _text_rows)(table, column)
-    except (pa.ArrowException, csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"a table that cannot be read ({' '.join(str(error).split())[:200]})") from error
+        binary = Path(table).suffix.lower() == ".parquet" or _is_arrow(table)
+        for row in (_binary_rows if binary else _text_rows)(table, column):
+            begun = True
+            yield row
+    except pa.ArrowException as error:
+        lost = "; what follows is lost" if begun else ""
+        raise ValueError(f"a table that cannot be read ({' '.join(str(error).split())[:200]}){lost}") from error
 
 
-def _arrow_rows(table: str, column: str | None) -> Iterator[Row]:
-    stream = table.endswith(".arrow")
-    opened: Any = pa.ipc.open_stream(pa.memory_map(table)) if stream else pq.ParquetFile(table)
-    found: pa.Schema = opened.schema if stream else opened.schema_arrow
+def _binary_rows(table: str, column: str | None) -> Iterator[Row]:
+    opened = None if _is_arrow(table) else pq.ParquetFile(table)
+    found, batches = _arrow_batches(table) if opened is None else (opened.schema_arrow, None)
     name = _column(found, column)
     kind = found.field(name).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        batches = opened if stream else opened.iter_batches(columns=[name])
         number = 0
-        for batch in batches:
+        for batch in opened.iter_batches(columns=[name]) if opened is not None else batches or ():
             for text in batch.column(batch.schema.get_field_index(name)).to_pylist():
                 number += 1
-                if text is not None:
-                    yield Row(number, text=text)
+                yield Row(number, text=text)
         return
     if not (_is_binary(kind) or _is_file(kind)):
         raise ValueError(f"column {name}: expected text, bytes, or a struct of bytes and path, got {kind}")
     modality, number = _declared(found, name), 0
-    for group, names in enumerate([_stream_names(opened, name)] if stream else _group_names(opened, name, kind)):
+    paths = f"{name}.path" if _is_file(kind) else PATH if PATH in found.names else None
+    groups = [_arrow_names(batches or (), paths)] if opened is None else _group_names(opened, paths)
+    for group, names in enumerate(groups):
         for row, was in enumerate(names):
             number += 1
-            yield Row(number, None, Cell(table, name, number, group, row), was, modality)
+            was = was if isinstance(was, str) else None
+            yield Row(number, None, Cell(table, name, number, group, row, was), modality)
 
 
-def _group_names(file: Any, name: str, kind: pa.DataType) -> Iterator[Iterator[str | None]]:
+def _group_names(file: Any, paths: str | None) -> Iterator[Sequence[Any]]:
     """For each row group the paths beside the bytes, which are not read."""
     for group in range(file.num_row_groups):
-        if _is_file(kind):
-            column = file.read_row_group(group, columns=[f"{name}.path"])[name]
-            yield (None if row is None else row["path"] for row in column.to_pylist())
+        if paths is None:
+            yield [None] * file.metadata.row_group(group).num_rows
         else:
-            yield iter([None] * file.metadata.row_group(group).num_rows)
+            column = file.read_row_group(group, columns=[paths]).column(0).to_pylist()
+            yield [row["path"] if isinstance(row, dict) else row for row in column]
 
 
-def _stream_names(opened: Any, name: str) -> Iterator[str | None]:
-    for batch in opened:
-        column = batch.column(batch.schema.get_field_index(name))
-        yield from column.field("path").to_pylist() if _is_file(column.type) else [None] * len(column)
+def _arrow_names(batches: Iterable[pa.RecordBatch], paths: str | None) -> Iterator[Any]:
+    for batch in batches:
+        if paths is None:
+            yield from [None] * len(batch)
+        else:
+            name, _, field = paths.rpartition(".") if paths != PATH else (PATH, "", "")
+            column = batch.column(batch.schema.get_field_index(name))
+            yield from (column.field(field) if field else column).to_pylist()
 
 
 def _is_binary(kind: pa.DataType) -> bool:
@@ -165,6 +200,8 @@ def _column(found: pa.Schema, column: str | None) -> str:
     raw = [field.name for field in found if _is_binary(field.type)]
     if len(files) == 1:
         return str(files[0])
+    if BYTES in raw and not files:
+        return BYTES
     return str(raw[0]) if PATH not in found.names and len(raw) == 1 and not files else _named(found.names, None)
 
 
@@ -186,16 +223,22 @@ def _declared(found: pa.Schema, name: str) -> str | None:
 
 
 def _text_rows(table: str, column: str | None) -> Iterator[Row]:
-    with open(table, encoding="utf-8-sig", newline="") as file:
+    with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         if Path(table).suffix.lower() == ".jsonl":
             yield from _json_rows(file, PATH if column is None else column)
             return
         lines = csv.reader(_lines(file), delimiter="\t" if table.lower().endswith(".tsv") else ",")
         names = next(lines, [])
         place = names.index(_named(names, column))
-        for number, values in enumerate((line for line in lines if line), 1):
-            if len(values) > place and values[place]:
-                yield Row(number, text=values[place])
+        for number in itertools.count(1):
+            try:
+                values = next((line for line in lines if line), None)
+            except csv.Error as error:
+                yield Row(number, error=str(error))
+                continue
+            if values is None:
+                return
+            yield Row(number, text=values[place] or None if len(values) > place else None)
 
 
 def _json_rows(file: IO[str], column: str) -> Iterator[Row]:
@@ -204,11 +247,16 @@ def _json_rows(file: IO[str], column: str) -> Iterator[Row]:
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"line {number}: expected a JSON object, got {type(error).__name__}") from error
+            seen = True
+            yield Row(number, error=f"expected a JSON object, got {type(error).__name__}")
+            continue
         value = fields.get(column) if isinstance(fields, dict) else None
-        seen = seen or value is not None
-        if isinstance(value, str) and value:
-            yield Row(number, text=value)
+        seen = seen or (isinstance(fields, dict) and column in fields)
+        if not isinstance(fields, dict) or not isinstance(value, str | None):
+            got = type(value if isinstance(fields, dict) else fields).__name__
+            yield Row(number, error=f"expected an object with text in {column}, got {got}")
+        else:
+            yield Row(number, text=value or None)
     if not seen:
         raise ValueError(f"expected a field {column}, got none")
 
@@ -216,7 +264,7 @@ def _json_rows(file: IO[str], column: str) -> Iterator[Row]:
 def _lines(file: IO[str]) -> Iterator[str]:
     while line := file.readline(_LONGEST + 1):
         if len(line) > _LONGEST:
-            raise ValueError(f"expected lines of at most {_LONGEST:,} characters")
+            raise ValueError(f"expected lines of at most {_LONGEST:,} characters; what follows is lost")
         yield line
 
 
@@ -285,7 +333,8 @@ def url_files(url: str) -> list[str]:
 
 
 def _hidden(name: str, folder: str) -> bool:
-    return any(part.startswith(".") for part in name.removeprefix(folder).split("/"))
+    base = folder.partition("*")[0].rpartition("/")[0] if "*" in folder else folder
+    return any(part.startswith(".") for part in name.removeprefix(base).split("/"))
 
 
 def listed(file: IO[bytes] | None = None) -> Iterator[str]:
@@ -293,6 +342,8 @@ def listed(file: IO[bytes] | None = None) -> Iterator[str]:
 
     Raises ValueError for what is no list of names.
     """
+    if file is None and sys.stdin is None:
+        raise ValueError("inputs: -: expected a list of names on the standard input, which is closed")
     file = sys.stdin.buffer if file is None else file
     rest = b""
     end: bytes | None = None
@@ -301,12 +352,12 @@ def listed(file: IO[bytes] | None = None) -> Iterator[str]:
         if end is None and (b"\0" in rest or b"\n" in rest or len(rest) > _LONGEST):
             end = b"\0" if b"\0" in rest else b"\n"
         *names, rest = rest.split(end) if end else [rest]
-        yield from filter(None, map(_name, names))
+        yield from filter(None, (_name(raw, end) for raw in names))
         if len(rest) > _LONGEST:
             raise ValueError(f"inputs: -: expected names of at most {_LONGEST:,} bytes, one a line")
-    if name := _name(rest):
+    if name := _name(rest, end):
         yield name
 
 
-def _name(raw: bytes) -> str:
-    return os.fsdecode(raw.removesuffix(b"\r"))
+def _name(raw: bytes, end: bytes | None) -> str:
+    return os.fsdecode(raw if end == b"\0" else raw.removesuffix(b"\r"))
