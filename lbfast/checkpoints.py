@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -98,8 +98,11 @@ def open_checkpoints(given: Sequence[str | os.PathLike[str]], **hub: Any) -> dic
 
     Raises:
         ValueError: no checkpoint, two of one modality, embeddings of different sizes, or a config of another model.
-        FileNotFoundError: no config.json there. OSError: a hub name that is neither cached nor reachable.
+        TypeError: a set. FileNotFoundError: no config.json there. OSError: a hub name that is neither cached nor
+        reachable.
     """
+    if isinstance(given, Set):
+        raise TypeError(f"model: expected a list, for the last one embeds texts, got {type(given).__name__}")
     found: dict[str, Checkpoint] = {}
     for name in [os.fspath(item) for item in given]:
         opened = _open(name, hub)

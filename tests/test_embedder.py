@@ -232,6 +232,7 @@ def test_what_is_no_batch(embedder):
     for batch, kind, error in [
         (["a.jpg"], TypeError, "batch: expected a dict of columns, got list"),
         ({"path": "a.jpg"}, TypeError, "batch\\['path'\\]: expected a column, a value for each row, got str"),
+        ({"path": {"a.jpg"}}, TypeError, "batch\\['path'\\]: expected a column, a value for each row, got set"),
         ({"name": ["a.jpg"]}, ValueError, "batch: expected a column of data, bytes, path, text, got name"),
         ({"path": ["a", "b"], "text": ["a"]}, ValueError, "batch: expected columns of one length, got .*'path': 2"),
     ]:
@@ -242,11 +243,13 @@ def test_what_is_no_batch(embedder):
         embedder.embed({"path": ["a.jpg"]})
     with pytest.raises(ValueError, match="pixels: expected arrays as decode gives them, of one dtype, got float64"):
         embedder.embed({"pixels": [np.zeros((3, 64, 64))], "modality": ["image"], "error": [None]})
-    for items in ("a.jpg", 3):
+    for items in ("a.jpg", 3, {"a.jpg"}, frozenset(["a"]), {"a.jpg": 1}.keys(), {"a": 1}, (name for name in "a")):
         with pytest.raises(TypeError, match="items: expected a list, got"):
             embedder.encode(items)
     with pytest.raises(ValueError, match=r"modality: expected one that there is a model for.*got 'smell'"):
         embedder.encode(["a.jpg"], "smell")
+    with pytest.raises(TypeError, match="model: expected a list, for the last one embeds texts, got set"):
+        Embedder({"lbfast-mini/image"})
 
 
 @pytest.mark.parametrize(

@@ -285,10 +285,87 @@ def test_the_command(folder, tmp_path, monkeypatch):
         (["none.parquet", "a cat"], "no such file or folder: none.parquet"),
         (["out.parquet", "a cat", "--modality", "depth"], "no embeddings of modality depth"),
         (["out.parquet", "--depth", "files/1.wav"], "modality: expected one that there is a model for"),
-        (["out.parquet", "a cat", "--html", str(tmp_path)], "Is a directory"),
+        (["out.parquet", "a cat", "--modality", "nope"], "no embeddings of modality nope"),
+        (["out.parquet", "a cat", " "], "text 2: expected a text to search for, got only spaces"),
+        (["out.parquet", "a cat", "--html", str(tmp_path)], "html: expected the name of a file, got a folder"),
+        (["out.parquet", "a cat", "--html", "nowhere/a.html"], "html: expected a file in a folder that is there"),
     ]:
         done = run.invoke(app, ["search", *arguments])
         assert done.exit_code == 1 and error in " ".join(done.output.split()), done.output
+        assert "score" not in done.output, "a table, though there is nothing to show"
+
+
+def test_a_page_replaces_pages_only(folder, tmp_path, monkeypatch):
+    """Whatever else is there stays, and is noticed before a model is opened."""
+    table, run = tmp_path / "table.parquet", CliRunner()
+    table.write_bytes((folder / "out.parquet").read_bytes())
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.parquet").write_bytes(table.read_bytes())
+    (tmp_path / "notes.html").write_text("<!DOCTYPE html>\nmine")
+    (tmp_path / "empty.html").touch()
+    (tmp_path / "link.html").symlink_to(table)
+    sound = tmp_path / "query.wav"
+    sound.write_bytes((folder / "files" / "1.wav").read_bytes())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    html = ["--html", str(tmp_path / "page.html")]
+    for _ in range(2):  # a new page, and one in the place of an earlier one
+        done = run.invoke(app, ["search", str(table), "a cat", "--audio", str(sound), *html])
+        assert done.exit_code == 0, done.output
+    monkeypatch.setattr(Embedder, "encode", lambda *_: pytest.fail("embedded, though the page has no place"))
+    for searched, page_at, error in [
+        (table, table, "not what is searched, nor in it"),
+        (table, tmp_path / "link.html", "not what is searched, nor in it"),
+        (tmp_path / "in", tmp_path / "in" / "a.parquet", "not what is searched, nor in it"),
+        (tmp_path / "in", tmp_path / "in" / "new.html", "not what is searched, nor in it"),
+        (table, sound, "a file that is not searched with"),
+        (table, tmp_path / "notes.html", "a page of lbfast search to replace, got another file"),
+        (table, tmp_path / "empty.html", "a page of lbfast search to replace, got another file"),
+        (table, tmp_path / "in" / "a.parquet", "a page of lbfast search to replace, got another file"),
+    ]:
+        done = run.invoke(app, ["search", str(searched), "a cat", "--audio", str(sound), "--html", str(page_at)])
+        assert done.exit_code == 1 and error in " ".join(done.output.split()), (page_at, done.output)
+    assert {path: path.read_bytes() for path in before} == before and not (tmp_path / "in" / "new.html").exists()
+
+
+def test_queries_are_shown_in_their_order(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    first, second = "files/1.wav", "files/0.wav"
+    for arguments, want in [
+        (["--audio", first, "out.parquet", "a cat", f"--audio={second}", "a dog"], [first, "a cat", second, "a dog"]),
+        (["out.parquet", "a cat", "--audio", first, "--", "--top"], ["a cat", first, "--top"]),
+        (["--audio", first, "--", "out.parquet", "a cat"], [first, "a cat"]),
+    ]:
+        done = CliRunner().invoke(app, ["search", "--top", "1", *arguments])
+        assert done.exit_code == 0, done.output
+        lines = [line.strip() for line in done.stdout.splitlines()]
+        assert [line for line in lines if line in want] == want, done.output
+
+
+def test_rows_of_any_length(tmp_path):
+    """Where float32 has no squares of their numbers; those that are not finite, or zero, are never found."""
+    draw = np.random.default_rng(0)
+    rows = draw.standard_normal((60, 16)).astype(np.float32)
+    query = draw.standard_normal((1, 16)).astype(np.float32)
+    for scale in (1e-45, 1e-38, 1e-30, 1e-22, 1e-18, 1e18, 1e19, 1e30, 5e37):
+        scaled = np.concatenate([rows[:30], (rows[30:].astype(np.float64) * scale).astype(np.float32), [[np.inf] * 16]])
+        where = write(tmp_path / "a.parquet", [*scaled, np.zeros(16, np.float32)], pa.list_(pa.float32(), 16))
+        wide = scaled[:60].astype(np.float64)
+        lengths = np.linalg.norm(wide, axis=1)
+        fine = np.flatnonzero(lengths)
+        want = wide[fine] @ query[0] / lengths[fine] / np.linalg.norm(query.astype(np.float64))
+        for size in (1, 1e-30, 1e30):
+            (scores,), (found,) = nearest(Table(where), (query * size).astype(np.float32), 99)
+            assert sorted(found) == fine.tolist(), scale
+            np.testing.assert_allclose(scores[np.argsort(found)], want, atol=1e-6, err_msg=str(scale))
+
+
+def test_queries_have_an_order_and_words(tmp_path):
+    where = write(tmp_path / "a.parquet", [[1.0, 0.0]])
+    for queries in ({"a cat"}, frozenset(["a cat"]), {"a cat": 1}):
+        with pytest.raises(TypeError, match="queries: expected a text, a path, or a list, got"):
+            search(where, queries)
+    with pytest.raises(ValueError, match=r"queries\[1\]: expected a text to search for, got an empty one"):
+        search(where, ["a cat", ""])
 
 
 PAGE = blocks(ROOT / "docs" / "search.md")

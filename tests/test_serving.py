@@ -7,6 +7,7 @@ import base64
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -35,6 +36,8 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("python_multipart")
 
+from lbfast.serving import server as serving  # noqa: E402
+from lbfast.serving.app import make_app  # noqa: E402
 from lbfast.serving.batching import Batcher, Full, Unusable  # noqa: E402
 from lbfast.serving.limits import Limits  # noqa: E402
 from lbfast.serving.server import serve  # noqa: E402
@@ -204,7 +207,9 @@ OF_JSON, OF_FORM = {"content-type": "application/json"}, {"content-type": "multi
         ({"content": b"{", "headers": OF_JSON}, 400, "body: expected JSON, got ", None),
         ({"content": b"\xff\xfe", "headers": OF_JSON}, 400, "body: expected JSON", None),
         ({"content": b"[" * 9999, "headers": OF_JSON}, 400, "body: expected JSON", None),
-        ({"json": []}, 422, "body: ", None),
+        ({"json": []}, 422, "body: expected an object with texts or items", None),
+        ({"content": b"null", "headers": OF_JSON}, 422, "body: expected an object with texts or items", None),
+        ({"content": b"x", "headers": {**OF_JSON, "content-encoding": "gzip"}}, 415, "content-encoding: .*gzip", None),
         ({"json": {}}, 422, "texts, items: expected one of them", None),
         ({"json": {"texts": ["a"], "items": ["a"]}}, 422, "texts, items: expected one of them", None),
         ({"json": {"words": ["a"]}}, 422, "words: Extra inputs are not permitted", None),
@@ -231,8 +236,8 @@ OF_JSON, OF_FORM = {"content-type": "application/json"}, {"content-type": "multi
         ({"files": {"smell": b"a"}}, 422, "smell: expected a field of a file named file, image", None),
         ({"files": {"image": (None, "a.jpg")}}, 422, "image: expected a file, got a text", None),
         ({"files": {"note": (None, "a.jpg")}}, 422, "note: expected a field named file, text", None),
-        ({"files": [("text", (None, "a"))] * 6}, 400, "body: Too many fields", None),
-        ({"files": [("text", (None, "a"))] * 5}, 413, "items: expected at most 4, got 5", None),
+        ({"files": [("text", (None, "a"))] * 5}, 413, "items: expected at most 4, got more", None),
+        ({"files": [("file", b"a")] * 9}, 413, "items: expected at most 4, got more", None),
         ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "body: ", None),
         ({"content": b"x" * (1 << 20), "headers": OF_FORM}, 400, "body", None),
         ({"content": b" " * (1 << 20 | 1), "headers": OF_JSON}, 413, "body: expected at", None),
@@ -245,6 +250,43 @@ def test_refusals(server, sent, status, error, item):
     assert re.search(error, answer.json()["error"]), answer.text
     assert answer.json().get("item") == item
     assert server.embed("a cat").status_code == 200
+
+
+def test_a_mark_before_json_is_no_fault(server):
+    assert server.post(content=b'\xef\xbb\xbf{"texts": ["a cat"]}', headers=OF_JSON).status_code == 200
+
+
+def test_large_forms_are_too_large_and_not_wrong(embedder):
+    """With the limits that a server has by default."""
+
+    async def ask(**sent):
+        transport = httpx.ASGITransport(make_app(embedder))
+        async with httpx.AsyncClient(transport=transport, base_url="http://a") as client:
+            return await client.post("/embed", **sent)
+
+    long = asyncio.run(ask(files=[("text", (None, "a")), ("text", (None, "a" * (2 << 20)))]))
+    assert long.status_code == 413 and long.json()["item"] == 1, long.text
+    assert re.search(r"items\[1\]: text: expected at most 10,000 characters, got 2,097,152", long.json()["error"])
+    many = asyncio.run(ask(files=[("image", b"a")] * 66))
+    assert many.status_code == 413 and "items: expected at most 64, got more" in many.text
+
+
+def test_a_broken_form_is_its_clients_to_hear_of(embedder, monkeypatch):
+    """The parser's own lines are not for the terminal of the server."""
+    monkeypatch.setattr(serving._Server, "run", lambda *_: None)
+    monkeypatch.setattr(logging.getLogger("python_multipart"), "level", logging.NOTSET)
+    serve(embedder, port=0)
+    assert not logging.getLogger("python_multipart.multipart").isEnabledFor(logging.WARNING)
+
+
+def test_the_files_of_the_page_are_there(tmp_path):
+    """What docs/serve.md sends is what the command that it shows has made."""
+    text = (Path(__file__).resolve().parent.parent / "docs" / "serve.md").read_text()
+    (command,) = re.findall(r"^lbfast (mini make) scenes (.*)$", text, re.MULTILINE)
+    done = CliRunner().invoke(cli, [*command[0].split(), str(tmp_path / "scenes"), *command[1].split()])
+    assert done.exit_code == 0, done.output
+    sent = re.findall(r"@(\S+)", text)
+    assert len(sent) == 3 and all((tmp_path / name).is_file() for name in sent), sent
 
 
 def test_slow_and_broken_off_requests(server):

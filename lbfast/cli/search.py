@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
 from lbfast.cli.app import app, errors, plain_errors
 from lbfast.data.suffixes import LANGUAGE
@@ -21,14 +23,27 @@ if TYPE_CHECKING:
 _FILE = "A file to search with; may be given again."
 
 
+_ARGUMENTS = "lbfast.arguments"
+
+
+class _InOrder(TyperCommand):
+    """Keeps the arguments as they were given, for their order."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[_ARGUMENTS] = [*args]
+        return super().parse_args(ctx, args)
+
+
 @app.command(
+    cls=_InOrder,
     help="Prints a table of the rows of a Parquet file of embeddings that are nearest to texts and files.\n\n"
     'Example: lbfast search embeddings.parquet "a dog in the rain" --image dog.jpg --top 5 --html found.html\n\n'
     "Every row is compared, in memory that does not grow with the file: the score is the cosine. Queries are embedded "
     "by the models that made the file, which it names, or by those of --model. A folder of such files is one table.\n\n"
-    "Exit status: 0; 1 if there is nothing to search with or in."
+    "Exit status: 0; 1 if there is nothing to search with or in.",
 )
 def search(
+    context: typer.Context,
     embeddings: Annotated[Path, typer.Argument(metavar="FILE.parquet", help="Of lbfast embed; or a folder of them.")],
     texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="What to search for.")] = None,
     image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help=_FILE)] = None,
@@ -52,32 +67,59 @@ def search(
     files = {"image": image, "video": video, "audio": audio, "depth": depth, "thermal": thermal}
     with plain_errors(), warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: errors.print(f"[yellow]warning[/] {escape(plain(message))}")
+        import numpy as np
+
         from lbfast import files as writing
-        from lbfast.searching.find import embedder_of, search as found_by
+        from lbfast.searching.find import Found, check_text, embedder_of, search as found_by
+        from lbfast.searching.page import check_place, page
         from lbfast.searching.table import Table as Rows
 
-        queries = {name: [*(paths or ())] for name, paths in files.items() if paths} | (
-            {LANGUAGE: texts} if texts else {}
-        )
-        if not queries:
+        given: dict[str, list[Any]] = {name: [*paths] for name, paths in files.items() if paths}
+        for number, text in enumerate(texts or ()):
+            check_text(f"text {number + 1}", text)
+        if texts:
+            given[LANGUAGE] = [*texts]
+        if not given:
             raise ValueError("expected something to search for: a text, or --image FILE and the like")
+        queried = [path for name, paths in given.items() if name != LANGUAGE for path in paths]
+        if html is not None:
+            check_place(html, embeddings, queried)
         embedder = embedder_of(Rows(embeddings), model, device)
+        rows = {name: iter(embedder.encode(items, name)) for name, items in given.items()}
+        items = {name: iter(each) for name, each in given.items()}
+        kinds = [*_in_order(context.meta[_ARGUMENTS], given)]
+        vectors = np.stack([next(rows[name]) for name in kinds])
         found = [
-            each
-            for name, items in queries.items()
-            for each in found_by(embeddings, items, models=embedder, query_modality=name, modality=modality, top=top)
+            Found(next(items[name]), each.hits)
+            for name, each in zip(kinds, found_by(embeddings, vectors, modality=modality, top=top))
         ]
+        if not any(each.hits for each in found):
+            raise ValueError(f"{embeddings}: no embeddings" + (f" of modality {modality}" if modality else ""))
         console = Console()
         for each in found:
             console.print(_table(each))
-        if not any(each.hits for each in found):
-            raise ValueError(f"{embeddings}: no embeddings" + (f" of modality {modality}" if modality else ""))
         if html is not None:
-            from lbfast.searching.page import page
-
-            with writing.replacing(html) as staged:
+            with writing.replacing(html, new=not check_place(html, embeddings, queried)) as staged:
                 staged.write_text(page(found, str(embeddings)), encoding="utf-8")
             errors.print(f"wrote {escape(plain(html))}", highlight=False)
+
+
+def _in_order(arguments: Sequence[str], given: Container[str]) -> Iterator[str]:
+    """The modalities of the queries as they follow each other in the arguments: each option has one value."""
+    words, texts = iter(arguments), -1  # the first that is no option is the table
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name == "--":
+            yield from [LANGUAGE for _ in [*words][max(0, -texts) :]]
+        elif name.startswith("--"):
+            if not equals:
+                next(words)
+            if name[2:] in given:
+                yield name[2:]
+        else:
+            texts += 1
+            if texts > 0:
+                yield LANGUAGE
 
 
 def _table(found: Found) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ def checked(batch: Any) -> tuple[Columns, int]:
         raise TypeError(f"batch: expected a dict of columns, got {type(batch).__name__}")
     lengths = {}
     for name, column in batch.items():
-        if isinstance(column, str | bytes | Mapping) or not hasattr(column, "__len__"):
+        if isinstance(column, str | bytes | Mapping | Set) or not hasattr(column, "__len__"):
             raise TypeError(f"batch[{name!r}]: expected a column, a value for each row, got {type(column).__name__}")
         lengths[name] = len(column)
     if not set(lengths) & set(CONTENT):

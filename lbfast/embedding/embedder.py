@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -202,7 +202,7 @@ class Embedder:
         Raises:
             BadFileError: for the first that cannot be embedded: "items[2]: PATH: expected ...". TypeError: no list.
         """
-        if isinstance(items, str | bytes | os.PathLike) or not hasattr(items, "__len__"):
+        if isinstance(items, str | bytes | os.PathLike | Set | Mapping) or not hasattr(items, "__len__"):
             raise TypeError(f"items: expected a list, got {type(items).__name__}")
         if modality is not None and modality not in {*self.checkpoints, LANGUAGE}:
             there = ", ".join([*self.checkpoints, LANGUAGE])

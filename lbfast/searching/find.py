@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ import torch
 
 from lbfast.embedding.embedder import Embedder, check_count
 from lbfast.searching.table import Table, models_of
+
+_SHORT = 1e-16
+"""Rows that are shorter have squares that float32 rounds, or loses; their cosines are float64's."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,9 @@ def search(
         For each query its hits, the nearest first; fewer than `top` where there are no more.
 
     Raises:
-        FileNotFoundError, ValueError: no such table, or no embeddings in it. ValueError: an argument is wrong, the
-        table does not say its models, or theirs are of another size. BadFileError: a query cannot be embedded.
+        FileNotFoundError, ValueError: no such table, or no embeddings in it. TypeError, ValueError: an argument is
+        wrong, the table does not say its models, or theirs are of another size. BadFileError: a query cannot be
+        embedded.
     """
     check_count("top", top, 1)
     table = Table(embeddings)
@@ -84,9 +88,14 @@ def search(
         if vectors.ndim != 2 or not np.isfinite(vectors).all():
             raise ValueError(f"queries: expected finite embeddings (q, E), got shape {vectors.shape}")
     else:
+        if isinstance(queries, Set | Mapping):
+            raise TypeError(f"queries: expected a text, a path, or a list, got {type(queries).__name__}")
         items = [queries] if isinstance(queries, str | bytes | os.PathLike) else list(queries)
         if not items:
             raise ValueError("queries: expected at least one, got none")
+        for number, item in enumerate(items):
+            if isinstance(item, str):
+                check_text(f"queries[{number}]", item)
         embedder = models if isinstance(models, Embedder) else embedder_of(table, models, device)
         vectors = embedder.encode(items, query_modality)
     scores, numbers = nearest(table, vectors, top, modality)
@@ -95,6 +104,12 @@ def search(
         Found(item, [_hit(score, number, details[number]) for score, number in zip(s.tolist(), n.tolist())])
         for item, s, n in zip(items, scores, numbers)
     ]
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises ValueError where a text to search for says nothing."""
+    if not text.strip():
+        raise ValueError(f"{name}: expected a text to search for, got {'an empty one' if not text else 'only spaces'}")
 
 
 def _hit(score: float, number: int, details: dict[str, Any]) -> Hit:
@@ -151,7 +166,8 @@ def nearest(
     size = queries.shape[1]
     if table.size is not None and table.size != size:
         raise ValueError(f"{table.where}: expected embeddings of {size} numbers, as the queries', got {table.size}")
-    wanted = torch.nn.functional.normalize(torch.from_numpy(np.array(queries, dtype=np.float32)), dim=-1)
+    given = torch.from_numpy(np.array(queries, dtype=np.float64))
+    wanted = torch.nn.functional.normalize(given, dim=-1, eps=1e-300).float()
     none = (np.empty(0, np.float32), np.empty(0, np.int64))
     best = [none for _ in range(len(queries))]
     for numbers, rows in table.blocks(size, modality):
@@ -167,7 +183,13 @@ def _cosines(rows: np.ndarray, queries: torch.Tensor) -> torch.Tensor:
         block = torch.from_numpy(rows)
     lengths = torch.linalg.vector_norm(block, dim=-1)
     cosines = (queries @ block.T) / lengths
-    return cosines.masked_fill_(~(torch.isfinite(cosines) & (lengths > 0)), -torch.inf)
+    odd = ~((lengths >= _SHORT) & (lengths < torch.inf))
+    if odd.any():
+        exact = block[odd].double()
+        exact_lengths = torch.linalg.vector_norm(exact, dim=-1)
+        found = (queries.double() @ exact.T / exact_lengths).float()
+        cosines[:, odd] = found.masked_fill_(exact_lengths == 0, -torch.inf)
+    return cosines.masked_fill_(~torch.isfinite(cosines), -torch.inf)
 
 
 def _merged(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import errno
 import html
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,8 +30,12 @@ SIDE = 240
 """Pixels of a picture's longer side."""
 _LONGEST = 300  # characters of a caption
 
-_HEAD = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
+MARK = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="lbfast search">
+"""
+"""What a page begins with: only a file that does is one that another page may take the place of."""
+
+_HEAD = """\
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>lbfast search</title>
@@ -53,13 +59,45 @@ b { font-size: 1rem; }
 """
 
 
+def check_place(out: Path, table: Path, queries: Iterable[Path] = ()) -> bool:
+    """Whether a page is there already, which another may take the place of.
+
+    Args:
+        out: where a page is to be written: nothing is there, a page, or a pipe or terminal.
+        table: the file or folder that is searched; queries: files that it is searched with.
+
+    Raises:
+        IsADirectoryError, NotADirectoryError, FileNotFoundError: it cannot be a file there. FileExistsError: it would
+        take the place of something else, or lie among what is searched.
+    """
+    place, searched = Path(os.path.realpath(out)), Path(os.path.realpath(table))
+    if place.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "html: expected the name of a file, got a folder", str(out))
+    if not place.parent.is_dir():
+        kind = NotADirectoryError if place.parent.exists() else FileNotFoundError
+        raise kind(errno.ENOENT, "html: expected a file in a folder that is there", str(out))
+    if place == searched or searched in place.parents:
+        raise FileExistsError(errno.EEXIST, "html: expected a file that is not what is searched, nor in it", str(out))
+    if place in {Path(os.path.realpath(query)) for query in queries}:
+        raise FileExistsError(errno.EEXIST, "html: expected a file that is not searched with", str(out))
+    if not place.exists() or place.is_char_device() or place.is_fifo():
+        return False
+    if place.is_file():
+        with open(place, "rb") as file:
+            if file.read(len(MARK)) == MARK.encode():
+                return True
+    raise FileExistsError(
+        errno.EEXIST, "html: expected a new file, or a page of lbfast search to replace, got another file", str(out)
+    )
+
+
 def page(found: Sequence[Found], where: str) -> str:
     """The HTML. What names and files hold is shown, never obeyed.
 
     Args:
         where: what was searched.
     """
-    parts = [_HEAD, f"<p>in {_text(where)}</p>\n"]
+    parts = [MARK, _HEAD, f"<p>in {_text(where)}</p>\n"]
     for each in found:
         query = each.query
         shown = f"<q>{_text(query)}</q>" if isinstance(query, str) else _text(_name(query))

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import lbfast
@@ -85,8 +84,6 @@ class Service:
                 await body.drain()
             if refused.status in (408, 413, 503):
                 response.headers["connection"] = "close"
-        except HTTPException as error:  # of the parser of forms
-            response = _refusal(Refused(error.status_code, f"body: {error.detail}"))
         except ClientDisconnect:
             response = Response(status_code=_GONE)
         except Exception as error:
@@ -204,7 +201,7 @@ _REFUSALS = {
     403: "Paths and URLs are not opened here",
     408: "The body took too long to arrive",
     413: "Too large, or too many items",
-    415: "Neither JSON nor a form",
+    415: "Neither JSON nor a form, or compressed",
     422: "An item cannot be embedded: `item` is its number",
     503: "Too much is waiting; try again after Retry-After seconds",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import codecs
 import os
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -13,6 +14,7 @@ from typing import Any, Literal
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from lbfast.data.suffixes import LANGUAGE, MODALITY_NAMES
 from lbfast.embedding.columns import CONTENT, Columns, Row, column, rows_of
@@ -128,6 +130,9 @@ class Body:
 
 async def read_rows(request: Request, body: Body, limits: Limits, available: Collection[str]) -> list[Row]:
     """The rows that a request asks for, every one of them fit to be tried. Refused: it is not to be answered."""
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise Refused(415, f"content-encoding: expected a body as it is, or identity, got {encoding}")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in (JSON, MULTIPART):
         raise Refused(415, f"content-type: expected {JSON} or {MULTIPART}, got {kind or 'none'}")
@@ -158,11 +163,13 @@ async def read_rows(request: Request, body: Body, limits: Limits, available: Col
 
 def _of_json(content: bytes) -> list[dict[str, Any]]:
     try:
-        asked = EmbedRequest.model_validate_json(content)
+        asked = EmbedRequest.model_validate_json(content.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
         if found[0]["type"] == "json_invalid":
             raise Refused(400, f"body: expected JSON, got {found[0]['msg']}") from None
+        if not found[0]["loc"]:
+            raise Refused(422, "body: expected an object with texts or items") from None
         inside = [each for each in found if each["loc"] and each["loc"][-1] not in _KINDS]  # of one of an item's kinds
         where, item = _place((inside or found)[0]["loc"])
         said = inside[0]["msg"] if inside else "expected a text, or an object with text, base64 or path"
@@ -200,12 +207,31 @@ def _of_item(number: int, item: str | EmbedItem) -> dict[str, Any]:
 
 async def _of_form(request: Request, limits: Limits) -> list[dict[str, Any]]:
     """Files by the name of their modality, or as `file`; texts as `text`, in the order of the form."""
-    most = limits.items + 1  # one more is refused as too many
     try:
-        async with request.form(max_files=most, max_fields=most) as form:
-            return [await _of_field(name, value) for name, value in form.multi_items()]
-    except ValueError as error:  # of the parser
+        form = await _FormParser(request, limits).parse()
+    except MultiPartException as error:
+        raise Refused(400, f"body: expected a form, got: {error.message}") from None
+    except ValueError as error:  # of the library below
         raise Refused(400, f"body: expected a form, got {error}") from None
+    try:
+        return [await _of_field(name, value) for name, value in form.multi_items()]
+    finally:
+        await form.close()
+
+
+class _FormParser(MultiPartParser):
+    """Of forms within the limits: as many parts as items, and a text as long as a body, which `_check` looks at."""
+
+    def __init__(self, request: Request, limits: Limits):
+        super().__init__(request.headers, request.stream(), max_files=limits.items, max_fields=limits.items)
+        self.max_part_size = limits.body_bytes
+        self._most, self._parts = limits.items, 0
+
+    def on_part_begin(self) -> None:
+        self._parts += 1
+        if self._parts > self._most:
+            raise Refused(413, f"items: expected at most {self._most}, got more")
+        super().on_part_begin()
 
 
 async def _of_field(name: str, value: UploadFile | str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import socket
 import threading
@@ -40,6 +41,7 @@ def serve(
     Raises OSError where the address cannot be had, and what opening the models raises.
     """
     limits = limits or Limits()
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # of a broken form its client hears
     app = make_app(embedder, limits=limits, wait=wait, workers=workers)
     with _listening(host, port) as listener:
         for modality in embedder.checkpoints:
