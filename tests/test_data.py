@@ -416,7 +416,7 @@ def test_bad_data_and_the_command(tmp_path):
         table(tmp_path / "empty.csv", ["path", "caption"], []): "got an empty manifest",
         table(tmp_path / "silent.csv", ["path", "caption"], [["map.png", " "]]): "1 skipped, the first: ",
         table(tmp_path / "gone.csv", ["path", "caption"], [["no.png", "x"]] * 3): "none of 3 samples could be read",
-        tmp_path / "nowhere.tar": "shard: no such file",
+        tmp_path / "nowhere.tar": "no such file, expected a tar",
     }
     for data, message in ends.items():
         result = train(data)
