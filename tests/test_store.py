@@ -133,7 +133,7 @@ def test_what_a_store_says_for_good(served):
     with pytest.raises(PermissionError, match=r"refuses it \(HTTP 403\)"):
         look(f"{served.url}/secret.tar").read(0, 8)
     served.fault = "whole"
-    with pytest.raises(NotImplementedError, match="gives whole files only"):
+    with pytest.raises(StoreError, match="gives whole files only"):
         Shard(f"{served.url}/part-0.tar", [".png"])
     assert time.monotonic() - begun < 2
 

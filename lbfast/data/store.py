@@ -41,7 +41,6 @@ _PAUSE = 0.5  # seconds before a store is asked for the second time, about
 _QUIET = 3.0  # seconds without an answer of which nothing is said
 _SHORT, _LONG = 1 << 16, 8 << 20  # bytes that are read ahead where headers are far apart, and close
 _BUSY, _GONE = (408, 425, 429), (404, 410)  # of HTTP's 4xx: those that pass, and those of no file
-_SURE = (PermissionError, IsADirectoryError, NotImplementedError, ImportError)
 _DIGEST = 16
 _QUERY = re.compile(r"[?#]|::")
 
@@ -49,7 +48,11 @@ _Result = TypeVar("_Result")
 
 
 class StoreError(OSError):
-    """A store has failed for longer than one waits for it: the message says which, how long, and how."""
+    """A store has failed for longer than one waits for it, or cannot do what is needed; the message says how."""
+
+
+_SURE = (StoreError, PermissionError, IsADirectoryError, NotImplementedError, ImportError)
+"""What is not tried again."""
 
 
 def patience() -> float:
@@ -117,7 +120,7 @@ class Object:
             until = _timeout(system, size)
             data = bytes(system.cat_file(path, start=offset, end=offset + size, **until))
             if len(data) > size:
-                raise NotImplementedError(f"{self.url}: the store gives whole files only, not parts of one")
+                raise StoreError(f"{self.url}: the store gives whole files only, not parts of one")
             if len(data) < size:
                 raise OSError(f"{len(data)} of {size} bytes came")
             return data
@@ -135,7 +138,7 @@ def look(url: str) -> Object:
             raise IsADirectoryError(errno.EISDIR, "expected a file, got a folder", url)
         size = about.get("size")
         if size is None:
-            raise NotImplementedError(f"{url}: the store does not say how long it is")
+            raise StoreError(f"{url}: the store does not say how long it is")
         marks = ("ETag", "etag", "Content-MD5", "md5Hash", "commit_hash", "lfs", "LastModified", "Last-Modified")
         said = [str(about[mark]) for mark in (*marks, "mtime", "updated", "created") if about.get(mark)]
         return Object(url, int(size), " ".join(said))
