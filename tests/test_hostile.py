@@ -73,6 +73,7 @@ def test_sizes_that_are_none(place, name, value, folder):
         ("text_config", "hidden_act", "relu"),
         ("text_config", "hidden_act", ["gelu"]),
         ("vision_config", "attention_dropout", 1.0),
+        ("text_config", "attention_dropout", 1e-320),
         ("vision_config", "force_patch_dropout", -0.1),
         ("vision_config", "lora_r", -2),
         ("vision_config", "add_time_attn", "yes"),

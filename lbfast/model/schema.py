@@ -71,7 +71,7 @@ _EVERYWHERE["torch_dtype"] = _EVERYWHERE["dtype"]
 _TOWER = {
     **_EVERYWHERE,
     "add_time_attn": _FLAG,
-    "attention_dropout": _SHARE,
+    "attention_dropout": Rule("0, as published", lambda value: _is_number(value) and value == 0),
     "hidden_act": Rule(
         f"one of {', '.join(ACTIVATIONS)}", lambda value: isinstance(value, str) and value in ACTIVATIONS
     ),

@@ -1,4 +1,4 @@
-"""python -m tests.fuzz --seconds 300 [--seed N] [--only ops]: prints its seed, what failed, and how to repeat it."""
+"""python -m tests.fuzz --seconds 300 [--seed N] [--only ops] [--cases N]: its seed, what failed, how to repeat it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="for all modules together")
     parser.add_argument("--seed", type=int, help="default: a new one")
+    parser.add_argument("--cases", type=int, default=10**9, help="at most, of each module")
     parser.add_argument("--only", nargs="*", help="names of modules")
     options = parser.parse_args()
     runs = {name: run for name, run in modules().items() if not options.only or name in options.only}
@@ -33,7 +34,7 @@ def main() -> int:
     failures = []
     for name, run in runs.items():
         print(f"{name}: {options.seconds / len(runs):.0f} s", flush=True)
-        failures += [f"{name}: {failure}" for failure in run(options.seconds / len(runs), seed)]
+        failures += [f"{name}: {failure}" for failure in run(options.seconds / len(runs), seed, options.cases)]
     print("\n".join(failures) or "nothing failed", flush=True)
     return 1 if failures else 0
 

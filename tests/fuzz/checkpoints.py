@@ -33,8 +33,8 @@ _FORBIDDEN = (
 )
 
 
-def run(seconds: float, seed: int, first: int = 0, count: int = 10**9) -> list[str]:
-    """Opens hostile checkpoints for that long; returns what went wrong, one line each, with how to see it again."""
+def run(seconds: float, seed: int, count: int = 10**9, first: int = 0) -> list[str]:
+    """Opens so many hostile checkpoints, or for so long; what went wrong, a line each, with how to see it again."""
     failures: list[str] = []
     end, number = time.monotonic() + seconds, first
     while number < first + count and time.monotonic() < end:
@@ -175,7 +175,7 @@ def main() -> int:
     if options.child:
         _child(options.first, options.count, options.seed, options.seconds)
         return 0
-    failures = run(options.seconds, options.seed, options.first, options.count)
+    failures = run(options.seconds, options.seed, options.count, options.first)
     print("\n".join(failures) or f"{options.count} cases, nothing failed")
     return 1 if failures else 0
 

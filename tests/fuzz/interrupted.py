@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -34,9 +35,9 @@ LONGEST = 300.0
 _TICK = 0.002
 
 
-def run(seconds: float, seed: int) -> list[str]:
-    """What failed in so many seconds of random ends; in a process of its own, for this one may have computed."""
-    command = [sys.executable, "-m", "tests.fuzz.interrupted", str(seconds), str(seed)]
+def run(seconds: float, seed: int, count: int = 10**9) -> list[str]:
+    """What failed in so many random ends, or seconds; in a process of its own, for this one may have computed."""
+    command = [sys.executable, "-m", "tests.fuzz.interrupted", str(seconds), str(seed), "--count", str(count)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     lines = done.stdout.splitlines()
@@ -300,6 +301,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("seconds", type=float)
     parser.add_argument("seed", type=int)
+    parser.add_argument("--count", type=int, default=10**9)
     parser.add_argument("--only", nargs="*", choices=[*KINDS], default=[*KINDS])
     given = parser.parse_args()
     import torch
@@ -313,10 +315,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         campaign = Campaign(Path(folder), given.seed)
         steps = {name: KINDS[name](campaign) for name in given.only}
-        while time.monotonic() < end:
-            for step in steps.values():
-                if time.monotonic() < end:
-                    next(step)
+        for step in itertools.islice(itertools.cycle(steps.values()), given.count):
+            if time.monotonic() > end:
+                break
+            next(step)
     print(f"kills: {campaign.kills}", file=sys.stderr)
     print(json.dumps(campaign.failures))
     return 0

@@ -263,10 +263,8 @@ class _Worker:
         self._ours.close()
 
 
-def campaign(
-    seconds: float, seed: int, count: int | None = None, keep: Path | None = None
-) -> tuple[Counter[str], list[str]]:
-    """Reads damaged files for `seconds`, or `count` of them. Outcomes by kind, and what failed.
+def campaign(seconds: float, seed: int, count: int = 10**9, keep: Path | None = None) -> tuple[Counter[str], list[str]]:
+    """Reads damaged files for `seconds`, or `count` of them if that is sooner. Outcomes by kind, and what failed.
 
     What failed is copied to `keep`, and its name is the number that draws it again.
     """
@@ -280,7 +278,7 @@ def campaign(
         for name, (_, content) in whole.items():  # what playlists name is there
             Path(folder, name).write_bytes(content)
         number = 0
-        while (time.monotonic() < end) if count is None else (number < count):
+        while number < count and time.monotonic() < end:
             draw = random.Random(f"{seed} {number}")
             name = draw.choice(names)
             modality, content = whole[name]
@@ -306,16 +304,16 @@ def campaign(
     return outcomes, failures
 
 
-def run(seconds: float, seed: int) -> list[str]:
-    """What failed of the damaged files that were read in `seconds`."""
-    return campaign(seconds, seed)[1]
+def run(seconds: float, seed: int, count: int = 10**9) -> list[str]:
+    """What failed of so many damaged files, or of those that were read in `seconds`."""
+    return campaign(seconds, seed, count)[1]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, default=60, help="at most")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--count", type=int, help="files, instead of seconds")
+    parser.add_argument("--count", type=int, default=10**9, help="files at most")
     parser.add_argument("--keep", type=Path, help="folder for files that fail")
     given = parser.parse_args()
     counts, failed = campaign(given.seconds, given.seed, given.count, given.keep)

@@ -37,14 +37,14 @@ ENVIRONMENTS: tuple[tuple[str, dict[str, str]], ...] = (
 """Batches of calls take turns in them; they grow from BATCH to MOST, as each imports torch."""
 
 
-def run(seconds: float, seed: int) -> list[str]:
-    """Failures; prints the number of calls of each op."""
+def run(seconds: float, seed: int, most: int = 10**9) -> list[str]:
+    """Failures of so many calls, or seconds of them; prints the number of calls of each op."""
     counts: collections.Counter[str] = collections.Counter()
     failures: list[str] = []
     ends, first, batch = time.monotonic() + seconds, 0, 0
-    while (left := ends - time.monotonic()) > 0:
+    while first < most and (left := ends - time.monotonic()) > 0:
         name, environment = ENVIRONMENTS[batch % len(ENVIRONMENTS)]
-        count = INTERPRETED if name == "triton" else min(MOST, BATCH << batch)
+        count = min(most - first, INTERPRETED if name == "triton" else min(MOST, BATCH << batch))
         failures += run_batch(seed, first, count, name, environment, left + 30, counts)
         first, batch = first + count, batch + 1
     for key, number in sorted(counts.items()):
