@@ -32,6 +32,7 @@ constexpr int64_t kStep = 64;                      // bytes of K
 constexpr int64_t kTileStep = kRows * kStep;       // bytes of a tile's step
 constexpr int64_t kPanelStep = kColumns * kStep;   // bytes of a panel's step
 constexpr int64_t kBlock = 2 * kRows * kColumns;   // sums of a call
+constexpr int64_t kUnitOfAvx512 = 8, kUnitOfAvx2 = 4;  // rows at a time
 
 constexpr int64_t padded(int64_t columns) { return (columns + kColumns - 1) / kColumns * kColumns; }
 
@@ -41,12 +42,13 @@ constexpr int64_t kDepth = kStep / static_cast<int64_t>(sizeof(T));  // numbers 
 template <typename T>
 using Sum = std::conditional_t<std::is_same_v<T, uint8_t>, int32_t, float>;
 
-// One call's operands. `tiles` of A, 1 or 2, lie a_tile bytes apart; c is [tiles * 16][32], rows `ld` apart. At each
-// step `lines` lines from `next` on are asked for, and work(state) is called: AMX multiplies beside the vector units.
+// One call's operands. `rows` of A, at most 32, lie in tiles a_tile bytes apart; c is [32][32], rows `ld` apart, and what
+// fills up the kernel's unit is written too. At each step `lines` lines from `next` on are asked for, and by kernels of
+// AMX, which multiplies beside the vector units, work(state) is called.
 struct Call {
   const char* a;
   int64_t a_tile;
-  int64_t tiles;
+  int64_t rows;
   const char* b;
   int64_t steps;
   void* c;
@@ -63,14 +65,15 @@ using Multiply = void (*)(const Call&);
 struct Kernel {
   const char* name;
   Multiply multiply;
-  bool tiles;  // of AMX, to be readied and released by each thread
+  int64_t unit;  // rows at a time
+  bool tiles;    // of AMX, to be readied and released by each thread
 };
 
 // Wherever a compiler is: the words of a line one after another.
 template <typename T>
 void multiply_plain(const Call& call) {
   auto* c = static_cast<float*>(call.c);
-  for (int64_t i = 0; i < call.tiles * kRows; ++i) {
+  for (int64_t i = 0; i < call.rows; ++i) {
     const char* row = call.a + i / kRows * call.a_tile + i % kRows * kStep;
     float sums[kColumns] = {};
     for (int64_t s = 0; s < call.steps; ++s) {
@@ -124,7 +127,7 @@ LBFAST_AMX void multiply_amx(const Call& call) {
   const int64_t ld = call.ld * 4;
   auto* c = static_cast<char*>(call.c);
   const char *a = call.a, *below = call.a + call.a_tile, *b = call.b, *next = call.next;
-  const bool two = call.tiles == 2;
+  const bool two = call.rows > kRows;
   if (call.add) {
     _tile_loadd(0, c, ld);
     _tile_loadd(1, c + 64, ld);
@@ -192,9 +195,9 @@ LBFAST_AVX512 __m512i plus(__m512i a, __m512i b, float) {
 
 template <typename T>
 __attribute__((target("avx512vnni,avx512bf16"))) void multiply_avx512(const Call& call) {
-  constexpr int64_t kHigh = 8;  // rows at a time: 16 sums, 2 lines of B and a word of A
+  constexpr int64_t kHigh = kUnitOfAvx512;  // 16 sums, 2 lines of B and a word of A
   const char* next = call.next;
-  for (int64_t i = 0; i < call.tiles * kRows; i += kHigh) {
+  for (int64_t i = 0; i < call.rows; i += kHigh) {
     const char* a = call.a + i / kRows * call.a_tile + i % kRows * kStep;
     const char* b = call.b;
     __m512i low[kHigh], high[kHigh];
@@ -260,9 +263,9 @@ LBFAST_AVX2 __m256i plus(__m256i a, __m256i b, float) {
 
 template <typename T>
 __attribute__((LBFAST_AVX2_TARGET)) void multiply_avx2(const Call& call) {
-  constexpr int64_t kHigh = 4;  // rows at a time, against 16 columns: 8 sums
+  constexpr int64_t kHigh = kUnitOfAvx2;  // against 16 columns: 8 sums
   for (int64_t half = 0; half < 2; ++half) {
-    for (int64_t i = 0; i < call.tiles * kRows; i += kHigh) {
+    for (int64_t i = 0; i < call.rows; i += kHigh) {
       const char* a = call.a + i / kRows * call.a_tile + i % kRows * kStep;
       const char* b = call.b + half * 1024;
       __m256i low[kHigh], high[kHigh];
@@ -319,7 +322,7 @@ std::vector<Kernel> kernels() {
     if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
         __builtin_cpu_supports("amx-bf16") && at::cpu::init_amx() &&
         within({"AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16", "AVX10_1_512_AMX", "AVX10_1_512_AMX_FP16"})) {
-      found.push_back({"amx", multiply_amx<T>, true});
+      found.push_back({"amx", multiply_amx<T>, kRows, true});
     }
   }
 #endif
@@ -330,25 +333,25 @@ std::vector<Kernel> kernels() {
                     : std::is_same_v<T, uint8_t> ? vnni && __builtin_cpu_supports("avx512vnni")
                                                  : avx512 && __builtin_cpu_supports("avx512bf16");
   if (able) {
-    found.push_back({"avx512", multiply_avx512<T>, false});
+    found.push_back({"avx512", multiply_avx512<T>, kUnitOfAvx512, false});
   }
 #endif
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<T, float>) {
-    found.push_back({"avx2", multiply_avx2<T>, false});
+    found.push_back({"avx2", multiply_avx2<T>, kUnitOfAvx2, false});
   }
 #if defined(LBFAST_KNOWS_AMX_AND_AVX_VNNI)
   if constexpr (std::is_same_v<T, uint8_t>) {
     if (__builtin_cpu_supports("avxvnni") && limit != "SSE41" && limit != "AVX" && limit != "AVX2" &&
         limit != "AVX512_CORE") {
-      found.push_back({"avx2", multiply_avx2<T>, false});
+      found.push_back({"avx2", multiply_avx2<T>, kUnitOfAvx2, false});
     }
   }
 #endif
 #endif
 #endif
   if constexpr (std::is_same_v<T, float>) {
-    found.push_back({"plain", multiply_plain<T>, false});
+    found.push_back({"plain", multiply_plain<T>, 1, false});
   }
   return found;
 }

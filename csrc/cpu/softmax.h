@@ -9,9 +9,9 @@
 #include <limits>
 #include <type_traits>
 
-namespace lbfast {
+#include "exponential.h"
 
-using Vec = at::vec::Vectorized<float>;
+namespace lbfast {
 
 constexpr int64_t kLanes = Vec::size();
 constexpr float kLowest = -std::numeric_limits<float>::max();  // what a mask adds, as in CLIP
@@ -56,7 +56,7 @@ inline int64_t mask_scores(float* s, int64_t keys, int64_t query, const Masks& m
 template <typename T>
 Vec exponential(const Vec& x) {
   if constexpr (std::is_same_v<T, float>) {
-    return x.exp();
+    return exponential(x);
   } else {
 #if defined(CPU_CAPABILITY_AVX512)
     const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));

@@ -19,10 +19,11 @@
 #include <type_traits>
 
 #include "checks.h"
+#include "exponential.h"
 
 namespace {
 
-using Vec = at::vec::Vectorized<float>;
+using lbfast::Vec;
 constexpr int64_t kLanes = Vec::size();
 constexpr int64_t kMaxFrames = 32;
 constexpr int64_t kMaxDim = 128;
@@ -131,7 +132,7 @@ void softmax(const TileT& tile, Scores& scores) {
   }
   for (int64_t i = 0; i < frames * frames; i += kLanes) {
     const int count = static_cast<int>(std::min(kLanes, frames * frames - i));
-    Vec::loadu(scores.data + i, count).exp().store(scores.data + i, count);
+    lbfast::exponential(Vec::loadu(scores.data + i, count)).store(scores.data + i, count);
   }
   for (int64_t s = 0; s < frames; ++s) {
     for (int64_t t = 0; t < frames; ++t) {

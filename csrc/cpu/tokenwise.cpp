@@ -43,7 +43,8 @@ using panels::kColumns;
 using panels::kPanelStep;
 using panels::Sum;
 
-constexpr int64_t kMost = 256;       // tokens of a piece
+template <typename T>
+constexpr int64_t kMost = std::is_same_v<T, float> ? 160 : 256;  // tokens of a piece
 constexpr int64_t kChunk = 1024;     // of the MLP's width
 constexpr int64_t kPart = 8;         // steps of K at a time: both operands' parts stay in the first-level cache
 static_assert(kColumns % kLanes == 0);
@@ -58,7 +59,7 @@ struct Linear {
 };
 
 // What becomes of a panel's sums: ends(r, j, x) takes kLanes values of row r from column j on. A row at a time, so that
-// it can be done while the next panel is multiplied.
+// AMX can do it while the next panel is multiplied; others do it while the sums are in the first-level cache.
 template <typename T, typename Ends>
 class Endings {
  public:
@@ -76,13 +77,12 @@ class Endings {
   }
   static void step(void* self) {
     auto* mine = static_cast<Endings*>(self);
-    mine->advance(std::min(mine->rows_, mine->row_ + mine->each_));
+    mine->advance(mine->row_ + mine->each_);
   }
   void finish() { advance(rows_); }
-
- private:
+  // Rows up to `end`, of those that there are.
   void advance(int64_t end) {
-    for (; row_ < end; ++row_) {
+    for (end = std::min(end, rows_); row_ < end; ++row_) {
       for (int64_t i = 0; i < width_; i += kLanes) {
         const int64_t j = column_ + i;
         Vec x = load(sums_ + row_ * kColumns + i);
@@ -98,6 +98,7 @@ class Endings {
     }
   }
 
+ private:
   const Tiles<T>& a_;
   const Linear& w_;
   const float* shifts_;
@@ -112,25 +113,35 @@ class Endings {
 template <typename T, typename Ends>
 void product(const panels::Kernel& kernel, const Tiles<T>& a, int64_t rows, const Linear& w, int64_t chunk,
              int64_t first_column, int64_t columns, Sum<T>* const (&sums)[2], const Ends& ends) {
-  const int64_t tiles = (rows + kRows - 1) / kRows, pairs = (tiles + 1) / 2;
+  const int64_t pairs = (rows + 2 * kRows - 1) / (2 * kRows);
   const int64_t first_step = chunk * (kChunk / kDepth<T>);
   const int64_t lines = (kPanelStep / kStep + pairs - 1) / pairs;  // of the next panel at each step
   const int64_t each = (rows + pairs * a.steps - 1) / (pairs * a.steps);
   Endings<T, Ends> endings(a, w, chunk, rows, ends);
   int64_t turn = 0;
-  for (int64_t j = first_column; j < first_column + columns; j += kColumns, turn ^= 1) {
+  for (int64_t j = first_column; j < first_column + columns; j += kColumns) {
+    const int64_t width = std::min(kColumns, first_column + columns - j);
+    if (!kernel.tiles) {
+      endings.begin(sums[turn], j, width, each);
+    }
     const char* b = w.panels + (j / kColumns * w.steps + first_step) * kPanelStep;
     for (int64_t s = 0; s < a.steps; s += kPart) {
       const int64_t steps = std::min(kPart, a.steps - s);
       for (int64_t p = 0; p < pairs; ++p) {
         const char* data = reinterpret_cast<const char*>(a.data) + (2 * p * a.steps + s) * kTileStep;
-        kernel.multiply({data, a.steps * kTileStep, std::min<int64_t>(2, tiles - 2 * p), b + s * kPanelStep, steps,
+        kernel.multiply({data, a.steps * kTileStep, std::min(2 * kRows, rows - 2 * p * kRows), b + s * kPanelStep, steps,
                          sums[turn] + p * kBlock, s > 0, b + (w.steps + s) * kPanelStep + p * lines * steps * kStep,
                          lines, Endings<T, Ends>::step, &endings});
+        if (!kernel.tiles && s + steps == a.steps) {
+          endings.advance(2 * (p + 1) * kRows);
+        }
       }
     }
-    endings.finish();
-    endings.begin(sums[turn], j, std::min(kColumns, first_column + columns - j), each);
+    if (kernel.tiles) {
+      endings.finish();
+      endings.begin(sums[turn], j, width, each);
+      turn ^= 1;
+    }
   }
   endings.finish();
 }
@@ -285,11 +296,10 @@ void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t 
 template <typename T, typename Out>
 void run_all(const panels::Kernel& kernel, const Span& span) {
   const int64_t threads = std::max<int64_t>(1, at::get_num_threads());
-  // pieces of whole tiles, of one size, a multiple of the threads of them where that makes them no smaller than needed
-  const int64_t rounds = (span.tokens + threads * kMost - 1) / (threads * kMost);
-  const int64_t each = (span.tokens + threads * rounds - 1) / (threads * rounds);
-  const int64_t rows = std::min(kMost, (each + kRows - 1) / kRows * kRows);
-  const int64_t pieces = (span.tokens + rows - 1) / rows;
+  // pieces of whole units, nearly of one size, as many to each thread
+  const int64_t rounds = (span.tokens + threads * kMost<T> - 1) / (threads * kMost<T>);
+  const int64_t units = (span.tokens + kernel.unit - 1) / kernel.unit, pieces = std::min(units, threads * rounds);
+  const int64_t rows = (units + pieces - 1) / pieces * kernel.unit;
   std::atomic<int64_t> taken{0};
   at::parallel_for(0, std::min(threads, pieces), 1, [&](int64_t, int64_t) {
     Scratch<T> scratch(rows, span.width);
@@ -299,7 +309,8 @@ void run_all(const panels::Kernel& kernel, const Span& span) {
     }
 #endif
     for (int64_t i = taken++; i < pieces; i = taken++) {
-      run<T, Out>(kernel, span, i * rows, std::min(rows, span.tokens - i * rows), scratch);
+      const int64_t first = i * units / pieces * kernel.unit, end = (i + 1) * units / pieces * kernel.unit;
+      run<T, Out>(kernel, span, first, std::min(end, span.tokens) - first, scratch);
     }
 #if defined(__x86_64__) && defined(CPU_CAPABILITY_AVX512) && defined(LBFAST_KNOWS_AMX_AND_AVX_VNNI)
     if (kernel.tiles) {
