@@ -14,6 +14,8 @@ import sys
 import pytest
 import torch
 from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
 from typer.testing import CliRunner
 
 import lbfast
@@ -22,6 +24,7 @@ import lbfast.ops
 from bench import demo as bench_demo
 from lbfast import demo, dispatch, doctor, native
 from lbfast.cli import app
+from lbfast.cli.app import Lines, between_words
 from tests import tiny
 
 
@@ -40,6 +43,37 @@ def test_version_and_help():
     assert all(command in shown for command in ("embed", "doctor", "demo"))
     assert "[MODALITY=]DIR_OR_NAME" in invoke("embed", "--help").output
     assert invoke("embed").exit_code == 2
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_break_between_words_on_a_terminal_only():
+    path = "/data/" + "long_name/" * 5 + "clip.mp4"
+    text = f"error: embeddings: no such file or folder: {path}: or\n  it is [not] 表 "
+    shown = {}
+    for kind in (Terminal, io.StringIO):
+        console = Lines(file=kind(), width=70, soft_wrap=True, color_system=None)
+        console.print(escape(text), highlight=False)
+        shown[kind] = console.file.getvalue()
+    assert shown[io.StringIO] == f"{text}\n"
+    first, rest = text.split(path)
+    assert shown[Terminal] == f"{first.rstrip()}\n{path}{rest}\n"  # : and or fit beside it
+    wide = "x" * 75
+    assert between_words(Text(f"a {wide} b c{' c' * 40}"), 70).plain.split("\n")[0] == f"a {wide} b c{' c' * 29}"
+    assert between_words(Text("表 " * 30 + "end"), 10).plain == "\n".join(["表 表 表"] * 10) + "\nend"
+
+
+def test_no_word_of_a_help_breaks():
+    """At 80 columns, in the column of types: none is wider than it."""
+    for command in ("embed", "train", "export", "search", "serve", "profile", "eval retrieval", "mini make"):
+        result = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1"}).invoke(app, [*command.split(), "--help"])
+        assert "--help" in result.output
+        for line in result.output.splitlines():
+            types = re.sub("[<>]=", "", line)  # of ranges
+            assert types.count("<") == types.count(">") and len(line) <= 80, line
 
 
 def test_embed_reports_and_goes_on(image_model, tmp_path):

@@ -14,6 +14,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from lbfast.cli.app import app, errors, plain_errors
+from lbfast.cli.options import CHECKPOINT
 from lbfast.data.suffixes import LANGUAGE
 from lbfast.messages import plain
 
@@ -45,7 +46,7 @@ class _InOrder(TyperCommand):
 def search(
     context: typer.Context,
     embeddings: Annotated[Path, typer.Argument(metavar="FILE.parquet", help="Of lbfast embed; or a folder of them.")],
-    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="What to search for.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="What to search for.")] = None,
     image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help=_FILE)] = None,
     video: Annotated[list[Path] | None, typer.Option(metavar="FILE", help=_FILE)] = None,
     audio: Annotated[list[Path] | None, typer.Option(metavar="FILE", help=_FILE)] = None,
@@ -60,7 +61,7 @@ def search(
     ] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(metavar="[MODALITY=]DIR_OR_NAME", help="Instead of the models that made the file."),
+        typer.Option(metavar=CHECKPOINT, help="Instead of the models that made the file."),
     ] = None,
     device: Annotated[str, typer.Option(help="For the model: auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
