@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from lbfast.embedding.items import ORDER
+from lbfast.data.suffixes import LANGUAGE, MODALITY_NAMES
 
-Modality = Enum("Modality", {name: name for name in ORDER})  # type: ignore[misc]
+Modality = Enum("Modality", {name: name for name in (*MODALITY_NAMES, LANGUAGE)})  # type: ignore[misc]
 Precision = Enum("Precision", {name: name for name in ("auto", "float32", "bfloat16", "float16")})  # type: ignore[misc]
 Products = Enum("Products", {name: name for name in ("int8", "fp8")})  # type: ignore[misc]
 """Of the layers: `precision` of `optimize_for_inference`."""
