@@ -16,10 +16,7 @@ VISION = {"image": {"image_size": 64}}
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    for i in range(10):
-        tiny.picture(folder / f"{i}.jpg", seed=i)
-    return folder
+    return tiny.pictures(tmp_path_factory.mktemp("pictures"), 10)
 
 
 def test_workers_decode_in_order_and_are_replaced(pictures):

@@ -35,10 +35,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    for i in range(10):
-        tiny.picture(folder / f"{i}.jpg", seed=i)
-    return folder
+    return tiny.pictures(tmp_path_factory.mktemp("pictures"), 10)
 
 
 def rows(path: Path) -> list[dict]:
