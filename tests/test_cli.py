@@ -87,6 +87,8 @@ def test_embed_reports_and_goes_on(image_model, tmp_path):
     assert result.stdout == f"3 embedded (1 image, 2 language), 1 failed -> {out}\n"
     assert "skipped" in result.stderr and "[bold]bad.jpg: expected an image, got text" in result.stderr
     assert "ignored 1 file: unknown type .pdf" in result.stderr
+    assert "\nwarning: " in f"\n{result.stderr}" and "no tokenizer there" in result.stderr
+    assert "UserWarning" not in result.stderr  # nor the place in our sources
 
     again = invoke("embed", tmp_path / "in", "--model", image_model, "--out", out)
     said = "3 embedded (1 image, 2 language) by an earlier run of the same inputs and settings, 1 failed"

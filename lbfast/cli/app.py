@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -82,9 +83,14 @@ def say_if_compiling() -> None:
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """What a user can mend is one line on stderr and exit status 1; the rest is a fault of ours, with its traceback."""
+    """What a user can mend is one line on stderr and exit status 1; the rest is a fault of ours, with its traceback.
+
+    A warning is a line there too, without the place in our sources.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _warned
+            yield
     except typer.Exit:  # a RuntimeError to Python
         raise
     except BrokenPipeError:
@@ -94,6 +100,10 @@ def plain_errors() -> Iterator[None]:
         Signals.check()  # then it is not the error's to say
         errors.print(f"[bold red]error:[/] {escape(plain(_message(error)))}")
         raise typer.Exit(1) from error
+
+
+def _warned(message: Warning | str, *_: Any, **__: Any) -> None:
+    errors.print(f"[yellow]warning:[/] {escape(plain(message))}", highlight=False)
 
 
 def _message(error: Exception) -> str:

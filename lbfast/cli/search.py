@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -66,8 +65,7 @@ def search(
     device: Annotated[str, typer.Option(help="For the model: auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     files = {"image": image, "video": video, "audio": audio, "depth": depth, "thermal": thermal}
-    with plain_errors(), warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: errors.print(f"[yellow]warning[/] {escape(plain(message))}")
+    with plain_errors():
         import numpy as np
 
         from lbfast import files as writing
