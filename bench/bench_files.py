@@ -14,7 +14,6 @@ decode nothing: how much of the time the model is busy, and what a file costs th
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 import tempfile
@@ -37,7 +36,7 @@ from lbfast.model.config import published_config
 from lbfast.processing.processor import transform_dict
 from lbfast.processing.transforms import MEAN, STD
 
-from . import corpus, harness
+from . import corpus, harness, options
 
 H200_IMAGES_S, H200_CLIPS_S, H200_SOUNDS_S = 4000, 356, 2000
 """What a model eats: image 64 in 16 ms, video 16 in 45 ms, audio 32 in 16 ms."""
@@ -317,7 +316,7 @@ def pipeline(folder: Path, record: harness.Record, workers: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.parser(__doc__)
     parser.add_argument("--kinds", nargs="*", help="of files, by a part of their names; all: every kind")
     parser.add_argument("--list", action="store_true", help="the kinds")
     parser.add_argument("--no-pipeline", action="store_true", help="files alone")

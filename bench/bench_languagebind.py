@@ -42,7 +42,7 @@ from lbfast.model.languagebind import LanguageBindModel, model_dict, normalised
 from lbfast.profiling.count import Counter
 from lbfast.reference import languagebind as reference
 
-from . import contest, exported, harness, peers
+from . import contest, exported, harness, options, peers
 
 ARCHS = {"L/14": "large", "H/14": "huge"}
 MODALITIES = ("image", "video", "audio", "text")
@@ -409,7 +409,7 @@ def show(record: harness.Record) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.parser(__doc__)
     parser.add_argument(
         "modality", nargs="*", default=list(MODALITIES), help=f"of {', '.join(MODALITIES)}; default all"
     )
@@ -427,7 +427,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"), help="the shorter one")
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each number (%(default)s)")
     parser.add_argument("--candidates", nargs="+", choices=list(CANDIDATES), metavar="NAME", help="default: all")
-    parser.add_argument("--compile", default="layers", choices=COMPILED, help="how torch.compile is used (%(default)s)")
+    said = f"how torch.compile is used: {', '.join(COMPILED)} (%(default)s)"
+    parser.add_argument("--compile", default="layers", choices=COMPILED, metavar="HOW", help=said)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-upstream", action="store_true", help="leave PyPI's languagebind out")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")

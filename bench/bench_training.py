@@ -14,7 +14,6 @@ of L/14. Random weights. A step that can't be taken, for want of memory, is a ro
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gc
 import statistics
@@ -32,7 +31,7 @@ from lbfast.training.parameters import prepare
 from lbfast.training.recipes import recipe
 from lbfast.training.step import LargeBatchStep, Towers, unit
 
-from . import contest, harness, peers
+from . import contest, harness, options, peers
 
 KINDS = ("dense", "accumulation", "lbfast")
 TUNED = {"full": 0, "lora": 16}
@@ -122,7 +121,7 @@ def step(kind: str, tuned: str, batch: int, size: Size, device: str, times: int 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.parser(__doc__)
     parser.add_argument("--batch", type=int, default=64, help="pairs, for the times (%(default)s)")
     parser.add_argument("--memory-batch", type=int, nargs="*", default=[64, 512], help="pairs, for the memory")
     parser.add_argument("--micro-batch", type=int, default=16, help="(%(default)s)")

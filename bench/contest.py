@@ -17,7 +17,7 @@ import torch
 
 from lbfast.testing import relative_error
 
-from . import harness, headline
+from . import harness, headline, options
 
 PASSES = ("fwd", "bwd", "both")
 ORACLE = "reference"
@@ -41,11 +41,13 @@ class Case:
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """The options that every bench of an op has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.parser(description)
     dtypes = ["bfloat16"] if harness.device() == "cuda" else ["float32", "bfloat16"]
     known = ("float32", "float16", "bfloat16")
-    parser.add_argument("--dtype", nargs="+", choices=known, default=dtypes, help=f"default: {' '.join(dtypes)}")
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: all")
+    said = f"of {', '.join(known)}; default: {' '.join(dtypes)}"
+    parser.add_argument("--dtype", nargs="+", choices=known, metavar="DTYPE", default=dtypes, help=said)
+    said = f"of {', '.join(PASSES)}; default: all"
+    parser.add_argument("--passes", nargs="+", choices=PASSES, metavar="PASS", default=list(PASSES), help=said)
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each number (%(default)s)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", help="JSON file of the results; default: none")

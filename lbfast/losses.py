@@ -119,14 +119,14 @@ class SigLipLoss(nn.Module):
     then gives every parameter the gradient of one process with the whole batch, as with open_clip's.
 
     Args:
-        cache_labels, dist_impl: open_clip's choices between ways to the loss; they change nothing here. `gather` says
-            how texts travel.
+        cache_labels, dist_impl, chunk_size: open_clip's choices between ways to the loss; they change nothing here:
+            logits are never stored. `gather` says how texts travel, `workspace_mib` how large a tile is.
         rank, world_size: world_size > 1 without `group` takes the default process group. `rank` is not needed.
         group, gather, impl, workspace_mib: as in ops.sigmoid_loss.
         averaged: as in InfoNCELoss.
 
     Raises:
-        ValueError: dist_impl is none of open_clip's.
+        ValueError: dist_impl is none of open_clip's, or chunk_size is negative.
     """
 
     def __init__(
@@ -135,6 +135,7 @@ class SigLipLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         dist_impl: str | None = None,
+        chunk_size: int = 0,
         *,
         group: Any = None,
         gather: Literal["all", "ring"] = "all",
@@ -146,8 +147,10 @@ class SigLipLoss(nn.Module):
         known = ("bidir", "shift", "reduce", "gather")
         if dist_impl is not None and dist_impl not in known:
             raise ValueError(f"SigLipLoss: dist_impl: expected one of {', '.join(known)}, or None, got {dist_impl!r}")
+        if chunk_size < 0:
+            raise ValueError(f"SigLipLoss: chunk_size: expected 0 (none) or a number of rows, got {chunk_size}")
         self.cache_labels, self.rank, self.world_size = cache_labels, rank, world_size
-        self.dist_impl = dist_impl or known[0]
+        self.dist_impl, self.chunk_size = dist_impl or known[0], chunk_size
         self.group = group
         self.gather: Literal["all", "ring"] = gather
         self.averaged = averaged

@@ -30,11 +30,11 @@ _TOWERS = {
     "CLIPMLP": "lbfast.model.layers:MLP",
     "CLIPOutput": "lbfast.model.languagebind:LanguageBindOutput",
     "CLIPPreTrainedModel": "lbfast.model.languagebind:LanguageBindModel",
-    "CLIPTextEmbeddings": "lbfast.model.towers:TextEmbeddings",
+    "CLIPTextEmbeddings": "lbfast.model.tokens:TextEmbeddings",
     "CLIPTextTransformer": "lbfast.model.towers:TextTransformer",
-    "CLIPVisionEmbeddings": "lbfast.model.towers:VisionEmbeddings",
+    "CLIPVisionEmbeddings": "lbfast.model.tokens:VisionEmbeddings",
     "CLIPVisionTransformer": "lbfast.model.towers:VisionTransformer",
-    "PatchDropout": "lbfast.model.towers:PatchDropout",
+    "PatchDropout": "lbfast.model.tokens:PatchDropout",
 }
 _CONFIGURATIONS = {
     "CLIPTextConfig": "lbfast.model.config:LanguageBindTextConfig",

@@ -4,9 +4,10 @@
     python -m tests.release --python python3.10 --python python3.13
 
 Builds dist/*.tar.gz and dist/*.whl of the tracked files, native library included, and looks at their sizes and what
-they hold. Then, for each interpreter, makes a virtual environment, installs the wheel, and runs `lbfast doctor` and
-`lbfast demo` with nothing on PATH but that environment: no compiler, no cache, no checkout. The same with the sdist.
-Needs an index of packages: PyTorch is installed once for each interpreter.
+they hold. The library is for this interpreter's build of PyTorch; with another, PyTorch's own operators serve. Then,
+for each interpreter, makes a virtual environment, installs the wheel, and runs `lbfast doctor` and `lbfast demo` with
+nothing on PATH but that environment: no compiler, no cache, no checkout. The same with the sdist. Needs an index of
+packages: PyTorch is installed once for each interpreter.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
+
+import torch
 
 from lbfast import native
 
@@ -79,7 +82,10 @@ def try_it(python: str, sdist: Path, wheel: Path, place: Path) -> None:
     bare = {"PATH": str(here / "bin"), "HOME": str(place), "COLUMNS": "80", "HF_HUB_OFFLINE": "1"}
     version = run(python, "--version").strip()
     run(*pip, "-c", ROOT / "constraints.txt", wheel)
-    for name, wanted in ((wheel.name, "built and loaded"), (sdist.name, "no C++ compiler was found")):
+    build = run(here / "bin" / "python", "-c", "import torch; print(torch.__version__)").strip()
+    version, without = f"{version}, torch {build}", "no C++ compiler was found"
+    loaded = "built and loaded" if build == torch.__version__ else without
+    for name, wanted in ((wheel.name, loaded), (sdist.name, without)):
         if name == sdist.name:
             run(*pip, "--no-deps", "--force-reinstall", sdist, **bare)
         told = " ".join(run(here / "bin" / "lbfast", "doctor", cwd=place, **bare).split())

@@ -15,7 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import bench.options
 from bench import bench_files, bench_languagebind, compare, contest, harness, headline, peers, plot, report, run
+from lbfast.cli.bench import BENCHES
 from lbfast.model.config import LanguageBindImageConfig
 from lbfast.profiling import machine
 from lbfast.reference import languagebind as reference
@@ -43,6 +45,20 @@ def _rates(monkeypatch):
 def options(**more):
     given = {"no_compile": False, "passes": list(contest.PASSES), "seconds": 0, "dtype": ["float32"]}
     return argparse.Namespace(**{**given, **more})
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_help_fits_a_terminal_and_names_the_command(installed, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(bench.options, "INSTALLED", installed)
+    command = "lbfast bench " if installed else "python -m bench.bench_"
+    for name in BENCHES:
+        with pytest.raises(SystemExit):
+            importlib.import_module(f"bench.bench_{name}").main(["--help"])
+        said = capsys.readouterr().out
+        assert said.startswith(f"usage: {command}{name} ") and said.count(f"{command}{name}") >= 2
+        assert ("python -m bench" in said) != installed
+        assert max(map(len, said.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -14,6 +14,8 @@ import sys
 import pytest
 import torch
 from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
 from typer.testing import CliRunner
 
 import lbfast
@@ -22,6 +24,7 @@ import lbfast.ops
 from bench import demo as bench_demo
 from lbfast import demo, dispatch, doctor, native
 from lbfast.cli import app
+from lbfast.cli.app import Lines, between_words
 from tests import tiny
 
 
@@ -42,6 +45,37 @@ def test_version_and_help():
     assert invoke("embed").exit_code == 2
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_break_between_words_on_a_terminal_only():
+    path = "/data/" + "long_name/" * 5 + "clip.mp4"
+    text = f"error: embeddings: no such file or folder: {path}: or\n  it is [not] 表 "
+    shown = {}
+    for kind in (Terminal, io.StringIO):
+        console = Lines(file=kind(), width=70, soft_wrap=True, color_system=None)
+        console.print(escape(text), highlight=False)
+        shown[kind] = console.file.getvalue()
+    assert shown[io.StringIO] == f"{text}\n"
+    first, rest = text.split(path)
+    assert shown[Terminal] == f"{first.rstrip()}\n{path}{rest}\n"  # : and or fit beside it
+    wide = "x" * 75
+    assert between_words(Text(f"a {wide} b c{' c' * 40}"), 70).plain.split("\n")[0] == f"a {wide} b c{' c' * 29}"
+    assert between_words(Text("表 " * 30 + "end"), 10).plain == "\n".join(["表 表 表"] * 10) + "\nend"
+
+
+def test_no_word_of_a_help_breaks():
+    """At 80 columns, in the column of types: none is wider than it."""
+    for command in ("embed", "train", "export", "search", "serve", "profile", "eval retrieval", "mini make"):
+        result = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1"}).invoke(app, [*command.split(), "--help"])
+        assert "--help" in result.output
+        for line in result.output.splitlines():
+            types = re.sub("[<>]=", "", line)  # of ranges
+            assert types.count("<") == types.count(">") and len(line) <= 80, line
+
+
 def test_embed_reports_and_goes_on(image_model, tmp_path):
     tiny.picture(tmp_path / "in" / "good.jpg")
     (tmp_path / "in" / "[bold]bad.jpg").write_text("no picture")
@@ -53,6 +87,8 @@ def test_embed_reports_and_goes_on(image_model, tmp_path):
     assert result.stdout == f"3 embedded (1 image, 2 language), 1 failed -> {out}\n"
     assert "skipped" in result.stderr and "[bold]bad.jpg: expected an image, got text" in result.stderr
     assert "ignored 1 file: unknown type .pdf" in result.stderr
+    assert "\nwarning: " in f"\n{result.stderr}" and "no tokenizer there" in result.stderr
+    assert "UserWarning" not in result.stderr  # nor the place in our sources
 
     again = invoke("embed", tmp_path / "in", "--model", image_model, "--out", out)
     said = "3 embedded (1 image, 2 language) by an earlier run of the same inputs and settings, 1 failed"

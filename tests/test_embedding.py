@@ -15,15 +15,13 @@ import torch
 
 from lbfast import files
 from lbfast.checkpoints import open_checkpoints
-from lbfast.data import crew
-from lbfast.data.decode import Decoder, Processors, Task, Undecodable
 from lbfast.embedding import BadFileError, embed_files, find_items
 from lbfast.embedding.items import LONGEST_CAPTION, Item
 from lbfast.embedding.journal import Journal, partial_path
 from lbfast.model.languagebind import LanguageBind, model_dict
 from lbfast.processing import default_tokenizer, transform_dict
 from lbfast.processing.media import MediaWarning
-from tests import tiny, workers
+from tests import tiny
 
 FILES = {"image": tiny.picture, "depth": tiny.depth_map, "video": tiny.clip, "audio": tiny.sound}
 SUFFIX = {"image": ".jpg", "depth": ".png", "video": ".mp4", "audio": ".wav"}
@@ -37,10 +35,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    for i in range(10):
-        tiny.picture(folder / f"{i}.jpg", seed=i)
-    return folder
+    return tiny.pictures(tmp_path_factory.mktemp("pictures"), 10)
 
 
 def rows(path: Path) -> list[dict]:
@@ -391,52 +386,6 @@ def test_the_fingerprint_follows_the_weights(tmp_path):
     assert before == opened.fingerprint()
     os.utime(tmp_path / "image" / "model.safetensors", ns=(1, 1))
     assert opened.fingerprint() != before
-
-
-VISION = {"image": {"image_size": 64}}
-
-
-def test_workers_decode_in_order_and_are_replaced(pictures):
-    tasks = [Task("image", str(path)) for path in sorted(pictures.iterdir())] + [Task("image", "nowhere.jpg")]
-    plain = list(Decoder(Processors(VISION), tasks, workers=0, ahead=1))
-    with Decoder(Processors(VISION), tasks, workers=2, ahead=3) as decoder:
-        results = iter(decoder)
-        got = [next(results)]
-        for process in tuple(decoder._crew.running):
-            process.kill()
-        got += results
-    assert not decoder._crew.running
-    for ours, theirs in zip(got[:-1], plain[:-1], strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    assert got[-1] == plain[-1] and isinstance(got[-1], Undecodable) and "nowhere.jpg" in got[-1].reason
-
-
-def test_a_file_that_kills_workers_is_reported(monkeypatch):
-    monkeypatch.setattr(crew, "_work", workers.poisoned)
-    with Decoder(
-        Processors(VISION), [Task("image", name) for name in ("a", "poison", "b")], workers=1, ahead=2
-    ) as decoder:
-        a, poison, b = decoder
-    assert isinstance(a, np.ndarray) and isinstance(b, np.ndarray)
-    assert poison == Undecodable("poison: the worker process was ended by SIGKILL while decoding it")
-
-
-def test_workers_that_cannot_start_stop_the_run(monkeypatch):
-    monkeypatch.setattr(crew, "_work", workers.stillborn)
-    with (
-        Decoder(Processors(VISION), [Task("image", "a")], workers=1, ahead=1) as decoder,
-        pytest.raises(RuntimeError, match="ended with status 7 before it was ready"),
-    ):
-        list(decoder)
-
-
-def test_leaving_early_ends_the_workers(pictures):
-    tasks = [Task("image", str(path)) for path in sorted(pictures.iterdir())]
-    begin = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), Decoder(Processors(VISION), tasks, workers=1, ahead=2) as decoder:
-        for _ in decoder:
-            raise KeyboardInterrupt
-    assert not decoder._crew.running and time.monotonic() - begin < 20
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")

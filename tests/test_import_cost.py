@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import subprocess
@@ -55,6 +56,23 @@ def test_public_names(name):
     assert name in dir(lbfast)
     if module is not None:
         assert getattr(lbfast, name) is getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lbfast").rglob("__init__.py")), ids=lambda path: path.parent.name)
+def test_names_that_come_at_first_use_have_types(path):
+    """A package's `__getattr__` gives Any: type checkers read what it imports for them."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if not any(isinstance(node, ast.FunctionDef) and node.name == "__getattr__" for node in tree.body):
+        return
+    for_them = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    imported = {name.asname for part in for_them for node in part.body for name in getattr(node, "names", ())}
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)} | {"__version__"}
+    package = importlib.import_module(".".join(path.parent.relative_to(ROOT).parts))
+    assert set(package.__all__) - imported - defined == set()
+    for node in (node for part in for_them for node in part.body):
+        assert isinstance(node, ast.ImportFrom)
+        for name in node.names:  # what they are told is what there is
+            assert name.asname == name.name and hasattr(importlib.import_module(str(node.module)), name.name), name.name
 
 
 def test_an_unknown_name():

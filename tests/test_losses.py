@@ -51,8 +51,9 @@ def open_clips():
 
 def test_siglip_call():
     """Constructor, attributes and call as open_clip's; what its formula gives; no bias is one of 0."""
-    loss = lbfast.SigLipLoss(True, 1, 1, "shift")
-    assert (loss.cache_labels, loss.rank, loss.world_size, loss.dist_impl) == (True, 1, 1, "shift")
+    loss = lbfast.SigLipLoss(True, 1, 1, "shift", 8)  # 4.x has the fifth
+    read = (loss.cache_labels, loss.rank, loss.world_size, loss.dist_impl, loss.chunk_size)
+    assert read == (True, 1, 1, "shift", 8)
     out = {"image_features": unit(0), "text_features": unit(1), "logit_scale": torch.tensor(14.3)}
     logits = 14.3 * out["image_features"] @ out["text_features"].T
     for bias in (torch.tensor(-10.0), None):
@@ -65,6 +66,8 @@ def test_siglip_call():
     assert torch.equal(loss(*out.values(), -10.0, ids=ids), sigmoid_loss(*out.values(), -10.0, ids=ids))
     with pytest.raises(ValueError, match="dist_impl: expected one of bidir, shift, reduce, gather, or None, got 'no'"):
         lbfast.SigLipLoss(dist_impl="no")
+    with pytest.raises(ValueError, match=r"chunk_size: expected 0 \(none\) or a number of rows, got -1"):
+        lbfast.SigLipLoss(chunk_size=-1)
 
 
 def test_siglip_is_open_clips(open_clips):

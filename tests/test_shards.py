@@ -22,10 +22,7 @@ PICTURES = (".jpg", ".png")
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    where = tmp_path_factory.mktemp("pictures")
-    for i in range(6):
-        tiny.picture(where / f"{i}.jpg", seed=i)
-    return where
+    return tiny.pictures(tmp_path_factory.mktemp("pictures"), 6)
 
 
 def test_shards_give_what_files_give(pictures, tmp_path):

@@ -51,6 +51,13 @@ def picture(path: Path, seed: int = 0) -> Path:
     return path
 
 
+def pictures(folder: Path, count: int) -> Path:
+    """The folder, with so many: 0.jpg, 1.jpg..."""
+    for i in range(count):
+        picture(folder / f"{i}.jpg", seed=i)
+    return folder
+
+
 def depth_map(path: Path, seed: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 9000, (80, 96)).astype(np.uint16)).save(path)

@@ -16,22 +16,15 @@
 // The schemas and the layout of the weights are in lbfast/tokenwise.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
-#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
+#include "pages.h"
 #include "panels.h"
 #include "rows.h"
 
@@ -159,40 +152,6 @@ struct Span {
   Activation activation = Activation::kGelu;
   float eps = 1e-5f;
   bool plain = false;  // result = act(attended @ reader.T + b), and nothing else
-};
-
-// A thread's memory for its pieces, kept from call to call: on large pages, and never given back to be zeroed again.
-class Arena {
- public:
-  static Arena& mine(int64_t bytes) {
-    thread_local Arena arena;
-    if (arena.size_ < bytes) {
-      constexpr int64_t kPage = 2 << 20;
-      arena.size_ = (bytes + kPage - 1) / kPage * kPage;
-      arena.data_.reset(static_cast<char*>(std::aligned_alloc(kPage, arena.size_)));
-      TORCH_CHECK(arena.data_ != nullptr, "tokenwise: out of memory");
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-      madvise(arena.data_.get(), arena.size_, MADV_HUGEPAGE);
-#endif
-      std::memset(arena.data_.get(), 0, arena.size_);
-    }
-    arena.used_ = 0;
-    return arena;
-  }
-  template <typename T>
-  T* take(int64_t count) {
-    T* out = reinterpret_cast<T*>(data_.get() + used_);
-    used_ += (count * sizeof(T) + 63) / 64 * 64;
-    TORCH_INTERNAL_ASSERT(used_ <= size_);
-    return out;
-  }
-
- private:
-  struct Free {
-    void operator()(char* data) const { std::free(data); }
-  };
-  std::unique_ptr<char, Free> data_;
-  int64_t size_ = 0, used_ = 0;
 };
 
 template <typename T>
@@ -490,23 +449,6 @@ std::vector<std::string> names(at::ScalarType dtype) {
     out.emplace_back(kernel.name);
   }
   return out;
-}
-
-// A buffer of zeros on large pages, where the system has them: weights are read once a piece, and each of their 4 KiB
-// would need the machine to look its page up.
-at::Tensor large_pages(int64_t bytes) {
-  TORCH_CHECK(bytes >= 0, "large_pages: bytes: expected 0 or more, got ", bytes);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kPage = 2 << 20;
-  const int64_t size = (bytes + kPage - 1) / kPage * kPage + kPage;
-  void* mapped = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapped != MAP_FAILED) {
-    char* first = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(mapped) + kPage - 1) / kPage * kPage);
-    madvise(first, size - kPage, MADV_HUGEPAGE);  // advice: without it, slower
-    return at::from_blob(first, {bytes}, [mapped, size](void*) { munmap(mapped, size); }, at::kByte);
-  }
-#endif
-  return at::zeros({bytes}, at::kByte);
 }
 
 }  // namespace

@@ -12,7 +12,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from lbfast.cli.app import Modality, Precision, Products, app, errors, plain_errors
+from lbfast.cli.app import app, errors, plain_errors, say, say_if_compiling
+from lbfast.cli.options import (
+    MODALITY,
+    BatchSize,
+    CacheDir,
+    Dim,
+    Dtype,
+    Modality,
+    Models,
+    OfProducts,
+    Precision,
+    Revision,
+)
 from lbfast.messages import plain
 from lbfast.signals import Signals, Stopped
 
@@ -38,20 +50,19 @@ def embed(
     files: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILES_OR_FOLDERS...",
+            metavar="FILES_OR_FOLDERS",
             help="Or tables, tars, and [bold]-[/] for a list on stdin. Each may be MODALITY=PATH, as depth=maps/.",
         ),
     ],
-    model: Annotated[
-        list[str],
-        typer.Option(
-            metavar="[MODALITY=]DIR_OR_NAME",
-            help="A checkpoint: local directory, or name on the hub. Once for each modality.",
-        ),
-    ],
+    model: Models,
     out: Annotated[Path, typer.Option(metavar="FILE.parquet", help="Where the embeddings go.")],
     modality: Annotated[
-        Modality | None, typer.Option(help="What every file is, whatever its type; language: one caption a line.")
+        Modality | None,
+        typer.Option(
+            metavar=MODALITY,
+            help="What every file is, whatever its type: image, video, audio, depth, thermal; language: one caption a "
+            "line.",
+        ),
     ] = None,
     segment: Annotated[
         str | None, typer.Option(metavar="SECONDS", help="A row for each so many seconds of videos and sounds, as 10s.")
@@ -66,9 +77,7 @@ def embed(
             help="A row more for files of one stem, as video+audio; [bold]segments[/]: for the mean of a file's parts.",
         ),
     ] = None,
-    dim: Annotated[
-        int | None, typer.Option(min=1, help="Keep the first so many numbers, of unit length again. Default: all.")
-    ] = None,
+    dim: Dim = None,
     column: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Of tables: paths, bytes of files, or captions of language=TABLE."),
@@ -76,7 +85,7 @@ def embed(
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Only share I, from 1, of N: one for each machine, and its FILE.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Files, clips or captions at a time.")] = 8,
+    batch_size: BatchSize = 8,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -84,12 +93,8 @@ def embed(
             help="Processes that decode. Default: beside a GPU one less than the cores, else half; for a file none.",
         ),
     ] = None,
-    dtype: Annotated[
-        Precision, typer.Option(help="Of the weights. auto: bfloat16 where the device computes in it.")
-    ] = Precision["auto"],
-    precision: Annotated[
-        Products | None, typer.Option(help="Of the layers' products: int8 on a CPU, fp8 on a GPU; less exact, faster.")
-    ] = None,
+    dtype: Dtype = Precision["auto"],
+    precision: OfProducts = None,
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda or cuda:N; several as cuda:0,cuda:1, a process each.")
     ] = "auto",
@@ -100,8 +105,8 @@ def embed(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace FILE, and an unfinished run with other settings.")
     ] = False,
-    cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Of the checkpoints on the hub.")] = None,
+    cache_dir: CacheDir = None,
+    revision: Revision = None,
     engine: Annotated[
         Engine | None,
         typer.Option(rich_help_panel=MANY, help="ray: on a Ray cluster; FILE is then a folder of Parquet parts."),
@@ -113,7 +118,6 @@ def embed(
 ) -> None:
     try:
         with plain_errors(), progress_bars() as (progress, on_failure):
-            from lbfast import native
             from lbfast.embedding import embed_files
 
             embed_all: Callable[..., Summary] = embed_files
@@ -123,8 +127,7 @@ def embed(
                 embed_all = functools.partial(on_ray, address=address)
             elif address is not None:
                 raise ValueError(f"address: expected --engine ray with it, got {address} alone")
-            if native.will_compile():
-                errors.print("compiling the native CPU kernels, once for each version: this takes a minute")
+            say_if_compiling()
             summary = embed_all(
                 files,
                 model,
@@ -170,12 +173,12 @@ def _summarise(summary: Summary) -> None:
             "earlier runs of the same settings" if summary.kept else "an earlier run of the same inputs and settings"
         )
         line = f"nothing left to do: {line} by {whose}"
-        typer.echo(f"{line}, {summary.failed} failed -> {summary.out}")
+        say(f"{line}, {summary.failed} failed -> {summary.out}")
         return
     if summary.resumed:
         line += f", {summary.resumed} of them by an earlier run"
     line += f", {len(summary.failures)} failed"
-    typer.echo(line + (f" -> {summary.out}" if summary.out else "; nothing was written"))
+    say(line + (f" -> {summary.out}" if summary.out else "; nothing was written"))
     if summary.out is None:
         raise typer.Exit(1)
 

@@ -9,8 +9,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lbfast.cli.app import Precision, Products, app, errors, plain_errors
+from lbfast.cli.app import app, errors, plain_errors, say_if_compiling
 from lbfast.cli.embed import progress_bars
+from lbfast.cli.options import CHECKPOINT, BatchSize, Device, Dim, Dtype, OfProducts, Precision, Products, Split
 from lbfast.messages import plain
 
 if TYPE_CHECKING:
@@ -21,20 +22,13 @@ if TYPE_CHECKING:
 evaluate = typer.Typer(no_args_is_help=True, help="Zero-shot classification and retrieval on your files.")
 app.add_typer(evaluate, name="eval")
 
-BatchSize = Annotated[int, typer.Option(min=1, help="Files, clips or captions at a time.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode ahead. 0: none.")]
-Dtype = Annotated[Precision, typer.Option(help="Of the weights. auto: bfloat16 where it is fast, else float32.")]
-OfProducts = Annotated[
-    Products | None, typer.Option("--precision", help="Of the layers' products: int8 on a CPU, fp8 on a GPU.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dim = Annotated[int | None, typer.Option(min=1, help="Of embeddings, the first so many numbers. Default: all.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results there too.")]
 
 
 @evaluate.command("zero-shot")
 def zero_shot(
-    model: Annotated[str, typer.Option(metavar="[MODALITY=]DIR_OR_NAME", help="A checkpoint: directory or hub name.")],
+    model: Annotated[str, typer.Option(metavar=CHECKPOINT, help="A checkpoint: directory or hub name.")],
     data: Annotated[Path, typer.Option(help="A folder with one folder a class, or a manifest: path,label.")],
     templates: Annotated[Path | None, typer.Option(help="Text file: one sentence a line, {} for the class.")] = None,
     classes: Annotated[Path | None, typer.Option(help="Text file: every class, one a line. Else: the data's.")] = None,
@@ -76,7 +70,7 @@ def retrieval(
     model: Annotated[
         list[str],
         typer.Option(
-            metavar="[MODALITY=]DIR_OR_NAME",
+            metavar=CHECKPOINT,
             help="A checkpoint: between its modality and text. Two: between their modalities, from a manifest with a "
             "column of paths named after each.",
         ),
@@ -86,7 +80,7 @@ def retrieval(
         list[str] | None, typer.Option(help="Column or field with captions; repeated: each is one more caption.")
     ] = None,
     media: Annotated[str | None, typer.Option(help="Column of paths, or suffix of a shard's members.")] = None,
-    split: Annotated[str, typer.Option(help="Where keys of shards end: at the first or last dot of a name.")] = "first",
+    split: Split = "first",
     batch_size: BatchSize = 32,
     workers: Workers = 0,
     dtype: Dtype = Precision["auto"],
@@ -136,11 +130,9 @@ def _open(
     dim: int | None,
     progress: Progress,
 ) -> Encoder:
-    from lbfast import native
     from lbfast.evaluation.encoder import Encoder
 
-    if native.will_compile():
-        errors.print("compiling the native CPU kernels, once for each version: this takes a minute")
+    say_if_compiling()
     return Encoder.open(
         checkpoint,
         device=device,

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lbfast.cli.app import Modality, Products, app, errors, plain_errors
+from lbfast.cli.app import app, errors, plain_errors, say
 from lbfast.cli.evaluate import evaluate
+from lbfast.cli.options import MODALITY, Modality, Products
 
 mini = typer.Typer(
     no_args_is_help=True, help="The small model that comes with lbfast, and the world it was trained in."
@@ -24,7 +25,8 @@ def make(
     split: Annotated[str, typer.Option(help="train or test: no caption of one is in the other.")] = "test",
     seed: Annotated[int, typer.Option(min=0, help="Another draw of scenes.")] = 0,
     modality: Annotated[
-        list[Modality] | None, typer.Option(help="Which files to write; may be repeated. Default: all five.")
+        list[Modality] | None,
+        typer.Option(metavar=MODALITY, help="Which files to write; may be repeated. Default: all five."),
     ] = None,
 ) -> None:
     """Writes scenes of the small world to a folder: pictures, clips, sounds, depth maps, heat, captions.
@@ -36,7 +38,7 @@ def make(
 
     senses = tuple(item.value for item in modality) if modality else tuple(SEES)
     with plain_errors():
-        typer.echo(write_world(out, samples, split, seed, senses))
+        say(str(write_world(out, samples, split, seed, senses)))
 
 
 @mini.command()

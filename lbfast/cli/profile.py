@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lbfast.cli.app import Modality, Precision, app, errors, plain_errors
+from lbfast.cli.app import app, errors, plain_errors, say
+from lbfast.cli.options import CHECKPOINT, DTYPE, MODALITY, Device, Modality, Precision
 
 if TYPE_CHECKING:
     from lbfast.profiling.trace import Profile
@@ -32,17 +33,19 @@ WIDE = 110  # columns of a terminal that the whole table fits
     "memory are sampled too. --mode train: loss and gradients, without the optimizer's step."
 )
 def profile(
-    model: Annotated[
-        str | None, typer.Option(metavar="[MODALITY=]DIR_OR_NAME", help="A checkpoint. Or give --arch.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(metavar=CHECKPOINT, help="A checkpoint. Or give --arch.")] = None,
     arch: Annotated[Arch | None, typer.Option(help="An architecture with random weights.")] = None,
-    modality: Annotated[Modality | None, typer.Option(help="Default: the checkpoint's, or video.")] = None,
+    modality: Annotated[
+        Modality | None, typer.Option(metavar=MODALITY, help="Or language. Default: the checkpoint's, or video.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Clips, pictures, sounds or captions in a call.")] = 1,
     mode: Annotated[Mode, typer.Option(help="Embeddings, or loss and gradients.")] = Mode["inference"],
     layers: Annotated[int | None, typer.Option(min=1, help="With --arch: of both towers. Default: all.")] = None,
     lora: Annotated[int, typer.Option(min=0, help="With --arch: rank of adapters that train alone.")] = 0,
-    dtype: Annotated[Precision, typer.Option(help="Of the products.")] = Precision["auto"],
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        Precision, typer.Option(metavar=DTYPE, help="Of the products: auto, float32, bfloat16 or float16.")
+    ] = Precision["auto"],
+    device: Device = "auto",
     seconds: Annotated[float, typer.Option(min=0, help="Calls are timed for so long, three at least.")] = 1.0,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the files go.")] = Path("profile-out"),
 ) -> None:
@@ -87,7 +90,7 @@ def profile(
             errors.print(f"no plots: {escape(missing)}")
         if place.type == "cuda" and not result.energy:
             errors.print(f"no power or clocks: {escape(power.why_not(place.index or 0) or 'nothing was sampled')}")
-        typer.echo(f"{out / 'trace.json'}: open it at https://ui.perfetto.dev or chrome://tracing")
+        say(f"{out / 'trace.json'}: open it at https://ui.perfetto.dev or chrome://tracing")
 
 
 def show(result: Profile, console: Console) -> None:

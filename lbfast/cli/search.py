@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from lbfast.cli.app import app, errors, plain_errors
+from lbfast.cli.options import CHECKPOINT
 from lbfast.data.suffixes import LANGUAGE
 from lbfast.messages import plain
 
@@ -45,7 +45,7 @@ class _InOrder(TyperCommand):
 def search(
     context: typer.Context,
     embeddings: Annotated[Path, typer.Argument(metavar="FILE.parquet", help="Of lbfast embed; or a folder of them.")],
-    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="What to search for.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="What to search for.")] = None,
     image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help=_FILE)] = None,
     video: Annotated[list[Path] | None, typer.Option(metavar="FILE", help=_FILE)] = None,
     audio: Annotated[list[Path] | None, typer.Option(metavar="FILE", help=_FILE)] = None,
@@ -60,13 +60,12 @@ def search(
     ] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(metavar="[MODALITY=]DIR_OR_NAME", help="Instead of the models that made the file."),
+        typer.Option(metavar=CHECKPOINT, help="Instead of the models that made the file."),
     ] = None,
     device: Annotated[str, typer.Option(help="For the model: auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     files = {"image": image, "video": video, "audio": audio, "depth": depth, "thermal": thermal}
-    with plain_errors(), warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: errors.print(f"[yellow]warning[/] {escape(plain(message))}")
+    with plain_errors():
         import numpy as np
 
         from lbfast import files as writing

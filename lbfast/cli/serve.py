@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from lbfast.cli.app import Precision, Products, app, errors, plain_errors
+from lbfast.cli.app import app, errors, plain_errors, say, say_if_compiling
+from lbfast.cli.options import CacheDir, Device, Dim, Dtype, Models, OfProducts, Precision, Revision
 
 
 @app.command(
@@ -21,13 +22,7 @@ from lbfast.cli.app import Precision, Products, app, errors, plain_errors
     "It needs pip install 'lbfast\\[serve]'."
 )
 def serve(
-    model: Annotated[
-        list[str],
-        typer.Option(
-            metavar="[MODALITY=]DIR_OR_NAME",
-            help="A checkpoint: local directory, or name on the hub. Once for each modality.",
-        ),
-    ],
+    model: Models,
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: on every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: one that is free.")] = 8000,
     batch_size: Annotated[int, typer.Option(min=1, help="Items of one modality at a time, at most.")] = 32,
@@ -43,32 +38,24 @@ def serve(
         Path | None, typer.Option(metavar="FOLDER", help="Open files below this folder that requests name.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that decode files.")] = 1,
-    dim: Annotated[
-        int | None, typer.Option(min=1, help="Keep the first so many numbers, of unit length again. Default: all.")
-    ] = None,
-    dtype: Annotated[
-        Precision, typer.Option(help="Of the weights. auto: bfloat16 where the device computes in it.")
-    ] = Precision["auto"],
-    precision: Annotated[
-        Products | None, typer.Option(help="Of the layers' products: int8 on a CPU, fp8 on a GPU; less exact, faster.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Of the checkpoints on the hub.")] = None,
+    dim: Dim = None,
+    dtype: Dtype = Precision["auto"],
+    precision: OfProducts = None,
+    device: Device = "auto",
+    cache_dir: CacheDir = None,
+    revision: Revision = None,
 ) -> None:
     with plain_errors():
         try:
             from lbfast.serving.server import serve as run
         except ImportError as error:
             raise ImportError(f"{error}; serving needs more packages: pip install 'lbfast[serve]'") from error
-        from lbfast import native
         from lbfast.embedding import Embedder
         from lbfast.serving.limits import Limits
 
         if allow_paths is not None and not allow_paths.is_dir():
             raise ValueError(f"allow-paths: expected a folder, got {allow_paths}")
-        if native.will_compile():
-            errors.print("compiling the native CPU kernels, once for each version: this takes a minute")
+        say_if_compiling()
         embedder = Embedder(
             model,
             dtype=dtype.value,
@@ -97,6 +84,6 @@ def serve(
             limits=limits,
             wait=max_wait / 1000,
             workers=workers,
-            on_ready=lambda address: typer.echo(f"listening on {address}"),
+            on_ready=lambda address: say(f"listening on {address}"),
         )
         errors.print("stopped; what was taken is answered")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from lbfast.cli.app import app, errors, plain_errors
+from lbfast.cli.app import app, errors, plain_errors, say
+from lbfast.cli.options import CacheDir, Revision, Split
 from lbfast.messages import plain
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def train(
     caption: Annotated[
         list[str] | None, typer.Option(metavar="COLUMN", help="Column or field of captions; of several, one is drawn.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Where keys of shards end: at the first or last dot of a name.")] = "first",
+    split: Split = "first",
     raw: Annotated[bool, typer.Option("--raw", help="Keep pixels as bytes until they are embedded.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -95,8 +96,8 @@ def train(
     tflops: Annotated[
         float | None, typer.Option(help="With --plan: the towers' TFLOP/s to compute time by. Else it is measured.")
     ] = None,
-    cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Of checkpoints on the hub.")] = None,
+    cache_dir: CacheDir = None,
+    revision: Revision = None,
 ) -> None:
     from lbfast.processing.processor import transform_dict
     from lbfast.training import recipes, trainer
@@ -202,7 +203,7 @@ def export(
         check_place(out, run)
         made, checkpoint, files = rebuilt(run, averages=ema)
         write(made, out, style.value, files=files)
-    typer.echo(f"{checkpoint} -> {out}")
+    say(f"{checkpoint} -> {out}")
 
 
 def changes(given: list[str]) -> dict[str, Any]:
@@ -227,7 +228,7 @@ def _plan(
     from lbfast.training.plan import plan as make
 
     errors.print("a few steps of few rows are measured", highlight=False)
-    typer.echo(make(recipe, model, batches, world=world, workers=workers, tflops=tflops).text())
+    say(make(recipe, model, batches, world=world, workers=workers, tflops=tflops).text())
 
 
 def _summarise(summary: Summary, plan: Recipe, skipped: int) -> None:
@@ -241,4 +242,4 @@ def _summarise(summary: Summary, plan: Recipe, skipped: int) -> None:
         line += f"; stopped by {signal.Signals(summary.stopped).name}: the same command goes on"
     if summary.best is not None:
         line += f"; the best: {summary.best}"
-    typer.echo(f"{line} -> {summary.model or summary.checkpoint}")
+    say(f"{line} -> {summary.model or summary.checkpoint}")

@@ -6,7 +6,7 @@ import contextlib
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -82,12 +82,24 @@ class Crew:
         self._work, self._context, self._advice = work, context() if how is None else how, advice
         self.running: set[multiprocessing.process.BaseProcess] = set()
         self.closing = False
+        self._threads: list[threading.Thread] = []
+
+    def serve(self, workers: int, hand_out: Callable[[], None]) -> None:
+        """A thread for each worker that is wanted: `hand_out` starts one and hands it tasks, until `closing`."""
+        for _ in range(workers):
+            self._threads.append(threading.Thread(target=hand_out, name=tether.WORKER, daemon=True))
+            self._threads[-1].start()
 
     def close(self) -> None:
         """Kills what runs; the threads that wait for it hear of that."""
         self.closing = True
         for process in tuple(self.running):
             process.kill()
+
+    def join(self) -> None:
+        """Waits for the threads of a crew that is closed."""
+        for thread in self._threads:
+            thread.join()
 
     def start(self) -> Worker:
         """A worker that has said it is ready. RuntimeError: none can be had."""

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from lbfast.data import tether
 from lbfast.data.crew import DONE, WITHOUT, Crew, Work, Worker
 from lbfast.data.decode import Part, Task, Undecodable
 from lbfast.processing.threads import one_thread
@@ -54,23 +53,18 @@ class Streams:
         self._ready: queue.Queue[Batch | End | Exception | None] = queue.Queue(_AHEAD)
         self._lock = threading.Lock()
         self._crew: Crew | None = None
-        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Streams:
         if self._workers:
-            self._crew = Crew(self._work, advice=WITHOUT)
-        for _ in range(self._workers):
-            thread = threading.Thread(target=self._serve, args=(self._crew,), name=tether.WORKER, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            crew = self._crew = Crew(self._work, advice=WITHOUT)
+            crew.serve(self._workers, lambda: self._serve(crew))
         return self
 
     def __exit__(self, *error: object) -> None:
         """Ends the workers, in the middle of a file if need be."""
         if self._crew is not None:
             self._crew.close()
-        for thread in self._threads:
-            thread.join()
+            self._crew.join()
 
     def __iter__(self) -> Iterator[Batch | End]:
         if not self._workers:

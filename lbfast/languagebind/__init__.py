@@ -12,9 +12,38 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lbfast import paths
+
+if TYPE_CHECKING:
+    from lbfast import (
+        LanguageBind as LanguageBind,
+        LanguageBindAudio as LanguageBindAudio,
+        LanguageBindAudioConfig as LanguageBindAudioConfig,
+        LanguageBindAudioProcessor as LanguageBindAudioProcessor,
+        LanguageBindAudioTokenizer as LanguageBindAudioTokenizer,
+        LanguageBindDepth as LanguageBindDepth,
+        LanguageBindDepthConfig as LanguageBindDepthConfig,
+        LanguageBindDepthProcessor as LanguageBindDepthProcessor,
+        LanguageBindDepthTokenizer as LanguageBindDepthTokenizer,
+        LanguageBindImage as LanguageBindImage,
+        LanguageBindImageConfig as LanguageBindImageConfig,
+        LanguageBindImageProcessor as LanguageBindImageProcessor,
+        LanguageBindImageTokenizer as LanguageBindImageTokenizer,
+        LanguageBindThermal as LanguageBindThermal,
+        LanguageBindThermalConfig as LanguageBindThermalConfig,
+        LanguageBindThermalProcessor as LanguageBindThermalProcessor,
+        LanguageBindThermalTokenizer as LanguageBindThermalTokenizer,
+        LanguageBindVideo as LanguageBindVideo,
+        LanguageBindVideoConfig as LanguageBindVideoConfig,
+        LanguageBindVideoProcessor as LanguageBindVideoProcessor,
+        LanguageBindVideoTokenizer as LanguageBindVideoTokenizer,
+        config_dict as config_dict,
+        model_dict as model_dict,
+        to_device as to_device,
+        transform_dict as transform_dict,
+    )
 
 FOLDER = Path(__file__).parent / "shim"
 """On sys.path, it holds the package `languagebind`."""

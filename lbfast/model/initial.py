@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lbfast.model.layers import MLP, Attention, EncoderLayer
-from lbfast.model.towers import TextEmbeddings, VisionEmbeddings, resize_position_embedding
+from lbfast.model.tokens import TextEmbeddings, VisionEmbeddings, resize_position_embedding
 
 
 def initialise(module: nn.Module, factor: float) -> None:

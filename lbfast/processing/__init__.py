@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 _WHERE = {
     **dict.fromkeys(("MediaError", "MediaWarning", "Reading", "Limits"), "media"),
@@ -14,6 +14,32 @@ _WHERE = {
     "default_tokenizer": "text",
     "Compose": "transforms",
 }
+
+if TYPE_CHECKING:
+    from lbfast.processing.media import (
+        Limits as Limits,
+        MediaError as MediaError,
+        MediaWarning as MediaWarning,
+        Reading as Reading,
+    )
+    from lbfast.processing.processor import (
+        LanguageBindAudioProcessor as LanguageBindAudioProcessor,
+        LanguageBindDepthProcessor as LanguageBindDepthProcessor,
+        LanguageBindImageProcessor as LanguageBindImageProcessor,
+        LanguageBindThermalProcessor as LanguageBindThermalProcessor,
+        LanguageBindVideoProcessor as LanguageBindVideoProcessor,
+        Processor as Processor,
+        transform_dict as transform_dict,
+    )
+    from lbfast.processing.text import (
+        LanguageBindAudioTokenizer as LanguageBindAudioTokenizer,
+        LanguageBindDepthTokenizer as LanguageBindDepthTokenizer,
+        LanguageBindImageTokenizer as LanguageBindImageTokenizer,
+        LanguageBindThermalTokenizer as LanguageBindThermalTokenizer,
+        LanguageBindVideoTokenizer as LanguageBindVideoTokenizer,
+        default_tokenizer as default_tokenizer,
+    )
+    from lbfast.processing.transforms import Compose as Compose
 
 __all__ = [*_WHERE]
 

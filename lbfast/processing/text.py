@@ -14,7 +14,7 @@ import tempfile
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from transformers import AddedToken, CLIPTokenizer
 
@@ -179,7 +179,11 @@ def _write(folder: Path, tokens: Mapping[str, int], merges: list[str], settings:
     folder.joinpath("tokenizer_config.json").write_text(json.dumps(kinds), encoding="utf-8")
 
 
-def default_tokenizer(cls: type[T] = LanguageBindImageTokenizer, **settings: Any) -> T:  # type: ignore[assignment]
+@overload
+def default_tokenizer(**settings: Any) -> LanguageBindImageTokenizer: ...
+@overload
+def default_tokenizer(cls: type[T], **settings: Any) -> T: ...
+def default_tokenizer(cls: Any = LanguageBindImageTokenizer, **settings: Any) -> Any:
     """CLIP's tokeniser from the merges in the package: that of every published LanguageBind checkpoint.
 
     `settings` are those of the tokeniser that differ: model_max_length, padding_side...

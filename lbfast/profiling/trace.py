@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -90,6 +91,7 @@ def run(
         call()
     _wait(kind)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (kind == "cuda")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says on stderr when it begins and ends
     with torch_profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
         call()
         _wait(kind)

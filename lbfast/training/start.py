@@ -15,7 +15,7 @@ from lbfast.model import checkpoint, hub, schema
 from lbfast.model.config import LanguageBindConfig, config_dict
 from lbfast.model.languagebind import LanguageBindModel, model_dict
 from lbfast.model.lora import lora_modules
-from lbfast.model.towers import resize_position_embedding
+from lbfast.model.tokens import resize_position_embedding
 from lbfast.training.parameters import prepare
 from lbfast.training.recipes import Recipe
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,39 +17,13 @@ from torch import nn
 
 import lbfast
 from tests import tiny
+from tests.peers.packages import stub_torchvision
 
 if importlib.util.find_spec("open_clip_train") is None:
     pytest.skip("open_clip_torch is not installed", allow_module_level=True)
 
 
-class Names(type):
-    """Of classes whose attributes are their names."""
-
-    def __getattr__(cls, name: str) -> str:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return name
-
-
-class Absent(ModuleType):
-    """A module of such classes: torchvision, of which nothing is used here, where it is not installed."""
-
-    __path__: list[str] = []  # noqa: RUF012
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return Names(name, (), {})
-
-
-if importlib.util.find_spec("torchvision") is None:
-    sys.modules["timm"] = None  # type: ignore[assignment]
-    for name in ("", ".transforms", ".transforms.functional", ".ops", ".ops.misc", ".datasets"):
-        name = f"torchvision{name}"
-        sys.modules[name] = Absent(name)
-        parent, _, leaf = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], leaf, sys.modules[name])
+stub_torchvision()
 open_clip: Any = importlib.import_module("open_clip")
 epochs: Any = importlib.import_module("open_clip_train.train")
 
