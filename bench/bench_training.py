@@ -98,7 +98,8 @@ def pairs(count: int, modality: str = "image") -> SimpleNamespace:
 
 
 def step(kind: str, tuned: str, batch: int, size: Size, device: str, times: int = 1) -> Callable[[], Any]:
-    """Training steps without the optimiser's; for harness.cpu_memory too, which makes them in a process of its own."""
+    """Training steps without the optimiser's, which return the model with its gradients; for harness.cpu_memory too,
+    which makes them in a process of its own."""
     model = model_of(tuned, size, device)
     data, micro_batch = pairs(batch, size.modality), size.micro_batch
     autocast = torch.bfloat16 if device == "cuda" else None
@@ -141,10 +142,11 @@ def step(kind: str, tuned: str, batch: int, size: Size, device: str, times: int 
         "lbfast": lambda: large(data, 0),
     }
 
-    def run() -> None:
+    def run() -> LanguageBindModel:
         for _ in range(times):
             model.zero_grad(set_to_none=True)
             ways[kind]()
+        return model
 
     return run
 

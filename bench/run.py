@@ -113,7 +113,7 @@ PIECES = (
             limit=1500,
             extra=True,
         )
-        for modality, batch, micro_batch in (("image", "8", "2"), ("video", "2", "1"))
+        for modality, batch, micro_batch in (("image", "4", "1"), ("video", "2", "1"))
     ),
     Piece("files-all", "bench_files", ("--kinds", "all"), limit=400, extra=True),
 )
