@@ -117,7 +117,7 @@ ENCODERS = (  # the largest batch first: it tells most
     _encoder("text", "1024", "64", seconds=14),
 )
 TRAINING = (
-    _bench("training", "--published", "--batch", "1024", "--micro-batch", "128", "--memory-batch", "512", "8192",
+    _bench("training", "--arch", "L/14", "--batch", "1024", "--micro-batch", "128", "--memory-batch", "512", "8192",
            "--seconds", "2", module="bench_training", seconds=80, gib=30),
     _bench("info-nce-large", "--size", "131072", "1048576", "--dim", "768", "--passes", "both", *QUICK,
            module="bench_info_nce", seconds=50, op="info_nce", gib=20),

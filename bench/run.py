@@ -105,6 +105,16 @@ PIECES = (
     ),
     _encoder("video", "--seconds", "1", "--no-memory", limit=400, name="video-compile", extra=True),
     Piece("training", "bench_training", ("--seconds", "3"), limit=500, extra=True),
+    *(
+        Piece(
+            f"training-l14-{modality}",
+            "bench_training",
+            ("--arch", "L/14", "--once", "--modality", modality, "--batch", batch, "--micro-batch", micro_batch),
+            limit=1500,
+            extra=True,
+        )
+        for modality, batch, micro_batch in (("image", "4", "1"), ("video", "2", "1"))
+    ),
     Piece("files-all", "bench_files", ("--kinds", "all"), limit=400, extra=True),
 )
 

@@ -16,7 +16,19 @@ import pytest
 import torch
 
 import bench.options
-from bench import bench_files, bench_languagebind, compare, contest, harness, headline, peers, plot, report, run
+from bench import (
+    bench_files,
+    bench_languagebind,
+    bench_training,
+    compare,
+    contest,
+    harness,
+    headline,
+    peers,
+    plot,
+    report,
+    run,
+)
 from lbfast.cli.bench import BENCHES
 from lbfast.model.config import LanguageBindImageConfig
 from lbfast.profiling import machine
@@ -154,6 +166,23 @@ def test_whole_encoders_on_a_pretended_gpu(pretended_gpu, tiny_archs, tmp_path):
     rows = [row for row in json.loads(out.read_text())["rows"] if "median_ms" in row]
     assert {"lbfast bfloat16", "lbfast float32", "reference autocast"} <= {row["name"] for row in rows}
     assert all(row["peak_MiB"] > 0 and row["cosine"] > 0.98 for row in rows)
+
+
+@pytest.mark.parametrize(("tuned", "modality"), [("full", "image"), ("lora", "video")])
+def test_every_way_of_a_training_step_gives_the_same_gradient(tuned, modality):
+    size = bench_training.Size(micro_batch=2, width=64, layers=1, modality=modality)
+    found = {}
+    for kind in bench_training.KINDS:
+        torch.manual_seed(1)
+        model = bench_training.step(kind, tuned, 3, size, "cpu")()
+        found[kind] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.norm()}
+    dense = found["dense"]
+    for kind, gradients in found.items():
+        assert gradients.keys() == dense.keys(), kind
+        pieces = 2 if kind == "accumulation" else 1  # open_clip's loop adds the scale's gradient up, once for each
+        for name, times in (("logit_scale", pieces), ("visual_projection.weight", 1)):
+            wanted = times * dense[name]
+            torch.testing.assert_close(gradients[name], wanted, rtol=1e-3, atol=1e-6, msg=f"{kind} {name}")
 
 
 def test_memory_of_a_process_of_its_own():

@@ -308,6 +308,14 @@ def test_steps_whose_samples_are_all_corrupt(tmp_path):
     assert steps_of(tmp_path) == [1, 3, 4, 6, 7, 9]
 
 
+def test_a_warmup_longer_than_the_run_is_told(tmp_path):
+    for warmup in (9, 10):  # it has nine steps
+        said = Console(file=io.StringIO(), width=200)
+        run(tmp_path / str(warmup), trainees.plan(warmup=warmup), console=said, steps=1)
+        told = "warmup: 10 steps, and the run has 9: its learning rate ends at" in said.file.getvalue()
+        assert told == (warmup == 10)
+
+
 def test_too_little_data(tmp_path):
     with pytest.raises(ValueError, match="expected at least one batch of 6"):
         run(tmp_path, data=trainees.Data(samples=5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import signal
 import sys
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import lbfast.cli
@@ -123,6 +125,24 @@ def test_the_best_checkpoint_stays(tmp_path, scenes, monkeypatch):
     second, _ = run(tmp_path, trainees.plan(), **options)  # what was best is known to the run that goes on
     assert [path.name for path in checkpoints.existing(tmp_path / "checkpoints")] == ["step-00000004", "step-00000009"]
     assert first.best == second.best == tmp_path / "checkpoints" / "step-00000004"
+
+
+def test_an_evaluation_where_no_sample_could_be_read(tmp_path, scenes, monkeypatch):
+    """Its numbers are kept, and that nothing was learnt is said."""
+    monkeypatch.setattr("lbfast.training.watch.Watch.__call__", lambda self, model, prefix: {"eval/R@1": 0.25})
+    data, said = trainees.Data(), Console(file=io.StringIO(), width=200)
+    epoch = data.epoch
+
+    def some(number, start=0):
+        for step, batch in enumerate(epoch(number, start), start):
+            yield trainees.part(batch, 0, 0 if step == 1 else 6)
+
+    data.epoch = some
+    plan = trainees.plan(epochs=1)
+    train(plan, trainees.trainee(plan), data, tmp_path, evaluation=evaluation(scenes, every=2), console=said)
+    rows = report.read(tmp_path / report.METRICS)
+    assert rows[1] == {"step": 2, "epoch": 0, "rows": 0, "eval/R@1": 0.25} and len(rows) == 3
+    assert "step 2: none of its samples could be read, so that nothing was learnt" in said.file.getvalue()
 
 
 def test_killed_in_an_evaluation(tmp_path, scenes, processes):

@@ -1,4 +1,4 @@
-"""How lbfast-mini is made: data of the small world, five runs of `lbfast train`, weights in half precision."""
+"""How lbfast-mini is made: data of the small world, runs of `lbfast train`, nested projections, half precision."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from lbfast import files
 from lbfast.mini import world
 from lbfast.mini.files import write_world
+from lbfast.mini.nested import nest
 from lbfast.mini.vocabulary import learn_merges
 from lbfast.model.config import LanguageBindConfig, config_dict
 from lbfast.model.languagebind import model_dict
@@ -147,6 +148,8 @@ def _train(out: Path, console: Console, samples: Mapping[str, int], begin: float
             raise RuntimeError(f"lbfast train: {stage}: exit status {ended}; the same command goes on")
         weights[modality] = halve(modality, model, out / "weights" / modality)
         console.print(f"{stage}: after {time.perf_counter() - begin:.0f} s", highlight=False)
+    nest(weights, {name: out / "data" / name / "manifest.jsonl" for name in weights})
+    console.print(f"projections: after {time.perf_counter() - begin:.0f} s", highlight=False)
     return weights
 
 

@@ -84,7 +84,10 @@ class Report:
             self._wandb.finish(exit_code=int(error[0] is not None))
 
     def step(self, numbers: Mapping[str, float]) -> None:
-        """One step's numbers: step, epoch, loss, lr, scale, samples_per_second, memory_mib, eval/R@1 and the like."""
+        """One step's numbers: step, epoch, loss, lr, scale, samples_per_second, memory_mib, eval/R@1 and the like.
+
+        Those of training are not there where a step had no samples.
+        """
         if self._file is not None:
             try:
                 self._file.write(json.dumps(dict(numbers)) + "\n")
@@ -99,6 +102,8 @@ class Report:
             self._wandb.log(dict(numbers))
         if (found := headline(numbers)) is not None:
             self._found = f"{found.partition('/')[2]} {100 * numbers[found]:.1f} %  "
+        if "loss" not in numbers:
+            return
         line = (  # what is worth most first: a narrow terminal shows no more
             f"loss {numbers['loss']:.4f}  {self._found}{numbers['samples_per_second']:.1f}/s  "
             f"{numbers['memory_mib'] / 1024:.2f} GiB  lr {numbers['lr']:.2e}  scale {numbers['scale']:.2f}"
@@ -195,7 +200,7 @@ def _plot(rows: list[dict[str, float]], path: Path) -> Path:
     evaluated = {name for row in rows if (name := headline(row)) is not None}
     panels = figure.subplots(3 + bool(evaluated), sharex=True)
     for axes, name in zip(panels, ("loss", "lr", "scale")):
-        axes.plot([row["step"] for row in rows], [row[name] for row in rows], linewidth=1)
+        axes.plot(*zip(*((row["step"], row[name]) for row in rows if name in row)), linewidth=1)
         axes.set_ylabel({"lr": "learning rate", "scale": "logit scale"}.get(name, name))
         axes.grid(alpha=0.3)
         axes.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 4))

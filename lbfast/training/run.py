@@ -195,6 +195,13 @@ class Run:
         """Takes the steps up to number `until`; see `train`."""
         begun = mark = time.perf_counter()
         samples, loss, stopped, model = 0, None, None, None
+        evaluated: dict[str, float]
+        if self.step == 0 and self.recipe.warmup > self.total:
+            self._say(
+                f"warmup: {self.recipe.warmup} steps, and the run has {self.total}: its learning rate ends at "
+                f"{scheduled(self.recipe, self.total - 1, self.total):.2g}, not at lr {self.recipe.lr:.2g}; "
+                f"`--set warmup={self.total // 10}` is a tenth of the run"
+            )
         with (
             StopSignals() as signals,
             Report(
@@ -207,14 +214,17 @@ class Run:
                 samples += int(numbers["rows"])
                 now = time.perf_counter()
                 numbers |= {"epoch": epoch, "samples_per_second": numbers["rows"] / (now - mark)}
-                better, mark = False, now
+                better, mark, evaluated = False, now, {}
                 if self.watch is not None and self.watch.due(self.step, self.total):
-                    found = self._evaluate(self.watch)
-                    numbers |= found
-                    better, mark = self._is_best(found), time.perf_counter()
+                    evaluated = self._evaluate(self.watch)
+                    better, mark = self._is_best(evaluated), time.perf_counter()
                 if numbers["rows"]:
                     loss = numbers["loss"]
-                    report.step(numbers)
+                    report.step({**numbers, **evaluated})
+                else:
+                    self._say(f"step {self.step}: none of its samples could be read, so that nothing was learnt")
+                    if evaluated:
+                        report.step({"step": self.step, "epoch": epoch, "rows": 0, **evaluated})
                 stopped = engines.agreed(signals.seen, self.place) or None
                 if stopped or better or self.step == until or self.step % save_every == 0:
                     self.last = self._save(keep)
