@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import lbfast
-from lbfast.embedding.items import ORDER
+from lbfast.data.suffixes import ORDER
 from lbfast.messages import plain
 from lbfast.signals import Signals
 

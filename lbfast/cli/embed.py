@@ -13,6 +13,7 @@ import typer
 from rich.markup import escape
 
 from lbfast.cli.app import Modality, Precision, Products, app, errors, plain_errors
+from lbfast.importing import importing
 from lbfast.messages import plain
 from lbfast.signals import Signals, Stopped
 
@@ -113,8 +114,10 @@ def embed(
 ) -> None:
     try:
         with plain_errors(), progress_bars() as (progress, on_failure):
-            from lbfast import native
-            from lbfast.embedding import embed_files
+            with importing():
+                import lbfast.model.config  # noqa: F401  (transformers: what a checkpoint's settings are)
+                from lbfast import native
+                from lbfast.embedding import embed_files
 
             embed_all: Callable[..., Summary] = embed_files
             if engine is not None:
