@@ -15,6 +15,7 @@ decode nothing: how much of the time the model is busy, and what a file costs th
 from __future__ import annotations
 
 import dataclasses
+import io
 import sys
 import tempfile
 import time
@@ -186,6 +187,9 @@ KINDS = {
     "video 1080p, 30 s, a key frame a second": Kind(
         "video", lambda f: corpus.clip(f / "c.mp4", 1080, 1920, 30, gop=30), CLIPS, H200_CLIPS_S
     ),
+    "video 720p, 10 min": Kind(
+        "video", lambda f: corpus.long_clip(f / "d.mp4", 720, 1280, 10, 60), CLIPS, H200_CLIPS_S
+    ),
 }
 QUICK = [name for name in KINDS if not name.startswith("video") or "320" in name]
 
@@ -218,9 +222,32 @@ def measure(name: str, folder: Path, record: harness.Record, seconds: float) -> 
             row |= {"decode_ms": decode.median_ms} if decode else {}
             row |= {"files_s_core": round(1000 / timing.median_ms, 1), "eaten_s": kind.eaten}
             row["cores"] = round(kind.eaten * timing.median_ms / 1000, 1)
+            row |= {"file_mb": round(Path(path).stat().st_size / 1e6, 2), "read_mb": round(read_mb(ours, path), 2)}
         elif other.endswith("(another result)"):
             row["part"] = "another"  # not beside ours
         record.add([row])
+
+
+class CountedReads(io.FileIO):
+    """A file that knows how many bytes of it were read."""
+
+    count = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self.count += len(data)
+        return data
+
+    def readall(self) -> bytes:
+        data = super().readall()
+        self.count += len(data)
+        return data
+
+
+def read_mb(ours: Any, path: str) -> float:
+    with CountedReads(path) as file:
+        ours([file])
+        return file.count / 1e6
 
 
 def cpu_ms(run: Callable[[], Any]) -> float:
@@ -344,7 +371,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show(record: harness.Record) -> None:
     print(harness.describe(record.header))
-    columns = ["case", "name", "median_ms", "p20_ms", "p80_ms", "differs", "decode_ms", "files_s_core", "cores"]
+    columns = [
+        "case",
+        "name",
+        "median_ms",
+        "p20_ms",
+        "p80_ms",
+        "differs",
+        "decode_ms",
+        "files_s_core",
+        "cores",
+        "read_mb",
+    ]
     rows = [row for row in record.rows if "median_ms" in row]
     print(harness.table(columns, [[row.get(name, "") for name in columns] for row in rows], left=2))
     columns = ["case", "name", "busy", "main_ms"]

@@ -81,6 +81,33 @@ def clip(path: Path, height: int, width: int, seconds: int, gop: int = 250, rate
     return path
 
 
+def long_clip(path: Path, height: int, width: int, seconds: int, again: int, rate: int = 30) -> Path:
+    """`clip` with grain that changes, so that it is as large as recordings are, `again` times in a row."""
+    import av
+
+    once = path.with_name(f"once-{path.name}")
+    wide, grain = picture(height, width + 512), np.random.default_rng(0).normal(0, 3, (height + 64, width, 1))
+    with av.open(str(once), "w") as file:
+        stream: Any = file.add_stream("libx264", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"preset": "veryfast", "g": "250", "b": "5M"}
+        moved = ((abs(3 * i % 1024 - 512), 7 * i % 64) for i in range(seconds * rate))
+        shown = ((wide[:, x : x + width] + grain[y : y + height]).clip(0, 255).astype(np.uint8) for x, y in moved)
+        _mux(file, stream, (av.VideoFrame.from_ndarray(np.ascontiguousarray(frame)) for frame in shown))
+    with av.open(str(once)) as read, av.open(str(path), "w") as file:
+        copied = file.add_stream_from_template(read.streams.video[0])
+        ticks = int(seconds / read.streams.video[0].time_base)
+        packets = [packet for packet in read.demux(video=0) if packet.size]
+        times = [(packet.pts, packet.dts) for packet in packets]
+        for number in range(again):
+            for packet, (pts, dts) in zip(packets, times):
+                packet.stream = copied
+                packet.pts, packet.dts = pts + number * ticks, dts + number * ticks
+                file.mux(packet)
+    once.unlink()
+    return path
+
+
 def _mux(file: Any, stream: Any, frames: Iterable[Any]) -> None:
     for frame in itertools.chain(frames, [None]):
         file.mux(stream.encode(frame))

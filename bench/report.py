@@ -240,7 +240,8 @@ def decoding(machine: Machine) -> str:
         ours, theirs = line.ours, line.theirs
         beside = f"{theirs['median_ms']:.1f} ({theirs['name']})" if theirs else "-"
         first = _best(machine["files-all"].rows, "upstream", ours["case"])
-        rate = f"{ours['files_s_core']:.0f}", str(ours["eaten_s"]), f"{ours['cores']:.0f}"
+        a_core = ours["files_s_core"]
+        rate = f"{a_core:.{0 if a_core >= 10 else 1}f}", str(ours["eaten_s"]), f"{ours['cores']:.0f}"
         upstream = f"{first['median_ms']:.1f}" if first else "-"
         table.append((ours["case"], f"{ours['median_ms']:.1f}", upstream, beside, *rate))
     columns = ("file", "CPU ms", "upstream's", "the fastest other", "files/s a core", "an H200 takes", "cores")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
+from lbfast.importing import importing
 from lbfast.signals import Signals, Stopped
 
 
@@ -13,7 +15,8 @@ def main() -> None:
     _open_standard_streams()
     try:
         with Signals():
-            from lbfast.cli import app  # a quarter of a second of imports
+            with importing():
+                from lbfast.cli import app
 
             app()
     except Stopped as stopped:
@@ -26,6 +29,8 @@ def main() -> None:
         number = 2
     else:
         return
+    finally:
+        gc.freeze()  # else the interpreter looks all that PyTorch has made through once more, a third of a second
     print("interrupted", file=sys.stderr)
     sys.exit(128 + number)
 

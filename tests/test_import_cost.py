@@ -40,6 +40,22 @@ print(json.dumps({"seconds": spent, "new": new}))
     assert "transformers" not in found["new"]
 
 
+def test_help_needs_neither_torch_nor_transformers():
+    program = """
+import json, sys
+from lbfast.__main__ import main
+sys.argv = ["lbfast", "--help"]
+try:
+    with open("/dev/null", "w") as sys.stdout:
+        main()
+except SystemExit:
+    pass
+sys.stdout = sys.__stdout__
+print(json.dumps(sorted(sys.modules)))
+"""
+    assert not set(run(program)) & {"torch", "numpy", "transformers"}
+
+
 def test_the_models_import_no_media_library():
     program = """
 import json, sys

@@ -25,6 +25,7 @@ from lbfast.cli.options import (
     Precision,
     Revision,
 )
+from lbfast.importing import importing
 from lbfast.messages import plain
 from lbfast.signals import Signals, Stopped
 
@@ -118,7 +119,9 @@ def embed(
 ) -> None:
     try:
         with plain_errors(), progress_bars() as (progress, on_failure):
-            from lbfast.embedding import embed_files
+            with importing():
+                import lbfast.model.config  # noqa: F401  (transformers: what a checkpoint's settings are)
+                from lbfast.embedding import embed_files
 
             embed_all: Callable[..., Summary] = embed_files
             if engine is not None:

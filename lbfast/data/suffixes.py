@@ -7,6 +7,8 @@ from pathlib import Path
 
 MODALITY_NAMES = ("image", "video", "audio", "depth", "thermal")
 LANGUAGE = "language"
+ORDER = (*MODALITY_NAMES, LANGUAGE)
+"""Rows are sorted by modality, in this order."""
 
 _PICTURE = ("image", "depth", "thermal")
 _PICTURES = (

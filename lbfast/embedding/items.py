@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from lbfast.data.sample import Member
-from lbfast.data.suffixes import LANGUAGE, MODALITY_NAMES, modality_of
+from lbfast.data.suffixes import LANGUAGE, ORDER, modality_of
 from lbfast.data.tar import find as find_tar
 from lbfast.embedding import places
 from lbfast.processing.media import is_url, url_stamp
-
-ORDER = (*MODALITY_NAMES, LANGUAGE)
-"""Rows are sorted by modality, in this order."""
 
 _QUERY = re.compile(r"[?#]|::")  # what may follow a URL's path
 

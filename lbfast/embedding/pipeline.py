@@ -17,12 +17,12 @@ import pyarrow as pa
 import lbfast
 from lbfast.checkpoints import pick_device
 from lbfast.data.decode import default_workers
-from lbfast.data.suffixes import LANGUAGE
+from lbfast.data.suffixes import LANGUAGE, ORDER
 from lbfast.embedding.devices import Devices
 from lbfast.embedding.embedder import BadFileError, Embedder, check_count
 from lbfast.embedding.finished import Finished, Found, read_finished
 from lbfast.embedding.fused import Group, find_groups, folders_of, modalities_of, stem_of
-from lbfast.embedding.items import ORDER, Failure, Item, find_items, mean_of, share_of, split_modality
+from lbfast.embedding.items import Failure, Item, find_items, mean_of, share_of, split_modality
 from lbfast.embedding.journal import CHANGED, Journal, differences, partial_path, signature
 from lbfast.embedding.places import listed
 from lbfast.embedding.run import Progress, Run

@@ -26,9 +26,10 @@ import numpy as np
 import pyarrow as pa
 
 import lbfast
+from lbfast.data.suffixes import ORDER
 from lbfast.embedding import parts
 from lbfast.embedding.embedder import BadFileError, Embedder, check_count
-from lbfast.embedding.items import ORDER, Failure, Item, find_items
+from lbfast.embedding.items import Failure, Item, find_items
 from lbfast.embedding.journal import differences
 from lbfast.embedding.parts import Keys, Parts
 from lbfast.embedding.pipeline import Summary

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from lbfast.data.decode import Task
-from lbfast.embedding.items import ORDER, Item, Marks
+from lbfast.data.suffixes import ORDER
+from lbfast.embedding.items import Item, Marks
 
 _CACHE_KIB = 32 << 10
 _AT_ONCE = 2048  # rows that are read together

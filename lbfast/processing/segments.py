@@ -125,9 +125,9 @@ def video_segments(
     and shared by the parts that have them. Files whose packets do not say when each frame is shown are decoded twice.
     """
     with Source(item, "a video", reading) as source, source.decoding(), VideoFile(source) as video:
-        video.scan()
-        done = cuts.first
-        if video.timed:
+        video.look()
+        done, parts = cuts.first, None
+        while video.timed:
             order, times = video.order()
             parts = _Parts(cuts, times, num_frames, video.rate)
             wanted = sorted({order[i] for k in range(done, parts.count) for i in parts.frames(k)})
@@ -137,10 +137,10 @@ def video_segments(
                     yield segment
                     done = segment.number + 1
                 done = parts.count
+                break
             except Missing:
-                video.threads = 1  # what comes of broken packets may depend on how they are shared
-        else:
-            parts = None
+                if not video.doubt():
+                    break
         if parts is None or done < parts.count:
             yield from _counted(video, transform, cuts, num_frames, done)
     if video.damage:

@@ -1,8 +1,9 @@
 """Video files -> (3, frames, size, size). Only the frames that are wanted, and those they refer to, are decoded.
 
-One pass over the packets, without decoding, finds how many frames there are and when each is shown: the container's own
-count is missing or wrong too often. Then each wanted frame is decoded from the key frame before it. Frames are those
-that decord gives, to the bit: index linspace(0, n - 1, num_frames), RGB by swscale, turned as the file's rotation says.
+How many frames there are and when each is shown is found by the index of an MP4 file, elsewhere by one pass over the
+packets, without decoding: the container's own count is missing or wrong too often. Then each wanted frame is decoded
+from the key frame before it. Frames are those that decord gives, to the bit: index linspace(0, n - 1, num_frames), RGB
+by swscale, turned as the file's rotation says.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from lbfast.processing.clip import evenly, to_cthw
 from lbfast.processing.container import opened
 from lbfast.processing.image import image_size
+from lbfast.processing.index import Disagrees, Index
 from lbfast.processing.media import MediaError, MediaWarning, Reading, Source, is_readable, named
 from lbfast.processing.threads import decoding_threads
 from lbfast.processing.transforms import (
@@ -40,7 +42,7 @@ _BACKENDS = ("decord", "opencv", "pytorchvideo")  # names that configs carry; on
 
 
 class Missing(Exception):
-    """A wanted frame did not come out of the decoder."""
+    """A wanted frame did not come out of the decoder, or a packet is not what the index says."""
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Counted:
 
 
 class VideoFile:
-    """An open video. `scan` lists its packets; `at_times` and `by_counting` decode the frames that `choose` picks.
+    """An open video. `look` lists its packets; `at_times` and `by_counting` decode the frames that `choose` picks.
 
     `choose(times)` gets the time of every frame in seconds after the first, and returns the indices of the wanted ones.
 
@@ -69,11 +71,8 @@ class VideoFile:
         self.size: tuple[int, int] | None = None  # of the pictures
         self._opened = contextlib.ExitStack()
         self._open()
-        self.pts: list[int | None] = []  # of each packet, in the file's order; None: not said, or not to be shown
-        self.keys: list[int] = []  # where decoding can begin
-        self.shown = 0  # packets that show a frame
-        self.delays: set[int] = set()  # from decoding to showing
-        self.kept: list[Any] | None = []
+        self.index: Index | None = None  # None: all packets were read
+        self._forget()
 
     def __enter__(self) -> VideoFile:
         return self
@@ -106,13 +105,42 @@ class VideoFile:
             self._opened = opening.pop_all()
         self.container, self.stream = container, stream
 
-    def scan(self) -> None:
+    def _forget(self) -> None:
+        self.pts: list[int | None] = []  # of each packet, in the file's order; None: not said, or not to be shown
+        self.keys: list[int] = []  # where decoding can begin
+        self.shown = 0  # packets that show a frame
+        self.delays: set[int] = set()  # from decoding to showing
+        self.kept: list[Any] | None = []
+
+    def look(self) -> None:
+        """Lists the packets, by the file's index or by `scan`."""
+        self.source.check_complete()
+        try:
+            self.index = Index.of(self.source, self.container, self.stream)
+        except Disagrees:
+            self._open()
+        if self.index is None:
+            self._scan()
+        else:
+            self.pts, self.keys, self.shown = [*self.index.pts], self.index.keys, len(self.index.pts)
+
+    def doubt(self) -> bool:
+        """After Missing: whether it is worth another try, now that all packets were read. False: they had been."""
+        if self.index is None:
+            self.threads = 1  # what comes of broken packets may depend on how they are shared
+            return False
+        self.index = None
+        self._open()
+        self._forget()
+        self._scan()
+        return True
+
+    def _scan(self) -> None:
         """Reads every packet. Raises MediaError where the file ends too early.
 
         A packet is marked as corrupt where the file ends in the middle of it; in transport streams also where the
         counter of their small packets jumps, as it does where segments are joined: that says little, and is passed on.
         """
-        self.source.check_complete()
         joined = self.container.format.name.startswith("mpegts")
         size = 0
         for packet in self.container.demux(self.stream):
@@ -172,7 +200,7 @@ class VideoFile:
         Decodes from the key frame before each wanted frame; unwanted frames that nothing refers to are skipped.
 
         Raises:
-            Missing: the decoder did not give a wanted frame, or calls one that it gave corrupt.
+            Missing: the decoder did not give a wanted frame, or calls one that it gave corrupt, or the index is wrong.
         """
         missing = set(wanted)
         position = {p: i for i, p in enumerate(self.pts) if p in missing}
@@ -266,18 +294,25 @@ class VideoFile:
         pts = self.pts[index]
         return float("inf") if pts is None else pts
 
-    def _packets(self) -> Iterator[Any]:
-        if self.kept is not None:
-            yield from self.kept
-            return
-        self._open()
-        yield from (packet for packet in self.container.demux(self.stream) if packet.size)
+    def _packets(self, runs: list[list[int]]) -> Iterator[tuple[int, Any]]:
+        """Those in `runs`, with their numbers; where there is no index, others too. Raises Missing."""
+        if self.index is not None:
+            for begin, end in runs:
+                try:
+                    yield from enumerate(self.index.packets(begin, end), begin)
+                except Disagrees:
+                    raise Missing from None
+        elif self.kept is not None:
+            yield from enumerate(self.kept)
+        else:
+            self._open()
+            yield from enumerate(packet for packet in self.container.demux(self.stream) if packet.size)
 
     def _decode(self, runs: list[list[int]], wanted: set[int] | None = None) -> Iterator[Any]:
         """Frames of the packets in `runs`, each decoded from a fresh state to its last frame; None: undecodable."""
         todo, codec = iter(runs), None
         begin, end = next(todo)
-        for i, packet in enumerate(self._packets()):
+        for i, packet in self._packets(runs):
             if i < begin:
                 continue
             if codec is None:
@@ -399,15 +434,14 @@ def read_frames(
             return [inside[i] for i in evenly(len(inside), num_frames)]
 
         with source.decoding(), VideoFile(source) as video:
-            video.scan()
+            video.look()
             frames = None
-            if video.timed:
+            while frames is None:
                 try:
-                    frames = video.at_times(choose)
+                    frames = video.at_times(choose) if video.timed else video.by_counting(choose)
                 except Missing:
-                    video.threads = 1  # what comes of broken packets may depend on how they are shared
-            if frames is None:
-                frames = video.by_counting(choose)
+                    if not video.doubt():
+                        frames = video.by_counting(choose)
         if video.damage:
             warnings.warn(f"{source.name}: {video.damage}", MediaWarning, stacklevel=2)
         return torch.from_numpy(frames)
