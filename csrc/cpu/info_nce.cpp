@@ -250,8 +250,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_stats(const at::Tensor& 
 
 void info_nce_grads(const at::Tensor& x, const at::Tensor& y, double scale, const at::Tensor& rows,
                     const at::Tensor& cols, int64_t diag, const pairs::MaybeTensor& row_labels,
-                    const pairs::MaybeTensor& col_labels, const pairs::MaybeTensor& logits, int64_t workspace, double target,
-                    const pairs::MaybeTensor& dx, const pairs::MaybeTensor& dy) {
+                    const pairs::MaybeTensor& col_labels, const pairs::MaybeTensor& logits, int64_t workspace,
+                    double target, const pairs::MaybeTensor& dx, const pairs::MaybeTensor& dy) {
   const Block block = checked_block(x, y, scale, diag, row_labels, col_labels, target);
   const int64_t m = x.size(0), n = y.size(0), d = x.size(1);
   expect_dense("info_nce: rows", rows, at::kFloat, {2, m});

@@ -80,7 +80,8 @@ void add_columns(const Vec (&sums)[kVecs], int64_t cols, float* to) {
   }
 }
 
-// Adds sums of exp(z - shift) of a tile's negatives to row_sums [rows] and col_sums [cols]; positives [rows] get their cosines.
+// Adds sums of exp(z - shift) of a tile's negatives to row_sums [rows] and col_sums [cols]; positives [rows] get their
+// cosines.
 void tile_sums(const float* tile, int64_t rows, int64_t cols, int64_t row0, int64_t col0, const Block& block,
                float* row_sums, float* col_sums, float* positives) {
   Vec factors[kVecs], sums[kVecs];
@@ -100,7 +101,8 @@ void tile_sums(const float* tile, int64_t rows, int64_t cols, int64_t row0, int6
     Vec sum(0.0f);
     for (int64_t v = 0; v < kVecs; ++v) {
       const Vec cosine = Vec::loadu(row + v * kLanes) * (Vec(factor) * factors[v]);
-      const Vec e = exponential_of(at::vec::fmadd(cosine, scale, shift)) * weights.at(v);  // the backward's, to the last bit
+      // the backward's, to the last bit
+      const Vec e = exponential_of(at::vec::fmadd(cosine, scale, shift)) * weights.at(v);
       sum = sum + e;
       sums[v] = sums[v] + e;
     }

@@ -136,8 +136,8 @@ struct Right {
 
 // Sums of a few rows of A with a panel.
 template <int64_t kRows, int64_t kRow, int64_t kColumn>
-LBFAST_APART void multiply_panel(int64_t k, const Left<float, kRow, kColumn>& left, const float* b, float* c, int64_t ldc,
-                           bool add, Ahead& ahead) {
+LBFAST_APART void multiply_panel(int64_t k, const Left<float, kRow, kColumn>& left, const float* b, float* c,
+                                 int64_t ldc, bool add, Ahead& ahead) {
   const int64_t row = kRow > 0 ? kRow : left.row, column = kColumn > 0 ? kColumn : left.column;
   const char* next = ahead.take(k / kUnrolled, b);
   Vec sums[kRows][kVecs];
@@ -217,8 +217,8 @@ inline void multiply_rows(int64_t k, const A& left, const float* b, float* c, in
 // C [m, n] = or += A [m, k] @ rows first .. first + k - 1 and columns col .. col + n - 1 of B; col a multiple of kWide.
 // A's k may begin anywhere in a segment only where it ends there.
 template <int64_t kRow, int64_t kColumn>
-void multiply(int64_t m, int64_t n, int64_t k, const Left<float, kRow, kColumn>& a, const Right<float>& b, int64_t first,
-              int64_t col, float* c, int64_t ldc, bool add, Ahead& ahead) {
+void multiply(int64_t m, int64_t n, int64_t k, const Left<float, kRow, kColumn>& a, const Right<float>& b,
+              int64_t first, int64_t col, float* c, int64_t ldc, bool add, Ahead& ahead) {
   for (int64_t p = 0; p < k; p += kDeep) {
     const int64_t depth = std::min(kDeep, k - p);
     const bool more = add || p > 0;

@@ -217,8 +217,8 @@ inline std::pair<int64_t, int64_t> rectangle(int64_t m, int64_t n, int64_t d, in
 
 // For each rectangle of pairs: (1) threads own tiles of columns: x @ y^T of a tile to `finish(p, products, ds, rows,
 // cols, row0, col0)`, which leaves dS in ds, its columns past `cols` 0; dS goes to the scratch, and dY_tile += dS^T X;
-// then one thread does `join(row0, rows, col0, cols)`; (2) threads own slices of rows: dX_rows += dS Y. dx or dy may be null. `kept`, or null: what is there to finish
-// instead of the products, as above.
+// then one thread does `join(row0, rows, col0, cols)`; (2) threads own slices of rows: dX_rows += dS Y. dx or dy may be
+// null. `kept`, or null: what is there to finish instead of the products, as above.
 //
 // `ends`: where nested prefixes of the D numbers end, the last at D. Their products are partial sums of one, finished
 // one after another, p = 0, 1, ...; numbers that several prefixes have are multiplied by the sum of these prefixes' dS.
@@ -254,7 +254,8 @@ void gradients(const T* x, const T* y, int64_t m, int64_t n, const std::vector<i
     for (int64_t e = 0; e < n; e += wide) {
       const int64_t cols = std::min(wide, n - e);
       at::parallel_for(0, ceil_div(cols, kCols), grain(2 * kCols * rows * d), [&](int64_t begin, int64_t end) {
-        std::vector<T> columns(d * kCols), rounded(kFloat ? 0 : kTile), paired(kFloat ? 0 : kTile), turned(kFloat ? 0 : kTile);
+        const int64_t narrow = kFloat ? 0 : kTile;
+        std::vector<T> columns(d * kCols), rounded(narrow), paired(narrow), turned(narrow);
         std::vector<float> sums(prefixes > 1 ? kTile : 0), z(prefixes * kTile);
         std::vector<packed::Ahead> ahead(prefixes);
         const packed::Right<T> y_tile{columns.data(), d, kCols};
@@ -284,8 +285,8 @@ void gradients(const T* x, const T* y, int64_t m, int64_t n, const std::vector<i
                                    ahead[p]);
                 }
               } else {
-                packed::multiply(height, kCols, size, packed::rows_of(x + i * d + from, d), y_tile, from, 0, tile, kCols,
-                                 p > 0, ahead[p]);
+                packed::multiply(height, kCols, size, packed::rows_of(x + i * d + from, d), y_tile, from, 0, tile,
+                                 kCols, p > 0, ahead[p]);
               }
               finish(p, tile, of_prefix, height, width, i, j);
             }
@@ -316,15 +317,15 @@ void gradients(const T* x, const T* y, int64_t m, int64_t n, const std::vector<i
               }
               float* to = dy + j * d + sections[p].from;
               if constexpr (kFloat) {
-                packed::multiply(width, sections[p].size, depth, packed::turned<kCols>(slopes), x_packed[p], i - c, 0, to,
-                                 d, true, ahead[p]);
+                packed::multiply(width, sections[p].size, depth, packed::turned<kCols>(slopes), x_packed[p], i - c, 0,
+                                 to, d, true, ahead[p]);
               } else {
                 // pairs of rows turn as one
                 pack_pairs(slopes, kCols, height, kCols, paired.data());
                 at::vec::transpose_mxn<float>(reinterpret_cast<const float*>(paired.data()), kCols,
                                               reinterpret_cast<float*>(turned.data()), kRows / 2, depth / 2, kCols);
-                packed::multiply(width, sections[p].size, depth, packed::rows_of(turned.data(), kRows), x_packed[p], i - c,
-                                 0, to, d, true, ahead[p]);
+                packed::multiply(width, sections[p].size, depth, packed::rows_of(turned.data(), kRows), x_packed[p],
+                                 i - c, 0, to, d, true, ahead[p]);
               }
             }
           }

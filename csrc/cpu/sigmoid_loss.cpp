@@ -1,9 +1,9 @@
 // The sigmoid loss of pairs on the CPU: each pair stands for itself, so that one pass gives value and gradients.
 //
 // Contract: Implementation in lbfast/ops/sigmoid_loss.py. With p = x_i . y_j and z = scale p + bias, a negative adds
-// log(1 + e^z) and has dS = sigmoid(z), the positive of a row log(1 + e^-z) and -sigmoid(-z). With u = e^-|z|, sigmoid is
-// 1 or u over 1 + u, and the loss max(z, 0) + log(1 + u). Of some rows only the product of 1 + u is kept, as what it has
-// over 1, in which small u lose nothing: one logarithm serves them all.
+// log(1 + e^z) and has dS = sigmoid(z), the positive of a row log(1 + e^-z) and -sigmoid(-z). With u = e^-|z|, sigmoid
+// is 1 or u over 1 + u, and the loss max(z, 0) + log(1 + u). Of some rows only the product of 1 + u is kept, as what it
+// has over 1, in which small u lose nothing: one logarithm serves them all.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -86,7 +86,8 @@ void finish_rows(float* tile, int64_t rows, const Block& block, const Weights& w
 }
 
 // A tile of products -> dS, 0 where a pair is left out or past `cols`; adds to sums [kSums].
-void finish_tile(float* tile, int64_t rows, int64_t cols, int64_t row0, int64_t col0, const Block& block, double* sums) {
+void finish_tile(float* tile, int64_t rows, int64_t cols, int64_t row0, int64_t col0, const Block& block,
+                 double* sums) {
   Totals totals;
   const bool crossed = block.diag >= 0 && block.diag + row0 < col0 + cols && block.diag + row0 + rows > col0;
   const bool weighted = crossed || block.row_labels != nullptr || cols < kCols;
