@@ -253,9 +253,10 @@ def test_range_of_logits_beyond_exp(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_one_group_has_no_negatives(impl):
-    x, y, s = unit(90, 40), unit(90, 40, seed=1), torch.tensor(10.0, device=DEVICE)
-    for result in run(info_nce, x, y, s, impl=impl, ids=torch.zeros_like(x[:, 0], dtype=torch.int64)):
-        assert not result.any()
+    for b in (9, 90, 250):
+        x, y, s = unit(b, 40), unit(b, 40, seed=1), torch.tensor(10.0, device=DEVICE)
+        for result in run(info_nce, x, y, s, impl=impl, ids=torch.zeros_like(x[:, 0], dtype=torch.int64)):
+            assert not result.any()
 
 
 @pytest.mark.parametrize("impl", IMPLS)

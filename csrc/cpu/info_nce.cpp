@@ -3,11 +3,11 @@
 // Contract: Implementation in lbfast/ops/info_nce.py. x [m, D] and y [n, D] are contiguous float or bfloat16; every
 // statistic and gradient is float. The order of additions depends on shapes alone, not on the number of threads.
 //
-// Forward: threads own groups of columns; each tile of 128 x 64 logits gives a part of the row and column statistics.
+// Forward: threads own groups of columns; each tile of 192 x 96 logits gives a part of the row and column statistics.
 // Backward, for each chunk of rows: (1) threads own tiles of columns: logits again, dS to the chunk's scratch, and
 // dY_tile += dS^T X_chunk; (2) threads own rows: dX_rows += dS Y.
 //
-// Where the caller has room for all logits, the forward keeps them, [tile of columns][m][64], and phase (1) reads them.
+// Where the caller has room for all logits, the forward keeps them, [tile of columns][m][96], and phase (1) reads them.
 //
 // One exponential serves both softmaxes: with a shift K near all of a tile's row and column shifts, p_row and p_col
 // are exp(z - K) times a factor of the row and one of the column. A tile whose shifts lie further apart than kSpread
@@ -20,6 +20,7 @@
 #include <tuple>
 
 #include "pairs.h"
+#include "vectors.h"
 
 namespace lbfast {
 namespace {
@@ -30,7 +31,6 @@ using pairs::kLanes;
 using pairs::kRows;
 using pairs::Vec;
 
-constexpr int64_t kMaxGroups = 64;    // of columns in the forward: bounds the partial row statistics
 constexpr float kSpread = 16.0f;      // exp(z - K) of what matters stays within rounding of exp's argument
 constexpr float kNone = -std::numeric_limits<float>::max();  // logit of a pair that is left out
 
@@ -85,7 +85,8 @@ struct TileStats {
   float row_shift[kRows], row_sum[kRows], col_shift[kCols], col_sum[kCols];
 };
 
-void tile_stats(const float* z, int64_t rows, int64_t cols, TileStats& out) {
+// With `own`, each row and column is shifted by its own largest logit: what has no negatives left has a sum of just 1.
+void tile_stats(const float* z, int64_t rows, int64_t cols, bool own, TileStats& out) {
   constexpr int64_t kVecs = kCols / kLanes;
   Vec col_max[kVecs];
   for (auto& v : col_max) {
@@ -116,12 +117,12 @@ void tile_stats(const float* z, int64_t rows, int64_t cols, TileStats& out) {
   for (auto& v : col_sum) {
     v = Vec(0.0f);
   }
-  if (!nan && highest - lowest <= kSpread) {
+  if (!nan && highest - lowest <= (own ? 0.0f : kSpread)) {
     const Vec shift(highest);
     for (int64_t i = 0; i < rows; ++i) {
       Vec row_sum(0.0f);
       for (int64_t v = 0; v < kVecs; ++v) {
-        const Vec e = (Vec::loadu(z + i * kCols + v * kLanes) - shift).exp();
+        const Vec e = exponential_of(Vec::loadu(z + i * kCols + v * kLanes) - shift);
         row_sum = row_sum + e;
         col_sum[v] = col_sum[v] + e;
       }
@@ -135,8 +136,8 @@ void tile_stats(const float* z, int64_t rows, int64_t cols, TileStats& out) {
       const Vec shift(out.row_shift[i]);
       for (int64_t v = 0; v < kVecs; ++v) {
         const Vec value = Vec::loadu(z + i * kCols + v * kLanes);
-        row_sum = row_sum + (value - shift).exp();
-        col_sum[v] = col_sum[v] + (value - Vec::loadu(out.col_shift + v * kLanes)).exp();
+        row_sum = row_sum + exponential_of(value - shift);
+        col_sum[v] = col_sum[v] + exponential_of(value - Vec::loadu(out.col_shift + v * kLanes));
       }
       out.row_sum[i] = pairs::sum_lanes(row_sum);
     }
@@ -149,41 +150,22 @@ void tile_stats(const float* z, int64_t rows, int64_t cols, TileStats& out) {
 template <typename T>
 void stats_kernel(const T* x, const T* y, int64_t m, int64_t n, int64_t d, const Block& block, float* rows,
                   float* cols, float* positives, float* logits) {
-  const int64_t tiles = ceil_div(n, kCols);
-  const int64_t wide = ceil_div(tiles, std::min(tiles, kMaxGroups));  // tiles in a group
-  const int64_t groups = ceil_div(tiles, wide);
+  const int64_t groups = pairs::groups_of(n);
   std::vector<float> part_shift(groups * m, kNone), part_sum(groups * m, 0.0f);
-  at::parallel_for(0, groups, pairs::grain(wide * kCols * m * d), [&](int64_t begin, int64_t end) {
-    std::vector<T> packed(wide * d * kCols);
-    std::vector<float> scratch(kRows * kCols);
+  const auto finish = [&](int64_t g, int64_t, float* z, int64_t height, int64_t width, int64_t i, int64_t j) {
     TileStats stats;
-    for (int64_t g = begin; g < end; ++g) {
-      const int64_t first = g * wide, last = std::min(tiles, first + wide);
-      for (int64_t t = first; t < last; ++t) {
-        pack_transposed(y + t * kCols * d, d, std::min(kCols, n - t * kCols), d, &packed[(t - first) * d * kCols],
-                        kCols);
-      }
-      for (int64_t i = 0; i < m; i += kRows) {
-        const int64_t height = std::min(kRows, m - i);
-        for (int64_t t = first; t < last; ++t) {
-          const int64_t j = t * kCols, width = std::min(kCols, n - j);
-          float* z = logits == nullptr ? scratch.data() : logits + (t * m + i) * kCols;
-          gemm(height, kCols, d, x + i * d, d, &packed[(t - first) * d * kCols], kCols, z, kCols, false);
-          finish_logits(z, height, width, i, j, block);
-          if (block.diag >= 0) {
-            const int64_t low = std::max(i, j - block.diag), high = std::min(i + height, j + width - block.diag);
-            for (int64_t r = low; r < high; ++r) {
-              positives[r] = z[(r - i) * kCols + block.diag + r - j];
-            }
-          }
-          tile_stats(z, height, width, stats);
-          merge(&part_shift[g * m + i], &part_sum[g * m + i], stats.row_shift, stats.row_sum, height);
-          merge(cols + j, cols + n + j, stats.col_shift, stats.col_sum, width);
-        }
+    finish_logits(z, height, width, i, j, block);
+    if (block.diag >= 0) {
+      const int64_t low = std::max(i, j - block.diag), high = std::min(i + height, j + width - block.diag);
+      for (int64_t r = low; r < high; ++r) {
+        positives[r] = z[(r - i) * kCols + block.diag + r - j];
       }
     }
-    gemm_release<T>();
-  });
+    tile_stats(z, height, width, block.row_labels != nullptr, stats);
+    merge(&part_shift[g * m + i], &part_sum[g * m + i], stats.row_shift, stats.row_sum, height);
+    merge(cols + j, cols + n + j, stats.col_shift, stats.col_sum, width);
+  };
+  pairs::products(x, y, m, n, {d}, logits, finish);
   for (int64_t g = 0; g < groups; ++g) {
     merge(rows, rows + m, &part_shift[g * m], &part_sum[g * m], m);
   }
@@ -225,8 +207,8 @@ void tile_grads(float* z, int64_t rows, int64_t cols, int64_t row0, int64_t col0
     const Vec factor((near ? std::exp(middle - row_shift[i]) : 1.0f) / row_sum[i]);
     for (int64_t v = 0; v < kVecs; ++v) {
       const Vec value = Vec::loadu(row + v * kLanes);
-      const Vec e = (value - shift).exp();
-      const Vec p = near ? e * (factor + factors[v]) : e * factor + (value - shifts[v]).exp() * factors[v];
+      const Vec e = exponential_of(value - shift);
+      const Vec p = near ? e * (factor + factors[v]) : e * factor + exponential_of(value - shifts[v]) * factors[v];
       p.store(row + v * kLanes);
     }
     if (positive >= 0) {  // p - target cancels: in double, from each side's own shift
@@ -268,8 +250,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_stats(const at::Tensor& 
 
 void info_nce_grads(const at::Tensor& x, const at::Tensor& y, double scale, const at::Tensor& rows,
                     const at::Tensor& cols, int64_t diag, const pairs::MaybeTensor& row_labels,
-                    const pairs::MaybeTensor& col_labels, const pairs::MaybeTensor& logits, int64_t workspace, double target,
-                    const pairs::MaybeTensor& dx, const pairs::MaybeTensor& dy) {
+                    const pairs::MaybeTensor& col_labels, const pairs::MaybeTensor& logits, int64_t workspace,
+                    double target, const pairs::MaybeTensor& dx, const pairs::MaybeTensor& dy) {
   const Block block = checked_block(x, y, scale, diag, row_labels, col_labels, target);
   const int64_t m = x.size(0), n = y.size(0), d = x.size(1);
   expect_dense("info_nce: rows", rows, at::kFloat, {2, m});

@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "pairs.h"
+#include "vectors.h"
 
 namespace lbfast {
 namespace {
@@ -23,7 +24,6 @@ using pairs::kRows;
 using pairs::Vec;
 
 constexpr int64_t kVecs = kCols / kLanes;
-constexpr int64_t kMaxGroups = 64;  // of columns in the forward: bounds the partial row sums
 
 struct Block : pairs::Block {
   float scale, shift;
@@ -80,7 +80,8 @@ void add_columns(const Vec (&sums)[kVecs], int64_t cols, float* to) {
   }
 }
 
-// Adds sums of exp(z - shift) of a tile's negatives to row_sums [rows] and col_sums [cols]; positives [rows] get their cosines.
+// Adds sums of exp(z - shift) of a tile's negatives to row_sums [rows] and col_sums [cols]; positives [rows] get their
+// cosines.
 void tile_sums(const float* tile, int64_t rows, int64_t cols, int64_t row0, int64_t col0, const Block& block,
                float* row_sums, float* col_sums, float* positives) {
   Vec factors[kVecs], sums[kVecs];
@@ -100,7 +101,8 @@ void tile_sums(const float* tile, int64_t rows, int64_t cols, int64_t row0, int6
     Vec sum(0.0f);
     for (int64_t v = 0; v < kVecs; ++v) {
       const Vec cosine = Vec::loadu(row + v * kLanes) * (Vec(factor) * factors[v]);
-      const Vec e = at::vec::fmadd(cosine, scale, shift).exp() * weights.at(v);  // the backward's, to the last bit
+      // the backward's, to the last bit
+      const Vec e = exponential_of(at::vec::fmadd(cosine, scale, shift)) * weights.at(v);
       sum = sum + e;
       sums[v] = sums[v] + e;
     }
@@ -137,7 +139,7 @@ void tile_grads(const float* tile, float* out, int64_t rows, int64_t cols, int64
     for (int64_t v = 0; v < kVecs; ++v) {
       const Vec both = Vec(factor) * factors[v];
       const Vec cosine = Vec::loadu(row + v * kLanes) * both;
-      const Vec e = at::vec::fmadd(cosine, scale, shift).exp() * weights.at(v);
+      const Vec e = exponential_of(at::vec::fmadd(cosine, scale, shift)) * weights.at(v);
       const Vec ds = e * (row_weight + col_weights[v]);
       dot = at::vec::fmadd(ds, cosine, dot);
       dots[v] = at::vec::fmadd(ds, cosine, dots[v]);
@@ -160,35 +162,13 @@ void tile_grads(const float* tile, float* out, int64_t rows, int64_t cols, int64
 template <typename T>
 void sums_kernel(const T* x, const T* y, int64_t m, int64_t n, const std::vector<int64_t>& ends,
                  const std::vector<Block>& blocks, float* rows, float* cols, float* positives) {
-  const int64_t d = ends.back(), prefixes = static_cast<int64_t>(ends.size()), tiles = ceil_div(n, kCols);
-  const int64_t wide = ceil_div(tiles, std::min(tiles, kMaxGroups));  // tiles in a group
-  const int64_t groups = ceil_div(tiles, wide);
+  const int64_t prefixes = static_cast<int64_t>(ends.size()), groups = pairs::groups_of(n);
   std::vector<float> parts(groups * prefixes * m, 0.0f);
-  at::parallel_for(0, groups, pairs::grain(wide * kCols * m * d), [&](int64_t begin, int64_t end) {
-    std::vector<T> packed(wide * d * kCols);
-    std::vector<float> tile(kRows * kCols);
-    for (int64_t g = begin; g < end; ++g) {
-      const int64_t first = g * wide, last = std::min(tiles, first + wide);
-      for (int64_t t = first; t < last; ++t) {
-        pack_transposed(y + t * kCols * d, d, std::min(kCols, n - t * kCols), d, &packed[(t - first) * d * kCols],
-                        kCols);
-      }
-      for (int64_t i = 0; i < m; i += kRows) {
-        const int64_t height = std::min(kRows, m - i);
-        for (int64_t t = first; t < last; ++t) {
-          const int64_t j = t * kCols, width = std::min(kCols, n - j);
-          for (int64_t p = 0; p < prefixes; ++p) {
-            const int64_t from = p == 0 ? 0 : ends[p - 1];
-            gemm(height, kCols, ends[p] - from, x + i * d + from, d, &packed[((t - first) * d + from) * kCols], kCols,
-                 tile.data(), kCols, p > 0);
-            tile_sums(tile.data(), height, width, i, j, blocks[p], &parts[(g * prefixes + p) * m + i], cols + p * n + j,
-                      positives + p * m + i);
-          }
-        }
-      }
-    }
-    gemm_release<T>();
-  });
+  const auto finish = [&](int64_t g, int64_t p, float* tile, int64_t height, int64_t width, int64_t i, int64_t j) {
+    tile_sums(tile, height, width, i, j, blocks[p], &parts[(g * prefixes + p) * m + i], cols + p * n + j,
+              positives + p * m + i);
+  };
+  pairs::products(x, y, m, n, ends, nullptr, finish);
   for (int64_t g = 0; g < groups; ++g) {
     for (int64_t k = 0; k < prefixes * m; ++k) {
       rows[k] += parts[g * prefixes * m + k];
@@ -263,37 +243,34 @@ std::tuple<at::Tensor, at::Tensor> info_nce_nested_grads(
   if (m > 0 && n > 0) {
     pairs::with_operand_type(x, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      const int64_t d = x.size(1), tiles = ceil_div(n, kCols);
-      const int64_t fit = workspace / (prefixes * tiles * kCols * static_cast<int64_t>(sizeof(T))) / kRows * kRows;
-      const int64_t chunk = std::min(std::max(fit, kRows), m);
-      pairs::Scratch<float> scratch(tiles * prefixes * chunk);  // row sums of each tile of columns, which threads own
+      const auto [high, wide] = pairs::rectangle(m, n, x.size(1), prefixes, workspace / static_cast<int64_t>(sizeof(T)),
+                                                 into.dx != nullptr);
+      const int64_t tiles = ceil_div(wide, kCols), rectangle = high;
+      pairs::Scratch<float> scratch(tiles * prefixes * rectangle);  // row sums of tiles of columns, which threads own
       float *parts = scratch.data(), *sums = row_dots.mutable_data_ptr<float>();
-      for (int64_t c = 0; c < m; c += chunk) {
-        const int64_t high = std::min(chunk, m - c);
-        std::vector<Block> of_rows = blocks;
-        std::vector<Sides> sides;
-        for (int64_t p = 0; p < prefixes; ++p) {
-          Block& block = of_rows[p];
-          block.diag += diag >= 0 ? c : 0;
-          block.row_labels += block.row_labels != nullptr ? c : 0;
-          block.x_factors += c;
-          sides.push_back({by_row + p * m + c, by_col + p * n, of_positives + p * m + c,
-                           col_dots.mutable_data_ptr<float>() + p * n});
-        }
-        const auto finish = [&](int64_t p, float* tile, float* out, int64_t rows, int64_t cols, int64_t i, int64_t j) {
-          tile_grads(tile, out, rows, cols, i, j, of_rows[p], sides[p],
-                     &parts[(j / kCols * prefixes + p) * chunk + i]);
-        };
-        pairs::gradients(x.const_data_ptr<T>() + c * d, y.const_data_ptr<T>(), high, n, ends.vec(), workspace, nullptr,
-                         into.dx == nullptr ? nullptr : into.dx + c * d, into.dy, finish);
-        for (int64_t t = 0; t < tiles; ++t) {
+      std::vector<Sides> sides;
+      for (int64_t p = 0; p < prefixes; ++p) {
+        sides.push_back({by_row + p * m, by_col + p * n, of_positives + p * m,
+                         col_dots.mutable_data_ptr<float>() + p * n});
+      }
+      const auto part = [&](int64_t i, int64_t j, int64_t p) {
+        return &parts[(j / kCols % tiles * prefixes + p) * rectangle + i % rectangle];
+      };
+      const auto finish = [&](int64_t p, float* tile, float* out, int64_t rows, int64_t cols, int64_t i, int64_t j) {
+        tile_grads(tile, out, rows, cols, i, j, blocks[p], sides[p], part(i, j, p));
+      };
+      const auto join = [&](int64_t i, int64_t rows, int64_t j, int64_t cols) {
+        for (int64_t t = j; t < j + cols; t += kCols) {
           for (int64_t p = 0; p < prefixes; ++p) {
-            for (int64_t r = 0; r < high; ++r) {
-              sums[p * m + c + r] += parts[(t * prefixes + p) * chunk + r];
+            const float* more = part(i, t, p);
+            for (int64_t r = 0; r < rows; ++r) {
+              sums[p * m + i + r] += more[r];
             }
           }
         }
-      }
+      };
+      pairs::gradients(x.const_data_ptr<T>(), y.const_data_ptr<T>(), m, n, ends.vec(), workspace, nullptr, into.dx,
+                       into.dy, finish, join);
     });
   }
   return {row_dots, col_dots};

@@ -14,6 +14,7 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <optional>
 #include <string>
@@ -21,19 +22,23 @@
 
 #include "checks.h"
 #include "gemm.h"
+#include "packed.h"
+#include "vectors.h"
 
 namespace lbfast::pairs {
 
-using Vec = at::vec::Vectorized<float>;
 
-constexpr int64_t kRows = 128;        // rows of a tile
-constexpr int64_t kCols = 64;         // columns of a tile
-constexpr int64_t kDepth = 256;       // columns of dS that one product of the second backward phase takes
-constexpr int64_t kStrips = 2;        // of rows that one packed part of y serves there: their dX stays in cache
+constexpr int64_t kRows = 192;        // rows of a tile
+constexpr int64_t kCols = 96;         // columns of a tile
+constexpr int64_t kEvenRows = 8 * kRows, kEvenCols = 16 * kCols;  // what some threads share evenly
+constexpr int64_t kDepth = 4 * kCols;  // of dS that lie together, in blocks [kRows, kDepth]
+constexpr int64_t kSlice = 256;       // numbers of a row whose gradient lies in cache while dS and y go by
+constexpr int64_t kMaxGroups = 64;    // of columns in the forward: bounds partial statistics of rows
 constexpr int64_t kLanes = Vec::size();
+static_assert(kRows % packed::kHigh == 0 && kCols % packed::kHigh == 0 && kCols % packed::kWide == 0);
 static_assert(kCols % kLanes == 0);
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+using packed::ceil_div;
 
 // Items of `work` multiply-adds each that are worth a thread's while.
 inline int64_t grain(int64_t work) { return std::max<int64_t>(1, (int64_t{1} << 22) / std::max<int64_t>(1, work)); }
@@ -47,6 +52,9 @@ class Scratch {
     if (bytes_ > 0) {
       data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
       TORCH_CHECK_WITH(OutOfMemoryError, data_ != MAP_FAILED, "no memory for ", bytes_, " bytes of scratch");
+#if defined(MADV_HUGEPAGE)
+      madvise(data_, bytes_, MADV_HUGEPAGE);  // rows of a tile lie on many pages; without large ones it is slower
+#endif
     }
   }
   ~Scratch() {
@@ -96,124 +104,267 @@ inline float max_lanes(const Vec& v) {
 }
 
 inline void convert(const float* src, float* dst, int64_t n) { std::copy(src, src + n, dst); }
-inline void convert(const float* src, at::BFloat16* dst, int64_t n) { at::vec::convert(src, dst, n); }
+inline void convert(const float* src, at::BFloat16* dst, int64_t n) {  // n a multiple of 2 kLanes
+  for (int64_t k = 0; k < n; k += 2 * kLanes) {
+    store(Vec::loadu(src + k), Vec::loadu(src + k + kLanes), dst + k);
+  }
+}
 
-// For each chunk of rows: (1) threads own tiles of columns: x @ y^T of a tile [rows, kCols], row0 and col0 its first
-// row and column, to `finish(p, products, ds, rows, cols, row0, col0)`, which leaves dS in ds, its columns past `cols`
-// 0; dS goes to the chunk's scratch, and dY_tile += dS^T X_chunk; (2) threads own rows: dX_rows += dS Y. dx and dy may
-// be null; without both, the tiles are finished and no more. `kept`, or null: what is there to finish instead of the
-// products, [tile of columns][m][kCols].
+// A part of the D numbers, from one prefix's end to the next.
+struct Section {
+  int64_t from, size;
+};
+
+inline std::vector<Section> sections_of(const std::vector<int64_t>& ends) {
+  std::vector<Section> sections;
+  for (size_t p = 0; p < ends.size(); ++p) {
+    const int64_t from = p == 0 ? 0 : ends[p - 1];
+    sections.push_back({from, ends[p] - from});
+  }
+  return sections;
+}
+
+// Rows of an operand, packed section by section.
+template <typename T>
+class PackedRows {
+ public:
+  PackedRows(int64_t rows, const std::vector<Section>& sections) : sections_(sections), scratch_(size(rows, sections)) {
+    T* data = scratch_.data();
+    for (const Section& s : sections) {
+      parts_.push_back({data, rows, s.size});
+      data += packed::Right<T>::size(rows, s.size);
+    }
+  }
+  const packed::Right<T>& operator[](int64_t section) const { return parts_[section]; }
+  void fill(const T* rows, int64_t d, int64_t first, int64_t count) const {
+    for (size_t s = 0; s < parts_.size(); ++s) {
+      parts_[s].fill(rows + sections_[s].from, d, first, count);
+    }
+  }
+
+ private:
+  static int64_t size(int64_t rows, const std::vector<Section>& sections) {
+    int64_t all = 0;
+    for (const Section& s : sections) {
+      all += packed::Right<T>::size(rows, s.size);
+    }
+    return all;
+  }
+  const std::vector<Section>& sections_;
+  Scratch<T> scratch_;
+  std::vector<packed::Right<T>> parts_;
+};
+
+// Tiles of columns that one thread of the forward takes together, for their rows of x are read once.
+inline int64_t tiles_in_group(int64_t n) {
+  const int64_t tiles = ceil_div(n, kCols);
+  return ceil_div(tiles, std::clamp<int64_t>(tiles, 1, kMaxGroups));
+}
+inline int64_t groups_of(int64_t n) { return ceil_div(ceil_div(n, kCols), tiles_in_group(n)); }
+
+// Threads own groups of columns: x @ y^T of a tile [rows, kCols], row0 and col0 its first row and column, to
+// `finish(group, p, products, rows, cols, row0, col0)`. `kept`, or null: where the products go and stay, [tile of
+// columns][m][kCols]; with one prefix. `ends`: as below.
+template <typename T, typename Finish>
+void products(const T* x, const T* y, int64_t m, int64_t n, const std::vector<int64_t>& ends, float* kept,
+              const Finish& finish) {
+  const std::vector<Section> sections = sections_of(ends);
+  const int64_t d = ends.back(), tiles = ceil_div(n, kCols), wide = tiles_in_group(n);
+  at::parallel_for(0, groups_of(n), grain(wide * kCols * m * d), [&](int64_t begin, int64_t end) {
+    std::vector<T> columns(wide * kCols * d);
+    std::vector<float> scratch(kept == nullptr ? kRows * kCols : 0);
+    const auto of_tile = [&](int64_t t) { return packed::Right<T>{&columns[t * kCols * d], d, kCols}; };
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t first = g * wide, last = std::min(tiles, first + wide);
+      for (int64_t t = first; t < last; ++t) {
+        of_tile(t - first).fill_transposed(y + t * kCols * d, d, std::min(kCols, n - t * kCols));
+      }
+      for (int64_t i = 0; i < m; i += kRows) {
+        const int64_t height = std::min(kRows, m - i), then = i + kRows < m ? i + kRows : 0;
+        packed::Ahead ahead(x + then * d, 1, std::min(kRows, m - then) * d * sizeof(T), 0);
+        for (int64_t t = first; t < last; ++t) {
+          const int64_t j = t * kCols, width = std::min(kCols, n - j);
+          float* tile = kept == nullptr ? scratch.data() : kept + (t * m + i) * kCols;
+          for (size_t p = 0; p < sections.size(); ++p) {
+            const auto [from, size] = sections[p];
+            packed::multiply(height, kCols, size, packed::rows_of(x + i * d + from, d), of_tile(t - first), from, 0,
+                             tile, kCols, p > 0, ahead);
+            finish(g, p, tile, height, width, i, j);
+          }
+        }
+      }
+    }
+    gemm_release<T>();
+  });
+}
+
+// Rows and columns of the rectangle whose dS lies in scratch, with its rows of x and y packed beside it.
+inline std::pair<int64_t, int64_t> rectangle(int64_t m, int64_t n, int64_t d, int64_t prefixes, int64_t numbers,
+                                             bool dx) {
+  const auto fitting = [](int64_t size, int64_t all, int64_t step, int64_t even) {
+    const int64_t fit = size / (size < even ? step : even) * (size < even ? step : even);
+    return std::min(std::max(fit, step), ceil_div(all, step) * step);
+  };
+  if (!dx) {
+    return {fitting(numbers / d, m, kRows, kEvenRows), ceil_div(n, kCols) * kCols};
+  }
+  const double p = static_cast<double>(prefixes), wide = static_cast<double>(d);
+  const auto side = static_cast<int64_t>((std::sqrt(wide * wide + p * static_cast<double>(numbers)) - wide) / p);
+  const int64_t cols = fitting(side, n, kCols, kEvenCols);
+  return {fitting((numbers - cols * d) / (prefixes * cols + d), m, kRows, kEvenRows), cols};
+}
+
+// For each rectangle of pairs: (1) threads own tiles of columns: x @ y^T of a tile to `finish(p, products, ds, rows,
+// cols, row0, col0)`, which leaves dS in ds, its columns past `cols` 0; dS goes to the scratch, and dY_tile += dS^T X;
+// then one thread does `join(row0, rows, col0, cols)`; (2) threads own slices of rows: dX_rows += dS Y. dx or dy may be
+// null. `kept`, or null: what is there to finish instead of the products, as above.
 //
 // `ends`: where nested prefixes of the D numbers end, the last at D. Their products are partial sums of one, finished
 // one after another, p = 0, 1, ...; numbers that several prefixes have are multiplied by the sum of these prefixes' dS.
 // With one prefix, ds is where the products are.
-template <typename T, typename Finish>
+template <typename T, typename Finish, typename Join>
 void gradients(const T* x, const T* y, int64_t m, int64_t n, const std::vector<int64_t>& ends, int64_t workspace,
-               const float* kept, float* dx, float* dy, const Finish& finish) {
-  const int64_t d = ends.back(), prefixes = static_cast<int64_t>(ends.size());
-  const int64_t tiles = ceil_div(n, kCols), ld = tiles * kCols;
-  const int64_t fit = workspace / (prefixes * ld * static_cast<int64_t>(sizeof(T))) / kRows * kRows;
-  const int64_t all = ceil_div(m, kRows) * kRows;
-  const int64_t chunk = dx == nullptr && dy == nullptr ? all : std::min(std::max(fit, kRows), all);
-  constexpr bool packs = kPair<T> == 2;
-  Scratch<T> ds_scratch(dx != nullptr ? prefixes * chunk * ld : 0);
-  Scratch<T> pairs_scratch(packs && dy != nullptr ? chunk * d : 0);
-  T* ds = ds_scratch.data();          // [prefixes, chunk, ld]
-  T* x_pairs = pairs_scratch.data();  // [chunk / 2, D, 2]
-  const auto begin_of = [&](int64_t p) { return p == 0 ? 0 : ends[p - 1]; };
-  for (int64_t c = 0; c < m; c += chunk) {
-    const int64_t high = std::min(chunk, m - c);
-    if constexpr (packs) {
-      if (dy != nullptr) {
-        at::parallel_for(0, ceil_div(high, kRows), grain(kRows * d), [&](int64_t begin, int64_t end) {
-          const int64_t first = begin * kRows, last = std::min(high, end * kRows);
-          pack_pairs(x + (c + first) * d, d, last - first, d, x_pairs + first * d);
-        });
-      }
+               const float* kept, float* dx, float* dy, const Finish& finish, const Join& join) {
+  constexpr bool kFloat = std::is_same_v<T, float>;
+  const std::vector<Section> sections = sections_of(ends);
+  const int64_t d = ends.back(), prefixes = static_cast<int64_t>(ends.size()), kTile = kRows * kCols;
+  const auto [high, wide] = rectangle(m, n, d, prefixes, workspace / static_cast<int64_t>(sizeof(T)), dx != nullptr);
+  const int64_t blocks = ceil_div(wide, kDepth);
+  Scratch<T> ds_scratch(dx != nullptr ? prefixes * high * blocks * kDepth : 0);
+  T* ds = ds_scratch.data();  // [prefixes, high / kRows, blocks, kRows, kDepth]
+  const auto ds_of = [&, high = high](int64_t p, int64_t i, int64_t j) {
+    return ds + ((p * high + i) * blocks + j / kDepth * kRows) * kDepth + j % kDepth;
+  };
+  const PackedRows<T> x_packed(dy != nullptr ? high : 0, sections), y_packed(dx != nullptr ? wide : 0, sections);
+  std::vector<std::pair<int64_t, Section>> slices;  // of a section: its number, and the slice within it
+  for (int64_t p = 0; p < prefixes; ++p) {
+    for (int64_t from = 0; from < sections[p].size; from += kSlice) {
+      slices.push_back({p, {from, std::min(kSlice, sections[p].size - from)}});
     }
-    at::parallel_for(0, tiles, grain(2 * kCols * high * d), [&](int64_t begin, int64_t end) {
-      std::vector<T> packed(d * kCols), turned(kCols * kRows);
-      std::vector<float> products(prefixes > 1 ? kRows * kCols : 0), z(prefixes * kRows * kCols);
-      std::vector<float> z_turned(kCols * kRows);
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t j = t * kCols, width = std::min(kCols, n - j);
-        if (kept == nullptr) {
-          pack_transposed(y + j * d, d, width, d, packed.data(), kCols);
-        }
-        for (int64_t i = c; i < c + high; i += kRows) {
-          const int64_t height = std::min(kRows, c + high - i);
-          for (int64_t p = 0; p < prefixes; ++p) {
-            float* of_prefix = &z[p * kRows * kCols];
-            float* tile = prefixes > 1 ? products.data() : of_prefix;
-            const int64_t from = begin_of(p);
-            if (kept == nullptr) {
-              gemm(height, kCols, ends[p] - from, x + i * d + from, d, &packed[from * kCols], kCols, tile, kCols,
-                   p > 0);
-            } else {
-              std::copy_n(kept + (t * m + i) * kCols, height * kCols, tile);
-            }
-            finish(p, tile, of_prefix, height, width, i, j);
+  }
+  for (int64_t c = 0; c < m; c += high) {
+    const int64_t rows = std::min(high, m - c);
+    if (dy != nullptr) {
+      at::parallel_for(0, ceil_div(rows, kRows), grain(kRows * d), [&](int64_t begin, int64_t end) {
+        const int64_t first = begin * kRows;
+        x_packed.fill(x + (c + first) * d, d, first, std::min(rows, end * kRows) - first);
+      });
+    }
+    for (int64_t e = 0; e < n; e += wide) {
+      const int64_t cols = std::min(wide, n - e);
+      at::parallel_for(0, ceil_div(cols, kCols), grain(2 * kCols * rows * d), [&](int64_t begin, int64_t end) {
+        const int64_t narrow = kFloat ? 0 : kTile;
+        std::vector<T> columns(d * kCols), rounded(narrow), paired(narrow), turned(narrow);
+        std::vector<float> sums(prefixes > 1 ? kTile : 0), z(prefixes * kTile);
+        std::vector<packed::Ahead> ahead(prefixes);
+        const packed::Right<T> y_tile{columns.data(), d, kCols};
+        for (int64_t j = e + begin * kCols; j < std::min(e + cols, e + end * kCols); j += kCols) {
+          const int64_t width = std::min(kCols, n - j);
+          if (kept == nullptr) {
+            y_tile.fill_transposed(y + j * d, d, width);
           }
-          for (int64_t p = prefixes - 2; p >= 0; --p) {
-            float* less = &z[p * kRows * kCols];
-            for (int64_t k = 0; k < height * kCols; k += kLanes) {
-              (Vec::loadu(less + k) + Vec::loadu(less + kRows * kCols + k)).store(less + k);
-            }
+          if (dx != nullptr) {
+            y_packed.fill(y + j * d, d, j - e, width);
           }
-          for (int64_t p = 0; p < prefixes; ++p) {
-            float* of_prefix = &z[p * kRows * kCols];
-            const int64_t from = begin_of(p), depth = round_to_pair<T>(height);
-            if (dx != nullptr) {
-              for (int64_t r = 0; r < height; ++r) {
-                convert(&of_prefix[r * kCols], &ds[(p * chunk + i - c + r) * ld + j], kCols);
+          for (int64_t i = c; i < c + rows; i += kRows) {
+            const int64_t height = std::min(kRows, c + rows - i);
+            for (int64_t p = 0; p < prefixes; ++p) {
+              float* of_prefix = &z[p * kTile];
+              float* tile = prefixes > 1 ? sums.data() : of_prefix;
+              const auto [from, size] = sections[p];
+              if (kept != nullptr) {
+                std::copy_n(kept + (j / kCols * m + i) * kCols, height * kCols, tile);
+              } else if (kFloat && dy != nullptr) {
+                if constexpr (kFloat) {
+                  const int64_t then = i + kRows < c + rows ? i + kRows - c : 0;
+                  const packed::Right<T>& part = x_packed[p];
+                  ahead[p] = {part.row(then), ceil_div(size, packed::kWide), kRows * packed::kWide * 4,
+                              part.k * packed::kWide * 4};
+                  packed::multiply(height, kCols, size, part.as_left(i - c), y_tile, from, 0, tile, kCols, p > 0,
+                                   ahead[p]);
+                }
+              } else {
+                packed::multiply(height, kCols, size, packed::rows_of(x + i * d + from, d), y_tile, from, 0, tile,
+                                 kCols, p > 0, ahead[p]);
+              }
+              finish(p, tile, of_prefix, height, width, i, j);
+            }
+            for (int64_t p = prefixes - 2; p >= 0; --p) {
+              float* less = &z[p * kTile];
+              for (int64_t k = 0; k < height * kCols; k += kLanes) {
+                (Vec::loadu(less + k) + Vec::loadu(less + kTile + k)).store(less + k);
               }
             }
-            if (dy == nullptr) {
-              continue;
-            }
-            if (depth != height) {
-              std::fill(&of_prefix[height * kCols], &of_prefix[height * kCols] + kCols, 0.0f);
-            }
-            float* out = z_turned.data();
-            at::vec::transpose_mxn<float>(of_prefix, kCols, out, kRows, depth, kCols);
-            float* sums = dy + j * d + from;
-            const int64_t some = ends[p] - from;
-            if constexpr (packs) {
-              convert(out, turned.data(), kCols * kRows);
-              gemm(width, some, depth, turned.data(), kRows, x_pairs + (i - c) * d + 2 * from, d, sums, d, true);
-            } else {
-              gemm(width, some, depth, out, kRows, x + i * d + from, d, sums, d, true);
-            }
-          }
-        }
-      }
-      gemm_release<T>();
-    });
-    if (dx != nullptr) {
-      at::parallel_for(0, ceil_div(high, kRows), grain(kRows * n * d), [&](int64_t begin, int64_t end) {
-        std::vector<T> pairs(packs ? kDepth * d : 0);  // [kDepth / 2, D, 2] of y
-        const int64_t stop = std::min(high, end * kRows);
-        for (int64_t group = begin * kRows; group < stop; group += kStrips * kRows) {
-          for (int64_t j = 0; j < n; j += kDepth) {
-            const int64_t depth = std::min(kDepth, n - j);
-            const T* b = y + j * d;
-            if constexpr (packs) {
-              pack_pairs(b, d, depth, d, pairs.data());
-              b = pairs.data();
-            }
-            for (int64_t i = group; i < std::min(stop, group + kStrips * kRows); i += kRows) {
-              for (int64_t p = 0; p < prefixes; ++p) {
-                const int64_t from = begin_of(p);
-                gemm(std::min(kRows, stop - i), ends[p] - from, round_to_pair<T>(depth),
-                     &ds[(p * chunk + i) * ld + j], ld, b + kPair<T> * from, d, dx + (c + i) * d + from, d, true);
+            for (int64_t p = 0; p < prefixes; ++p) {
+              float* of_prefix = &z[p * kTile];
+              const int64_t depth = round_to_pair<T>(height);
+              const T* slopes;
+              if constexpr (kFloat) {
+                slopes = of_prefix;
+              } else {
+                convert(of_prefix, rounded.data(), height * kCols);
+                slopes = rounded.data();
+              }
+              if (dx != nullptr) {
+                T* to = ds_of(p, i - c, j - e);
+                for (int64_t r = 0; r < height; ++r) {
+                  std::copy_n(slopes + r * kCols, kCols, to + r * kDepth);
+                }
+              }
+              if (dy == nullptr) {
+                continue;
+              }
+              float* to = dy + j * d + sections[p].from;
+              if constexpr (kFloat) {
+                packed::multiply(width, sections[p].size, depth, packed::turned<kCols>(slopes), x_packed[p], i - c, 0,
+                                 to, d, true, ahead[p]);
+              } else {
+                // pairs of rows turn as one
+                pack_pairs(slopes, kCols, height, kCols, paired.data());
+                at::vec::transpose_mxn<float>(reinterpret_cast<const float*>(paired.data()), kCols,
+                                              reinterpret_cast<float*>(turned.data()), kRows / 2, depth / 2, kCols);
+                packed::multiply(width, sections[p].size, depth, packed::rows_of(turned.data(), kRows), x_packed[p],
+                                 i - c, 0, to, d, true, ahead[p]);
               }
             }
           }
         }
         gemm_release<T>();
       });
+      join(c, rows, e, cols);
+      if (dx == nullptr) {
+        continue;
+      }
+      const auto count = static_cast<int64_t>(slices.size());
+      at::parallel_for(0, ceil_div(rows, kRows) * count, grain(kRows * cols * kSlice), [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t i = item / count * kRows;
+          const auto& [p, slice] = slices[item % count];
+          const packed::Right<T>& right = y_packed[p];
+          for (int64_t j = 0; j < cols; j += kDepth) {
+            const int64_t depth = std::min(kDepth, cols - j);
+            packed::Ahead ahead;
+            if constexpr (kFloat) {
+              if (j + depth < cols) {
+                ahead = {right.row(j + depth) + slice.from * right.k, ceil_div(slice.size, packed::kWide),
+                         kDepth * packed::kWide * 4, right.k * packed::kWide * 4};
+              }
+            }
+            packed::multiply(std::min(kRows, rows - i), slice.size, round_to_pair<T>(depth),
+                             packed::rows_of<T>(ds_of(p, i, j), kDepth), right, j, slice.from,
+                             dx + (c + i) * d + sections[p].from + slice.from, d, true, ahead);
+          }
+        }
+        gemm_release<T>();
+      });
     }
   }
+}
+
+template <typename T, typename Finish>
+void gradients(const T* x, const T* y, int64_t m, int64_t n, const std::vector<int64_t>& ends, int64_t workspace,
+               const float* kept, float* dx, float* dy, const Finish& finish) {
+  gradients(x, y, m, n, ends, workspace, kept, dx, dy, finish, [](auto...) {});
 }
 
 using MaybeTensor = std::optional<at::Tensor>;

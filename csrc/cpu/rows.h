@@ -10,8 +10,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "exponential.h"
 #include "panels.h"
+#include "vectors.h"
 
 namespace lbfast {
 
@@ -82,7 +82,7 @@ inline Vec gelu(const Vec& x) {
     for (const float c : {-0.726576014f, 0.710706871f, -0.142248368f, 0.127414796f}) {
       p = at::vec::fmadd(p, t, Vec(c));
     }
-    const Vec beyond = p * t * exponential(x * x * Vec(-0.5f));  // Phi(-|x|)
+    const Vec beyond = p * t * exponential_of(x * x * Vec(-0.5f));  // Phi(-|x|)
     return x * Vec::blendv(beyond, one - beyond, x > Vec(0.0f));
   } else {
     constexpr bool kShort = std::is_same_v<T, uint8_t>;
@@ -106,7 +106,7 @@ inline Vec gelu(const Vec& x) {
 template <typename T>
 inline Vec quick_gelu(const Vec& x) {
   const Vec e = x * Vec(-1.702f);
-  return x / (Vec(1.0f) + (std::is_same_v<T, float> ? exponential(e) : e.exp_u20()));
+  return x / (Vec(1.0f) + (std::is_same_v<T, float> ? exponential_of(e) : e.exp_u20()));
 }
 
 template <typename T>

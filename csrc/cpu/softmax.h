@@ -9,7 +9,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "exponential.h"
+#include "vectors.h"
 
 namespace lbfast {
 
@@ -20,24 +20,6 @@ struct Masks {
   bool causal;
   const bool* padded;  // [B, keys] or null
 };
-
-inline void store(const Vec& a, const Vec& b, float* to) {
-  a.store(to);
-  b.store(to + kLanes);
-}
-
-inline void store(const Vec& a, const Vec& b, at::BFloat16* to) {
-#if defined(CPU_CAPABILITY_AVX512)
-  static const bool has_instruction = __builtin_cpu_supports("avx512bf16");
-  if (has_instruction) {
-    __m512i rounded;
-    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(rounded) : "v"(static_cast<__m512>(a)), "v"(static_cast<__m512>(b)));
-    _mm512_storeu_si512(to, rounded);
-    return;
-  }
-#endif
-  at::vec::convert_from_float<at::BFloat16>(a, b).store(to);
-}
 
 // Scores of one query -> what the softmax takes, in place; returns how many of the keys may count.
 inline int64_t mask_scores(float* s, int64_t keys, int64_t query, const Masks& masks, int64_t b, float& scale) {
@@ -56,7 +38,7 @@ inline int64_t mask_scores(float* s, int64_t keys, int64_t query, const Masks& m
 template <typename T>
 Vec exponential(const Vec& x) {
   if constexpr (std::is_same_v<T, float>) {
-    return exponential(x);
+    return exponential_of(x);
   } else {
 #if defined(CPU_CAPABILITY_AVX512)
     const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));

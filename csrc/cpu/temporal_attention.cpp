@@ -19,7 +19,7 @@
 #include <type_traits>
 
 #include "checks.h"
-#include "exponential.h"
+#include "vectors.h"
 
 namespace {
 
@@ -132,7 +132,7 @@ void softmax(const TileT& tile, Scores& scores) {
   }
   for (int64_t i = 0; i < frames * frames; i += kLanes) {
     const int count = static_cast<int>(std::min(kLanes, frames * frames - i));
-    lbfast::exponential(Vec::loadu(scores.data + i, count)).store(scores.data + i, count);
+    lbfast::exponential_of(Vec::loadu(scores.data + i, count)).store(scores.data + i, count);
   }
   for (int64_t s = 0; s < frames; ++s) {
     for (int64_t t = 0; t < frames; ++t) {

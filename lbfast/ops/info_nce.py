@@ -431,7 +431,7 @@ def _unrounded(x: torch.Tensor, block: Block) -> torch.Tensor:
     return x.float() if block.target <= 1 and x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-_TILE_COLUMNS = 64
+_TILE_COLUMNS = 96
 """kCols of csrc/cpu/pairs.h: the logits that it keeps end with a whole tile."""
 
 
