@@ -27,7 +27,6 @@
 
 namespace lbfast::pairs {
 
-
 constexpr int64_t kRows = 192;        // rows of a tile
 constexpr int64_t kCols = 96;         // columns of a tile
 constexpr int64_t kEvenRows = 8 * kRows, kEvenCols = 16 * kCols;  // what some threads share evenly

@@ -15,7 +15,6 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from lbfast.data import tether
 from lbfast.data.crew import WITHOUT, Crew, Work, Worker, context
 from lbfast.data.shared import Lease, Pool, as_array
 from lbfast.data.store import StoreError
@@ -209,24 +208,19 @@ class Decoder:
         self._results: dict[int, Any] = {}
         self._fault: str | None = None
         self._crew: Crew | None = None
-        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Decoder:
-        self._crew = Crew(self._work, advice=WITHOUT) if self._workers else None
-        for _ in range(self._workers):
-            thread = threading.Thread(target=self._serve, name=tether.WORKER, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        if self._workers:
+            self._crew = Crew(self._work, advice=WITHOUT)
+            self._crew.serve(self._workers, self._serve)
         return self
 
     def __exit__(self, *error: object) -> None:
         """Ends the workers, in the middle of a file if need be."""
         if self._crew is not None:
             self._crew.close()
-        for _ in self._threads:
-            self._room.release()
-        for thread in self._threads:
-            thread.join()
+            self._room.release(self._workers)
+            self._crew.join()
         self._leases.clear()
         self._pool.close()
 
