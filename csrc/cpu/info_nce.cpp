@@ -29,7 +29,6 @@ using pairs::ceil_div;
 using pairs::kCols;
 using pairs::kLanes;
 using pairs::kRows;
-using pairs::Vec;
 
 constexpr float kSpread = 16.0f;      // exp(z - K) of what matters stays within rounding of exp's argument
 constexpr float kNone = -std::numeric_limits<float>::max();  // logit of a pair that is left out

@@ -21,7 +21,6 @@ using pairs::ceil_div;
 using pairs::kCols;
 using pairs::kLanes;
 using pairs::kRows;
-using pairs::Vec;
 
 constexpr int64_t kVecs = kCols / kLanes;
 

@@ -19,7 +19,6 @@ namespace {
 using pairs::ceil_div;
 using pairs::kCols;
 using pairs::kLanes;
-using pairs::Vec;
 
 constexpr int64_t kVecs = kCols / kLanes;
 constexpr int64_t kSums = 3;    // of the losses, of dS, and of dS p
