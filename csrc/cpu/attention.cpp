@@ -311,9 +311,8 @@ void forward_amx(const Shape& shape, const View<at::BFloat16>& q, const View<at:
         packed = head;
       }
       const Strip at(shape, masks, i % strips);
-      const int64_t tiles = (at.count + kRows - 1) / kRows;
       const auto product = [&](const char* a, int64_t a_steps, const char* panel, int64_t steps, float* c, int64_t to) {
-        multiply({a, a_steps * kTileStep, tiles, panel, steps, c, false, nullptr, 0, [](void*) {}, nullptr, to});
+        multiply({a, a_steps * kTileStep, at.count, panel, steps, c, false, nullptr, 0, [](void*) {}, nullptr, to});
       };
       to_tiles(q.at(b, at.first, h), q.n, at.count, dim, queries, dim_steps);
       for (int64_t j = 0; j < at.width; j += kColumns) {
