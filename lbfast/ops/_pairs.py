@@ -11,7 +11,7 @@ import torch
 from lbfast import dispatch, distributed
 
 _ROUNDING_HEADROOM = 4096.0  # fp16 rounds dS scaled up by this, so that probabilities of 1/B stay normal numbers
-_DEFAULT_WORKSPACE_MIB = {"cpu": 20, "cuda": 256}
+_GPU_WORKSPACE_MIB = 256
 
 INTERPRETER_KNOWS_BFLOAT16 = False
 """Tests that have put Triton's interpreter right say so."""
@@ -67,9 +67,9 @@ def labels_of(ids: torch.Tensor, shards: distributed.Shards) -> torch.Tensor:
     return torch.unique(every, return_inverse=True)[1].to(torch.int32)
 
 
-def workspace_bytes(device: torch.device, workspace_mib: int | None) -> int:
-    """Bytes of scratch."""
-    return (workspace_mib or _DEFAULT_WORKSPACE_MIB.get(device.type, 20)) << 20
+def workspace_bytes(device: torch.device, workspace_mib: int | None, on_cpu: int = 20) -> int:
+    """Bytes of scratch; where none are asked for, `on_cpu` MiB, or what serves a GPU."""
+    return (workspace_mib or (_GPU_WORKSPACE_MIB if device.type == "cuda" else on_cpu)) << 20
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def sigmoid_loss(
         gather: "all" collects every rank's texts on each rank; "ring" passes them round, so that no rank ever holds
             more than two ranks' worth of them.
         impl: "triton", "native" or "torch"; None chooses.
-        workspace_mib: bound on the scratch memory for tiles. None: 20; on a GPU 256.
+        workspace_mib: bound on the scratch memory for tiles. None: 48; on a GPU 256.
 
     Returns:
         Scalar: float32 (float64 for float64 inputs). Gradients are those of this loss for the rank's own rows, and the
@@ -87,7 +87,7 @@ def sigmoid_loss(
         labels = None if ids is None or dispatch.aten_only() else _pairs.labels_of(ids, texts)
     if shards.world == 1 and dispatch.aten_only():
         return dense_sigmoid_loss(image_embeds, text_embeds, scale, bias, ids)
-    plan = Plan(shards, texts, gather, labels, _pairs.workspace_bytes(device, workspace_mib))
+    plan = Plan(shards, texts, gather, labels, _pairs.workspace_bytes(device, workspace_mib, on_cpu=48))
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (image_embeds, text_embeds)]
     return _SigmoidLoss.apply(image_embeds, text_embeds, scale, bias, plan, _implementation(name), *needs)
 
