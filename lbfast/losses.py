@@ -126,7 +126,7 @@ class SigLipLoss(nn.Module):
         averaged: as in InfoNCELoss.
 
     Raises:
-        ValueError: dist_impl is none of open_clip's, or chunk_size is negative.
+        ValueError: dist_impl is none of open_clip's, or chunk_size no number of rows.
     """
 
     def __init__(
@@ -147,8 +147,8 @@ class SigLipLoss(nn.Module):
         known = ("bidir", "shift", "reduce", "gather")
         if dist_impl is not None and dist_impl not in known:
             raise ValueError(f"SigLipLoss: dist_impl: expected one of {', '.join(known)}, or None, got {dist_impl!r}")
-        if chunk_size < 0:
-            raise ValueError(f"SigLipLoss: chunk_size: expected 0 (none) or a number of rows, got {chunk_size}")
+        if type(chunk_size) is not int or chunk_size < 0:
+            raise ValueError(f"SigLipLoss: chunk_size: expected 0 (none) or a number of rows, got {chunk_size!r}")
         self.cache_labels, self.rank, self.world_size = cache_labels, rank, world_size
         self.dist_impl, self.chunk_size = dist_impl or known[0], chunk_size
         self.group = group

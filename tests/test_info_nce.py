@@ -271,6 +271,16 @@ def test_nan_and_inf_give_nan(impl, bad):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_an_image_infinitely_far_from_every_text(impl):
+    """All its logits are -inf."""
+    x = torch.tensor([[torch.inf, 0.5], [0.5, 0.5]], device=DEVICE, requires_grad=True)
+    y = torch.tensor([[-0.5, 0.5], [-0.5, 0.5]], device=DEVICE, requires_grad=True)
+    loss = info_nce(x, y, torch.tensor(10.0, device=DEVICE), impl=impl)
+    loss.backward()
+    assert loss.isnan() and x.grad[0].isnan().all() and y.grad.isnan().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_properties(impl):
     """Symmetric in its sides, blind to the order of the pairs and to the workspace; the same bits every time."""
     x, y, s = unit(600, 72), unit(600, 72, seed=1), torch.tensor(30.0, device=DEVICE)

@@ -66,8 +66,9 @@ def test_siglip_call():
     assert torch.equal(loss(*out.values(), -10.0, ids=ids), sigmoid_loss(*out.values(), -10.0, ids=ids))
     with pytest.raises(ValueError, match="dist_impl: expected one of bidir, shift, reduce, gather, or None, got 'no'"):
         lbfast.SigLipLoss(dist_impl="no")
-    with pytest.raises(ValueError, match=r"chunk_size: expected 0 \(none\) or a number of rows, got -1"):
-        lbfast.SigLipLoss(chunk_size=-1)
+    for wrong in (-1, None, "3", 1.5, True):
+        with pytest.raises(ValueError, match=rf"chunk_size: expected 0 \(none\) or a number of rows, got {wrong!r}"):
+            lbfast.SigLipLoss(chunk_size=wrong)
 
 
 def test_siglip_is_open_clips(open_clips):

@@ -86,6 +86,18 @@ def test_a_span_within_its_budget(dtype, kernel, size):
                 testing.assert_within_budget(value.bfloat16(), want, plain)
 
 
+@each_kernel
+def test_gelu_far_from_zero(dtype, kernel):
+    """Phi may be approximate, but not below 0: times -1e19 that would be a large number of the wrong sign."""
+    x = torch.tensor([-1e38, -1e19, -1e4, -104, -8, -5, -4.2, -3.8, -1, 0, 1, 3.8, 5, 8, 1e4, 1e38])
+    for activation in ("gelu", "quick_gelu"):
+        layer = tokenwise.product(torch.zeros(16, 16), x, dtype)
+        got = tokenwise.linear(torch.zeros(3, 16), layer, 16, activation, kernel)
+        want = F.gelu(x) if activation == "gelu" else x * torch.sigmoid(1.702 * x)
+        assert (got[:, x < 0] <= 0).all()
+        assert ((got - want).abs() <= 1e-3 * x.abs()).all()
+
+
 @pytest.mark.parametrize("shape", [(1, 16, 16), (19, 48, 80), (40, 4096, 48)])  # M, K, N
 @each_kernel
 def test_whole_numbers_are_exact(dtype, kernel, shape):

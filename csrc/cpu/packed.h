@@ -186,7 +186,9 @@ LBFAST_APART void multiply_panel(int64_t k, const Left<float, kRow, kColumn>& le
       move(column);
       b += kWide;
     }
-    move(left.jump - left.segment * column);
+    if (stop == left.segment) {
+      move(left.jump - left.segment * column);
+    }
   }
 #pragma GCC unroll 12
   for (int64_t r = 0; r < kRows; ++r) {

@@ -56,4 +56,5 @@ def check_place(file: str | os.PathLike[str]) -> None:
 def nothing_left(data: object, skipped: dict[str, str]) -> ValueError:
     """The error where no sample could be used: how many were skipped, and why the last."""
     why = f"; {len(skipped)} skipped, the last: {list(skipped.values())[-1]}" if skipped else ""
-    return ValueError(f"{data}: expected samples that can be evaluated, got none{why}")
+    named = ", ".join(map(str, data)) if isinstance(data, list | tuple) else data
+    return ValueError(f"{named}: expected samples that can be evaluated, got none{why}")

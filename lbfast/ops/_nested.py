@@ -201,10 +201,10 @@ def composed(x: torch.Tensor, y: torch.Tensor, shares: dict[int, float], dtype: 
     """The weighted mean of loss(first d numbers of x, of y), renormalised, in `dtype`."""
 
     def prefix(e: torch.Tensor, d: int) -> torch.Tensor:
-        part = e[:, :d]
+        part = e[:, :d].to(_pairs.accumulation(e.dtype))  # both parts of its gradient cancel where it is normed
         if d == 1:  # a sign, which no gradient moves: none is left to cancel
             return torch.where(part.abs() > _EPSILON, part.detach().sign(), part / _EPSILON).to(dtype)
-        norm = torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=_pairs.accumulation(e.dtype))
+        norm = torch.linalg.vector_norm(part, dim=1, keepdim=True)
         return (part / norm.clamp(min=_EPSILON)).to(dtype)
 
     parts = [share * loss(prefix(x, d), prefix(y, d)) for d, share in shares.items()]

@@ -249,6 +249,7 @@ class _InfoNCE(torch.autograd.Function):
             else:
                 y = text_embeds
                 rows, cols, positives = _ring_stats(image_embeds, y, s, plan)
+            rows[0].add_(0 * positives)  # NaN where that is infinite, as only infinite numbers make it
             cols = shards.merge_statistics(cols)
             total: Any = 0.0
             for side, shift, tail in (("image", *rows), ("text", *plan.paired(cols))):

@@ -57,7 +57,7 @@ def sigmoid_loss(
 
     Returns:
         Scalar: float32 (float64 for float64 inputs). Gradients are those of this loss for the rank's own rows, and the
-        whole gradients for logit_scale and logit_bias. NaN where an input is NaN.
+        whole gradients for logit_scale and logit_bias. NaN where an input is NaN; not defined for infinite ones.
 
     Raises:
         TypeError: a dtype is not floating point, or ids are no integers. ValueError: shapes don't fit, or ranks

@@ -200,7 +200,7 @@ class Run:
             self._say(
                 f"warmup: {self.recipe.warmup} steps, and the run has {self.total}: its learning rate ends at "
                 f"{scheduled(self.recipe, self.total - 1, self.total):.2g}, not at lr {self.recipe.lr:.2g}; "
-                f"`--set warmup={self.total // 10}` is a tenth of the run"
+                f"`--set warmup={-(-self.total // 10)}` is a tenth of the run"
             )
         with (
             StopSignals() as signals,
