@@ -158,7 +158,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=256, help="of the vision tower (%(default)s)")
     parser.add_argument("--layers", type=int, default=0, help="of the vision tower (4; of L/14 all)")
     parser.add_argument("--arch", choices=ARCHS, default="small", help="of the towers (%(default)s)")
-    parser.add_argument("--modality", nargs="+", choices=("image", "video"), default=["image"], help="(image)")
+    known = ("image", "video")
+    parser.add_argument(
+        "--modality", nargs="+", choices=known, metavar="NAME", default=["image"], help="image, video (image)"
+    )
     parser.add_argument("--once", action="store_true", help="one step each way: its time and its memory")
     parser.add_argument("--tuned", nargs="+", choices=list(TUNED), default=list(TUNED), help="what is trained")
     parser.add_argument("--seconds", type=float, default=6.0, help="for each candidate (%(default)s)")
