@@ -235,7 +235,7 @@ constexpr int64_t kWords = 16;  // of a step: pairs of numbers that lie beside e
 
 const panels::Kernel* amx() {
   static const std::vector<panels::Kernel> here = panels::kernels<at::BFloat16>();
-  return !here.empty() && here.front().tiles ? &here.front() : nullptr;
+  return !here.empty() && here.front().amx ? &here.front() : nullptr;
 }
 
 // rows of dim values -> tiles of A, in `steps` steps; what is beyond dim stays as it is.

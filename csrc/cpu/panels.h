@@ -1,7 +1,7 @@
 // Products of a few rows with frozen weights: C [32, 32] += A @ B^T on what the machine has, in one thread.
 //
 // Everything is laid out in steps of 64 bytes of K: 64 numbers of 8 bits, 32 of 16 or 16 of 32.
-//   A  tiles of 16 rows, [steps][16 rows][64 bytes]
+//   A  tiles of up to 16 rows, as many as the kernel sums at a time, [steps][rows][64 bytes]
 //   B  panels of 32 columns, [steps][2 halves][16 words][16 columns][4 bytes]: a word is the 4 bytes that one column
 //      has of K, so that a line of 64 bytes serves 16 columns, and 16 lines are a tile of AMX as they lie
 // 8-bit A is unsigned, B signed, and their sums are exact.
@@ -11,10 +11,12 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -26,13 +28,13 @@
 
 namespace lbfast::panels {
 
-constexpr int64_t kRows = 16;                      // of a tile of A
-constexpr int64_t kColumns = 32;                   // of a panel of B
-constexpr int64_t kStep = 64;                      // bytes of K
-constexpr int64_t kTileStep = kRows * kStep;       // bytes of a tile's step
-constexpr int64_t kPanelStep = kColumns * kStep;   // bytes of a panel's step
-constexpr int64_t kBlock = 2 * kRows * kColumns;   // sums of a call
-constexpr int64_t kUnitOfAvx512 = 8, kUnitOfAvx2 = 4;  // rows at a time
+constexpr int64_t kRows = 16;                     // of a tile of A, at most; of AMX always
+constexpr int64_t kColumns = 32;                  // of a panel of B
+constexpr int64_t kStep = 64;                     // bytes of K
+constexpr int64_t kTileStep = kRows * kStep;      // bytes of a whole tile's step
+constexpr int64_t kPanelStep = kColumns * kStep;  // bytes of a panel's step
+constexpr int64_t kTallOfAvx512 = 14;             // rows that 32 registers sum beside 2 lines of B and a word of A
+constexpr int64_t kTallOfAvx2 = 6;                // that 16 registers sum, of half a panel
 
 constexpr int64_t padded(int64_t columns) { return (columns + kColumns - 1) / kColumns * kColumns; }
 
@@ -42,9 +44,9 @@ constexpr int64_t kDepth = kStep / static_cast<int64_t>(sizeof(T));  // numbers 
 template <typename T>
 using Sum = std::conditional_t<std::is_same_v<T, uint8_t>, int32_t, float>;
 
-// One call's operands. `rows` of A, at most 32, lie in tiles a_tile bytes apart; c is [32][32], rows `ld` apart, and what
-// fills up the kernel's unit is written too. At each step `lines` lines from `next` on are asked for, and by kernels of
-// AMX, which multiplies beside the vector units, work(state) is called.
+// One call's operands: `rows` of A, of one tile or for AMX of two, which lie a_tile bytes apart, in tiles of `tall` rows.
+// c is [rows][32], rows `ld` apart; AMX writes whole tiles. At each step `lines` lines from `next` on are asked for, and
+// by kernels of AMX, which multiplies beside the vector units, work(state) is called.
 struct Call {
   const char* a;
   int64_t a_tile;
@@ -58,6 +60,7 @@ struct Call {
   void (*work)(void*);
   void* state;
   int64_t ld = kColumns;
+  int64_t tall = kRows;
 };
 
 using Multiply = void (*)(const Call&);
@@ -65,8 +68,12 @@ using Multiply = void (*)(const Call&);
 struct Kernel {
   const char* name;
   Multiply multiply;
-  int64_t unit;  // rows at a time
-  bool tiles;    // of AMX, to be readied and released by each thread
+  int64_t most;  // rows of a tile
+  bool amx;      // tiles of whole 16 rows, two a call, to be readied and released by each thread
+
+  int64_t tiles(int64_t rows) const { return (rows + most - 1) / most; }
+  // Rows of a tile, where `rows` are shared as evenly as can be.
+  int64_t tall(int64_t rows) const { return amx ? kRows : (rows + tiles(rows) - 1) / tiles(rows); }
 };
 
 // Wherever a compiler is: the words of a line one after another.
@@ -74,10 +81,10 @@ template <typename T>
 void multiply_plain(const Call& call) {
   auto* c = static_cast<float*>(call.c);
   for (int64_t i = 0; i < call.rows; ++i) {
-    const char* row = call.a + i / kRows * call.a_tile + i % kRows * kStep;
+    const char* row = call.a + i * kStep;
     float sums[kColumns] = {};
     for (int64_t s = 0; s < call.steps; ++s) {
-      const auto* a = reinterpret_cast<const float*>(row + s * kTileStep);
+      const auto* a = reinterpret_cast<const float*>(row + s * call.tall * kStep);
       const auto* b = reinterpret_cast<const float*>(call.b + s * kPanelStep);
       for (int64_t half = 0; half < 2; ++half) {
         for (int64_t w = 0; w < 16; ++w) {
@@ -193,48 +200,51 @@ LBFAST_AVX512 __m512i plus(__m512i a, __m512i b, float) {
   return reinterpret_cast<__m512i>(_mm512_add_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
 }
 
-template <typename T>
-__attribute__((target("avx512vnni,avx512bf16"))) void multiply_avx512(const Call& call) {
-  constexpr int64_t kHigh = kUnitOfAvx512;  // 16 sums, 2 lines of B and a word of A
-  const char* next = call.next;
-  for (int64_t i = 0; i < call.rows; i += kHigh) {
-    const char* a = call.a + i / kRows * call.a_tile + i % kRows * kStep;
-    const char* b = call.b;
-    __m512i low[kHigh], high[kHigh];
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < kHigh; ++r) {
-      low[r] = high[r] = _mm512_setzero_si512();
-    }
-    for (int64_t s = 0; s < call.steps; ++s) {
+// kTall rows of a tile: 2 kTall sums, 2 lines of B and a word of A in the registers.
+template <typename T, int64_t kTall>
+__attribute__((target("avx512vnni,avx512bf16"))) void multiply_rows_avx512(const Call& call) {
+  const char *a = call.a, *b = call.b, *next = call.next;
+  const int64_t a_step = call.tall * kStep;
+  __m512i low[kTall], high[kTall];
+#pragma GCC unroll 16
+  for (int64_t r = 0; r < kTall; ++r) {
+    low[r] = high[r] = _mm512_setzero_si512();
+  }
+  for (int64_t s = 0; s < call.steps; ++s) {
 #pragma GCC unroll 2
-      for (int64_t w = 0; w < 16; ++w) {
-        const __m512i first = _mm512_loadu_si512(b + w * 64), second = _mm512_loadu_si512(b + (16 + w) * 64);
-#pragma GCC unroll 8
-        for (int64_t r = 0; r < kHigh; ++r) {
-          const int32_t word = *reinterpret_cast<const int32_t*>(a + r * kStep + w * 4);
-          low[r] = dot(low[r], word, first, T{});
-          high[r] = dot(high[r], word, second, T{});
-        }
-      }
-      a += kTileStep;
-      b += kPanelStep;
-      if (i == 0) {
-        for (int64_t k = 0; k < call.lines; ++k, next += 64) {
-          _mm_prefetch(next, _MM_HINT_T1);
-        }
+    for (int64_t w = 0; w < 16; ++w) {
+      const __m512i first = _mm512_loadu_si512(b + w * 64), second = _mm512_loadu_si512(b + (16 + w) * 64);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kTall; ++r) {
+        const int32_t word = *reinterpret_cast<const int32_t*>(a + r * kStep + w * 4);
+        low[r] = dot(low[r], word, first, T{});
+        high[r] = dot(high[r], word, second, T{});
       }
     }
-    auto* c = static_cast<Sum<T>*>(call.c) + i * call.ld;
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < kHigh; ++r, c += call.ld) {
-      if (call.add) {
-        low[r] = plus(low[r], _mm512_loadu_si512(c), Sum<T>{});
-        high[r] = plus(high[r], _mm512_loadu_si512(c + 16), Sum<T>{});
-      }
-      _mm512_storeu_si512(c, low[r]);
-      _mm512_storeu_si512(c + 16, high[r]);
+    a += a_step;
+    b += kPanelStep;
+    for (int64_t i = 0; i < call.lines; ++i, next += 64) {
+      _mm_prefetch(next, _MM_HINT_T1);
     }
   }
+  auto* c = static_cast<Sum<T>*>(call.c);
+#pragma GCC unroll 16
+  for (int64_t r = 0; r < kTall; ++r, c += call.ld) {
+    if (call.add) {
+      low[r] = plus(low[r], _mm512_loadu_si512(c), Sum<T>{});
+      high[r] = plus(high[r], _mm512_loadu_si512(c + 16), Sum<T>{});
+    }
+    _mm512_storeu_si512(c, low[r]);
+    _mm512_storeu_si512(c + 16, high[r]);
+  }
+}
+
+template <typename T>
+void multiply_avx512(const Call& call) {
+  static constexpr auto by_rows = []<int64_t... i>(std::integer_sequence<int64_t, i...>) {
+    return std::array<Multiply, sizeof...(i)>{multiply_rows_avx512<T, i + 1>...};
+  }(std::make_integer_sequence<int64_t, kTallOfAvx512>{});
+  by_rows[call.rows - 1](call);
 }
 
 #endif
@@ -261,46 +271,50 @@ LBFAST_AVX2 __m256i plus(__m256i a, __m256i b, float) {
   return reinterpret_cast<__m256i>(_mm256_add_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
 }
 
-template <typename T>
-__attribute__((LBFAST_AVX2_TARGET)) void multiply_avx2(const Call& call) {
-  constexpr int64_t kHigh = kUnitOfAvx2;  // against 16 columns: 8 sums
+template <typename T, int64_t kTall>
+__attribute__((LBFAST_AVX2_TARGET)) void multiply_rows_avx2(const Call& call) {
   for (int64_t half = 0; half < 2; ++half) {
-    for (int64_t i = 0; i < call.rows; i += kHigh) {
-      const char* a = call.a + i / kRows * call.a_tile + i % kRows * kStep;
-      const char* b = call.b + half * 1024;
-      __m256i low[kHigh], high[kHigh];
-#pragma GCC unroll 4
-      for (int64_t r = 0; r < kHigh; ++r) {
-        low[r] = high[r] = _mm256_setzero_si256();
-      }
-      for (int64_t s = 0; s < call.steps; ++s) {
+    const char *a = call.a, *b = call.b + half * 1024;
+    __m256i low[kTall], high[kTall];
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kTall; ++r) {
+      low[r] = high[r] = _mm256_setzero_si256();
+    }
+    for (int64_t s = 0; s < call.steps; ++s) {
 #pragma GCC unroll 2
-        for (int64_t w = 0; w < 16; ++w) {
-          const auto* line = reinterpret_cast<const __m256i*>(b + w * 64);
-          const __m256i first = _mm256_loadu_si256(line), second = _mm256_loadu_si256(line + 1);
-#pragma GCC unroll 4
-          for (int64_t r = 0; r < kHigh; ++r) {
-            const int32_t word = *reinterpret_cast<const int32_t*>(a + r * kStep + w * 4);
-            low[r] = dot(low[r], word, first, T{});
-            high[r] = dot(high[r], word, second, T{});
-          }
+      for (int64_t w = 0; w < 16; ++w) {
+        const auto* line = reinterpret_cast<const __m256i*>(b + w * 64);
+        const __m256i first = _mm256_loadu_si256(line), second = _mm256_loadu_si256(line + 1);
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < kTall; ++r) {
+          const int32_t word = *reinterpret_cast<const int32_t*>(a + r * kStep + w * 4);
+          low[r] = dot(low[r], word, first, T{});
+          high[r] = dot(high[r], word, second, T{});
         }
-        a += kTileStep;
-        b += kPanelStep;
       }
-      auto* c = static_cast<Sum<T>*>(call.c) + i * call.ld + half * 16;
-#pragma GCC unroll 4
-      for (int64_t r = 0; r < kHigh; ++r, c += call.ld) {
-        auto *to = reinterpret_cast<__m256i*>(c), *beside = to + 1;
-        if (call.add) {
-          low[r] = plus(low[r], _mm256_loadu_si256(to), Sum<T>{});
-          high[r] = plus(high[r], _mm256_loadu_si256(beside), Sum<T>{});
-        }
-        _mm256_storeu_si256(to, low[r]);
-        _mm256_storeu_si256(beside, high[r]);
+      a += call.tall * kStep;
+      b += kPanelStep;
+    }
+    auto* c = static_cast<Sum<T>*>(call.c) + half * 16;
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kTall; ++r, c += call.ld) {
+      auto *to = reinterpret_cast<__m256i*>(c), *beside = to + 1;
+      if (call.add) {
+        low[r] = plus(low[r], _mm256_loadu_si256(to), Sum<T>{});
+        high[r] = plus(high[r], _mm256_loadu_si256(beside), Sum<T>{});
       }
+      _mm256_storeu_si256(to, low[r]);
+      _mm256_storeu_si256(beside, high[r]);
     }
   }
+}
+
+template <typename T>
+void multiply_avx2(const Call& call) {
+  static constexpr auto by_rows = []<int64_t... i>(std::integer_sequence<int64_t, i...>) {
+    return std::array<Multiply, sizeof...(i)>{multiply_rows_avx2<T, i + 1>...};
+  }(std::make_integer_sequence<int64_t, kTallOfAvx2>{});
+  by_rows[call.rows - 1](call);
 }
 
 #endif
@@ -333,25 +347,25 @@ std::vector<Kernel> kernels() {
                     : std::is_same_v<T, uint8_t> ? vnni && __builtin_cpu_supports("avx512vnni")
                                                  : avx512 && __builtin_cpu_supports("avx512bf16");
   if (able) {
-    found.push_back({"avx512", multiply_avx512<T>, kUnitOfAvx512, false});
+    found.push_back({"avx512", multiply_avx512<T>, kTallOfAvx512, false});
   }
 #endif
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<T, float>) {
-    found.push_back({"avx2", multiply_avx2<T>, kUnitOfAvx2, false});
+    found.push_back({"avx2", multiply_avx2<T>, kTallOfAvx2, false});
   }
 #if defined(LBFAST_KNOWS_AMX_AND_AVX_VNNI)
   if constexpr (std::is_same_v<T, uint8_t>) {
     if (__builtin_cpu_supports("avxvnni") && limit != "SSE41" && limit != "AVX" && limit != "AVX2" &&
         limit != "AVX512_CORE") {
-      found.push_back({"avx2", multiply_avx2<T>, kUnitOfAvx2, false});
+      found.push_back({"avx2", multiply_avx2<T>, kTallOfAvx2, false});
     }
   }
 #endif
 #endif
 #endif
   if constexpr (std::is_same_v<T, float>) {
-    found.push_back({"plain", multiply_plain<T>, 1, false});
+    found.push_back({"plain", multiply_plain<T>, kRows, false});
   }
   return found;
 }

@@ -18,7 +18,6 @@ namespace lbfast {
 using panels::kDepth;
 using panels::kRows;
 using panels::kStep;
-using panels::kTileStep;
 constexpr int64_t kLanes = Vec::size();
 
 enum class Activation { kNone, kGelu, kQuickGelu };
@@ -72,12 +71,14 @@ inline float most(const Vec& x) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, x);
 }
 
-// x Phi(x). Phi within 7.5e-8 for products in float (Abramowitz and Stegun, 26.2.17). For others by an odd polynomial that is nearly 0 and 1 at its ends,
-// and not below: within 8e-5 for 16 bits (up to 4.2), 3e-4 for 8 (up to 3.8), below what these keep.
+// x Phi(x). Phi within 7.5e-8 for products in float (Abramowitz and Stegun, 26.2.17). For others by an odd polynomial
+// that is nearly 0 and 1 at its ends, and not below: within 8e-5 for 16 bits (up to 4.2), 3e-4 for 8 (up to 3.8), below
+// what these keep.
 template <typename T>
 inline Vec gelu(const Vec& x) {
   if constexpr (std::is_same_v<T, float>) {
-    const Vec one(1.0f), t = one / at::vec::fmadd(x.abs(), Vec(0.23164189f), one);
+    const Vec one(1.0f), end(1e3f);  // far beyond what is not 0; NaN stays
+    const Vec t = reciprocal_of(at::vec::fmadd(at::vec::minimum(x.abs(), end), Vec(0.23164189f), one));
     Vec p(0.530702715f);
     for (const float c : {-0.726576014f, 0.710706871f, -0.142248368f, 0.127414796f}) {
       p = at::vec::fmadd(p, t, Vec(c));
@@ -122,12 +123,18 @@ struct Norm {
 template <typename T>
 struct Tiles {
   T* data = nullptr;
+  T** rows = nullptr;  // where each begins
   float* scales = nullptr;
   float* offsets = nullptr;
-  int64_t steps = 0;
-  T* at(int64_t row, int64_t k) const {
-    return data + ((row / kRows * steps + k / kDepth<T>) * kTileStep + row % kRows * kStep) / sizeof(T) + k % kDepth<T>;
+  int64_t steps = 0, tall = 0;  // of a tile
+  // For `count` rows, `high` of a tile.
+  void share(int64_t count, int64_t high) {
+    tall = high;
+    for (int64_t r = 0; r < count; ++r) {
+      rows[r] = data + (r / tall * steps * tall + r % tall) * kDepth<T>;
+    }
   }
+  T* at(int64_t row, int64_t k) const { return rows[row] + k / kDepth<T> * (tall * kDepth<T>) + k % kDepth<T>; }
 };
 
 // A row of `width` values that read(k) gives, kLanes at a time -> row `r` of the tiles from column `first` on.

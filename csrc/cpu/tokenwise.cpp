@@ -31,7 +31,6 @@
 namespace lbfast {
 namespace {
 
-using panels::kBlock;
 using panels::kColumns;
 using panels::kPanelStep;
 using panels::Sum;
@@ -106,31 +105,32 @@ class Endings {
 template <typename T, typename Ends>
 void product(const panels::Kernel& kernel, const Tiles<T>& a, int64_t rows, const Linear& w, int64_t chunk,
              int64_t first_column, int64_t columns, Sum<T>* const (&sums)[2], const Ends& ends) {
-  const int64_t pairs = (rows + 2 * kRows - 1) / (2 * kRows);
+  const int64_t high = kernel.amx ? 2 * kRows : a.tall, calls = (rows + high - 1) / high;
   const int64_t first_step = chunk * (kChunk / kDepth<T>);
-  const int64_t lines = (kPanelStep / kStep + pairs - 1) / pairs;  // of the next panel at each step
-  const int64_t each = (rows + pairs * a.steps - 1) / (pairs * a.steps);
+  const int64_t lines = (kPanelStep / kStep + calls - 1) / calls;  // of the next panel at each step
+  const int64_t each = (rows + calls * a.steps - 1) / (calls * a.steps);
   Endings<T, Ends> endings(a, w, chunk, rows, ends);
   int64_t turn = 0;
   for (int64_t j = first_column; j < first_column + columns; j += kColumns) {
     const int64_t width = std::min(kColumns, first_column + columns - j);
-    if (!kernel.tiles) {
+    if (!kernel.amx) {
       endings.begin(sums[turn], j, width, each);
     }
     const char* b = w.panels + (j / kColumns * w.steps + first_step) * kPanelStep;
     for (int64_t s = 0; s < a.steps; s += kPart) {
       const int64_t steps = std::min(kPart, a.steps - s);
-      for (int64_t p = 0; p < pairs; ++p) {
-        const char* data = reinterpret_cast<const char*>(a.data) + (2 * p * a.steps + s) * kTileStep;
-        kernel.multiply({data, a.steps * kTileStep, std::min(2 * kRows, rows - 2 * p * kRows), b + s * kPanelStep, steps,
-                         sums[turn] + p * kBlock, s > 0, b + (w.steps + s) * kPanelStep + p * lines * steps * kStep,
-                         lines, Endings<T, Ends>::step, &endings});
-        if (!kernel.tiles && s + steps == a.steps) {
-          endings.advance(2 * (p + 1) * kRows);
+      for (int64_t i = 0, asked = 0; i < rows; i += high, asked += lines) {
+        const bool more = asked < kPanelStep / kStep;
+        kernel.multiply({reinterpret_cast<const char*>(a.at(i, s * kDepth<T>)), a.steps * a.tall * kStep,
+                         std::min(high, rows - i), b + s * kPanelStep, steps, sums[turn] + i * kColumns, s > 0,
+                         b + (w.steps + s) * kPanelStep + asked * steps * kStep, more ? lines : 0,
+                         Endings<T, Ends>::step, &endings, kColumns, a.tall});
+        if (!kernel.amx && s + steps == a.steps) {
+          endings.advance(i + high);
         }
       }
     }
-    if (kernel.tiles) {
+    if (kernel.amx) {
       endings.finish();
       endings.begin(sums[turn], j, width, each);
       turn ^= 1;
@@ -156,20 +156,23 @@ struct Span {
 
 template <typename T>
 struct Scratch {
-  Scratch(int64_t rows, int64_t width) {
-    const int64_t tall = (rows + 2 * kRows - 1) / (2 * kRows) * 2 * kRows;
+  // For pieces of up to `rows` tokens.
+  Scratch(const panels::Kernel& kernel, int64_t rows, int64_t width) {
+    const int64_t whole = (rows + kernel.tiles(rows) + kRows - 1) / kRows * kRows;  // tiles are filled up
     const int64_t steps = (width + kDepth<T> - 1) / kDepth<T>, inner_steps = kChunk / kDepth<T>;
-    const int64_t chunks = std::is_same_v<T, uint8_t> ? tall * kChunk : 0;  // floats until their scale is known
-    Arena& arena = Arena::mine(tall * (steps + inner_steps) * kStep +
-                               (4 * tall + 2 * tall * kColumns + chunks + width) * sizeof(float) + 9 * 64);
+    const int64_t chunks = std::is_same_v<T, uint8_t> ? rows * kChunk : 0;  // 16 bits until their scale is known
+    Arena& arena = Arena::mine(whole * (steps + inner_steps) * kStep + 2 * rows * sizeof(T*) +
+                               (4 * rows + 2 * whole * kColumns + width) * sizeof(float) +
+                               chunks * sizeof(at::BFloat16) + 11 * 64);
     for (Tiles<T>* tiles : {&a, &inner}) {
       tiles->steps = tiles == &a ? steps : inner_steps;
-      tiles->data = arena.take<T>(tall * tiles->steps * kDepth<T>);
-      tiles->scales = arena.take<float>(tall);
-      tiles->offsets = arena.take<float>(tall);
+      tiles->data = arena.take<T>(whole * tiles->steps * kDepth<T>);
+      tiles->rows = arena.take<T*>(rows);
+      tiles->scales = arena.take<float>(rows);
+      tiles->offsets = arena.take<float>(rows);
     }
-    sums[0] = arena.take<Sum<T>>(tall * kColumns);
-    sums[1] = arena.take<Sum<T>>(tall * kColumns);
+    sums[0] = arena.take<Sum<T>>(whole * kColumns);
+    sums[1] = arena.take<Sum<T>>(whole * kColumns);
     chunk = arena.take<at::BFloat16>(chunks);
     row = arena.take<float>(width);
   }
@@ -183,6 +186,7 @@ struct Scratch {
 template <typename T, typename Out>
 void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t rows, Scratch<T>& scratch) {
   const int64_t width = span.width;
+  scratch.a.share(rows, kernel.tall(rows));
   const auto read_attended = [&] {
     for (int64_t r = 0; r < rows; ++r) {
       const Out* row = static_cast<const Out*>(span.attended) + (first + r) * span.attended_ld;
@@ -212,8 +216,9 @@ void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t 
     write_norm(scratch.a, total, rows, width, span.before_mlp, span.eps, scratch.row);
     for (int64_t chunk = 0; chunk < span.fc1.columns; chunk += kChunk) {
       const int64_t wide = std::min(kChunk, span.fc1.columns - chunk);
-      Tiles<T> inner = scratch.inner;
+      Tiles<T>& inner = scratch.inner;
       inner.steps = (wide + kDepth<T> - 1) / kDepth<T>;
+      inner.share(rows, scratch.a.tall);
       product<T>(kernel, scratch.a, rows, span.fc1, 0, chunk, wide, scratch.sums,
                  [&](int64_t r, int64_t j, const Vec& x) {
                    const Vec y = activate<T>(x, span.activation);
@@ -255,24 +260,25 @@ void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t 
 template <typename T, typename Out>
 void run_all(const panels::Kernel& kernel, const Span& span) {
   const int64_t threads = std::max<int64_t>(1, at::get_num_threads());
-  // pieces of whole units, nearly of one size, as many to each thread
+  // pieces of nearly one size, as many to each thread
   const int64_t rounds = (span.tokens + threads * kMost<T> - 1) / (threads * kMost<T>);
-  const int64_t units = (span.tokens + kernel.unit - 1) / kernel.unit, pieces = std::min(units, threads * rounds);
-  const int64_t rows = (units + pieces - 1) / pieces * kernel.unit;
+  const int64_t unit = kernel.amx ? kRows : 1;
+  const int64_t units = (span.tokens + unit - 1) / unit, pieces = std::min(units, threads * rounds);
+  const int64_t rows = (units + pieces - 1) / pieces * unit;
   std::atomic<int64_t> taken{0};
   at::parallel_for(0, std::min(threads, pieces), 1, [&](int64_t, int64_t) {
-    Scratch<T> scratch(rows, span.width);
+    Scratch<T> scratch(kernel, rows, span.width);
 #if defined(__x86_64__) && defined(CPU_CAPABILITY_AVX512) && defined(LBFAST_KNOWS_AMX_AND_AVX_VNNI)
-    if (kernel.tiles) {
+    if (kernel.amx) {
       panels::ready_tiles();
     }
 #endif
     for (int64_t i = taken++; i < pieces; i = taken++) {
-      const int64_t first = i * units / pieces * kernel.unit, end = (i + 1) * units / pieces * kernel.unit;
+      const int64_t first = i * units / pieces * unit, end = (i + 1) * units / pieces * unit;
       run<T, Out>(kernel, span, first, std::min(end, span.tokens) - first, scratch);
     }
 #if defined(__x86_64__) && defined(CPU_CAPABILITY_AVX512) && defined(LBFAST_KNOWS_AMX_AND_AVX_VNNI)
-    if (kernel.tiles) {
+    if (kernel.amx) {
       panels::release_tiles();
     }
 #endif

@@ -27,7 +27,7 @@ inline Vec exponential_of(const Vec& x) {
 #endif
 }
 
-// 1 / x within one unit in the last place, x from 1 to 2.
+// 1 / x within one unit in the last place, x from 1 to 1e6.
 inline Vec reciprocal_of(const Vec& x) {
 #if defined(CPU_CAPABILITY_AVX512)
   const __m512 near = _mm512_rcp14_ps(x);
