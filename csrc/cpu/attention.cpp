@@ -238,12 +238,13 @@ const panels::Kernel* amx() {
   return !here.empty() && here.front().amx ? &here.front() : nullptr;
 }
 
-// rows of dim values -> tiles of A, in `steps` steps; what is beyond dim stays as it is.
+// rows of dim values -> tiles of A, in `steps` steps, zeros beyond dim.
 void to_tiles(const at::BFloat16* from, int64_t stride, int64_t rows, int64_t dim, char* to, int64_t steps) {
   for (int64_t i = 0; i < rows; ++i) {
     char* row = to + i / kRows * steps * kTileStep + i % kRows * kStep;
     for (int64_t d = 0; d < dim; d += kDeep) {
-      std::memcpy(row + d / kDeep * kTileStep, from + i * stride + d, std::min(kDeep, dim - d) * 2);
+      const auto some = static_cast<__mmask32>((uint64_t{1} << std::min(kDeep, dim - d)) - 1);
+      _mm512_storeu_si512(row + d / kDeep * kTileStep, _mm512_maskz_loadu_epi16(some, from + i * stride + d));
     }
   }
 }
