@@ -17,8 +17,9 @@ can have of PyTorch alone, the reference with SDPA and weights in the shorter dt
 torchao's int8 under torch.compile, OpenVINO and ONNX Runtime (bench/exported.py), where they are installed. They take
 turns, in one run.
 MFU: FLOP that the embeddings need (no padding, the last layer for the pooled token) over time, as a part of the rate of
-the library's matrix product, measured in the same run. Peak memory: on a CPU the resident size of a process that does
-nothing else, libraries and weights included; on a GPU weights and what the call allocates.
+the library's matrix product, measured in the same run. --busy: each again, while other processes take the cores. Peak
+memory: on a CPU the resident size of a process that does nothing else, libraries and weights included; on a GPU weights
+and what the call allocates.
 """
 
 from __future__ import annotations
@@ -340,8 +341,13 @@ def measure(modality: str, batch: int, record: harness.Record, given: argparse.N
         else:
             record.add([{**row, "note": f"wrong: a cosine of {cosines[name]:.5f} to float32: not timed"}])
     rows = []
-    for name, timing in harness.interleaved(able, device, given.seconds, warm=False).items():
+    quiet = harness.interleaved(able, device, given.seconds, warm=False)
+    with harness.busy(given.busy):
+        beside = harness.interleaved(able, device, given.seconds, warm=False) if given.busy else {}
+    for name, timing in quiet.items():
         row = {**_row(case, name, given), **dataclasses.asdict(timing)}
+        if name in beside:
+            row |= {"busy": given.busy, "busy_ms": beside[name].median_ms}
         dtype = row["dtype"]
         row["items_s"] = round(1e3 * batch / timing.median_ms, 2)
         row["tflops"] = round(work / timing.median_ms / 1e9, 3)
@@ -394,11 +400,14 @@ def chosen(given: argparse.Namespace) -> list[str]:
 def show(record: harness.Record) -> int:
     harness.say(harness.describe(record.header))
     columns = ("case", "layers", "name", "dtype", "median ms", "p20", "p80", "items/s", "MFU", "cosine", "peak MiB")
+    columns += ("busy ms",) * any("busy" in row for row in record.rows)
     rows = []
     for row in record.rows:
         if "median_ms" in row:
             times = [f"{row[key]:.1f}" for key in ("median_ms", "p20_ms", "p80_ms")]
             numbers = [f"{row['items_s']:.2f}", f"{row['mfu']:.0%}", f"{row['cosine']:.6f}", row.get("peak_MiB", "")]
+            if len(columns) > 11:
+                numbers.append(f"{row['busy_ms']:.1f}" if "busy" in row else "")
             rows.append((row["case"], row["layers"], row["name"], row["dtype"], *times, *numbers))
     print(f"\n{record.title}\n\n{harness.table(columns, rows, left=4)}\n")
     for note in dict.fromkeys(f"{row['name']}: not timed: {row['note']}" for row in record.rows if "note" in row):
@@ -432,6 +441,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-upstream", action="store_true", help="leave PyPI's languagebind out")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    said = "also time each beside N processes that never rest (%(default)s)"
+    parser.add_argument("--busy", type=int, default=0, metavar="N", help=said)
     parser.add_argument("--out", help="JSON file of the results; default: none")
     given = parser.parse_args(argv)
     if unknown := sorted(set(given.modality) - set(MODALITIES)):

@@ -167,6 +167,17 @@ def details(machine: Machine) -> str:
     return harness.table(columns, table, left=2)
 
 
+def shared(machine: Machine) -> str:
+    """Calls beside processes that never rest: how much longer they take than on a quiet machine."""
+    table = []
+    for name, rows, case in _cases(machine):
+        for row in rows:
+            if row["case"] == case and "busy_ms" in row:
+                longer = f"{row['busy_ms'] / row['median_ms']:.2f} x"
+                table.append((name, row["busy"], row["name"], _ms(row), f"{row['busy_ms']:.0f}", longer))
+    return harness.table(("encoder", "others", "candidate", "quiet ms", "busy ms", "longer"), table, left=3)
+
+
 def row_of_batches(machine: Machine) -> str:
     """Image at batch sizes 1 to 64: how much sooner than the reference."""
     rows = machine["languagebind-row"].rows
@@ -258,6 +269,7 @@ def feeding(machine: Machine) -> str:
 SECTIONS = {
     "encoders": encoders,
     "details": details,
+    "shared": shared,
     "batches": row_of_batches,
     "ops": ops,
     "info-nce": info_nce,
