@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -161,11 +162,14 @@ def check_file(path: PathLike, expected: str) -> str:
         MediaError: a folder, a pipe or device (which could block for ever), or an empty file.
     """
     name = os.fspath(path)
-    if not os.path.exists(name):
-        raise FileNotFoundError(errno.ENOENT, f"no such file, expected {expected}", name)
-    if not os.path.isfile(name):
-        raise MediaError(name, expected, "a folder" if os.path.isdir(name) else "something that is not a regular file")
-    if os.path.getsize(name) == 0:
+    try:
+        found = os.stat(name)
+    except (OSError, ValueError) as error:  # the latter: a name with a zero byte
+        raise FileNotFoundError(errno.ENOENT, f"no such file, expected {expected}", name) from error
+    if not stat.S_ISREG(found.st_mode):
+        folder = stat.S_ISDIR(found.st_mode)
+        raise MediaError(name, expected, "a folder" if folder else "something that is not a regular file")
+    if found.st_size == 0:
         raise MediaError(name, expected, "an empty file (0 bytes)")
     return name
 

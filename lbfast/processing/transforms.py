@@ -80,6 +80,13 @@ class ToTensor(Affine):
         return (1 / 255 if dtype == torch.uint8 else 1.0,), (0.0,)
 
 
+class _Decoded(ToTensor):
+    """ToTensor of what is (3, H, W) uint8 already."""
+
+    def pixels(self, x: Any) -> torch.Tensor:
+        return x
+
+
 class ToFloat(Affine):
     """Pixels 0..255 of any dtype, or floats in [0, 1] -> float32 in [0, 1].
 
@@ -252,6 +259,10 @@ class Compose:
         if not any(isinstance(step, ToTensor) for step in self.transforms):
             raise ValueError("layout: expected a transform that begins with ToTensor, got one without it")
         return Compose([ToTensor(layout) if isinstance(step, ToTensor) else step for step in self.transforms])
+
+    def of_decoded(self, x: torch.Tensor) -> torch.Tensor:
+        """The same of a picture (3, H, W) uint8, by a list that begins with ToTensor, which has nothing to find out."""
+        return Compose([_Decoded(), *self.transforms[1:]])(x)
 
     def __repr__(self) -> str:
         return "Compose(" + "".join(f"\n    {step!r}" for step in self.transforms) + "\n)"
