@@ -34,6 +34,8 @@ from lbfast.data.decode import Task
 from lbfast.data.shared import as_array
 from lbfast.embedding import embed_files
 from lbfast.model.config import published_config
+from lbfast.processing.media import Reading
+from lbfast.processing.nvdec import available
 from lbfast.processing.processor import transform_dict
 from lbfast.processing.transforms import MEAN, STD
 
@@ -166,7 +168,18 @@ def kaldi_sound(path: str) -> torch.Tensor:
 
 
 PICTURES = {"upstream": upstream_picture, "simplejpeg": simplejpeg_picture, "OpenCV": opencv_picture}
-CLIPS = {"decord": decord_clip, "torchcodec": torchcodec_clip, "OpenCV": opencv_clip}
+
+
+def nvdec_clip(path: str) -> torch.Tensor:
+    """Ours, with torchcodec's decoder on a GPU: what is left for the CPU."""
+    if "gpu" not in _made:
+        available("torchcodec-cuda")
+        reading = Reading(decoder="torchcodec-cuda")
+        _made["gpu"] = transform_dict["video"](published_config("video"), reading=reading)
+    return _made["gpu"]([path])["pixel_values"][0]
+
+
+CLIPS = {"decord": decord_clip, "torchcodec": torchcodec_clip, "OpenCV": opencv_clip, "lbfast, NVDEC": nvdec_clip}
 SOUNDS = {"soundfile, kaldi-native-fbank": kaldi_sound}
 KINDS = {
     "JPEG 500 x 375": Kind("image", lambda f: corpus.jpeg(f / "a.jpg", 375, 500), PICTURES),

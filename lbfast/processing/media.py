@@ -43,6 +43,7 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
 )
 _HEAD = 512  # bytes that are looked at to tell what a file holds
 _REASON = 300  # characters of a library's own message that are shown
+_DECODER = re.compile(r"ffmpeg|torchcodec-(cuda(:\d+)?|cpu)")  # the last for tests
 _URL = re.compile(r"[a-z][a-z0-9+.-]*(::.*)?://", re.IGNORECASE)
 
 
@@ -94,11 +95,19 @@ class Reading:
         strict: refuse a damaged file of which most can be decoded.
         allow_urls: open URLs, by fsspec.
         limits: see Limits.
+        decoder: of videos: "ffmpeg", on the CPU; "torchcodec-cuda" or "torchcodec-cuda:N", on a GPU (see `nvdec`).
+
+    Raises ValueError: no such decoder.
     """
 
     strict: bool = False
     allow_urls: bool = False
     limits: Limits = Limits()
+    decoder: str = "ffmpeg"
+
+    def __post_init__(self) -> None:
+        if _DECODER.fullmatch(self.decoder) is None:
+            raise ValueError(f"decoder: expected ffmpeg, torchcodec-cuda or torchcodec-cuda:N, got {self.decoder!r}")
 
 
 def is_path(item: Any) -> bool:

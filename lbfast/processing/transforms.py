@@ -50,7 +50,8 @@ class Affine(Step):
 
     def __call__(self, x: Any) -> torch.Tensor:
         x = self.pixels(x)
-        a, b = (torch.tensor(values).view(-1, *(1,) * (x.dim() - 1)) for values in self.coefficients(x.dtype))
+        shape, coefficients = (-1, *(1,) * (x.dim() - 1)), self.coefficients(x.dtype)
+        a, b = (torch.tensor(values, device=x.device).view(shape) for values in coefficients)
         return x.float() * a + b
 
 
