@@ -117,6 +117,30 @@ def test_tables_that_lie_change_nothing(clip, found, monkeypatch):
     assert by_index == [shown(data, 5) for data in cases]
 
 
+@pytest.mark.parametrize("indexed", [True, False])
+def test_key_frames_that_are_none(tmp_path, found, monkeypatch, indexed):
+    """A table (stss) that names others: of MPEG-4 part 2 FFmpeg believes it, and decodes on from nothing."""
+    data = bytearray(make_video(tmp_path / "a.mp4", "mpeg4", {"g": "10"}).read_bytes())
+    at = data.index(b"stss") + 12
+    assert data[at : at + 16] == b"".join(n.to_bytes(4, "big") for n in (1, 11, 21, 31))
+    data[at : at + 16] = b"".join(n.to_bytes(4, "big") for n in (1, 14, 24, 34))
+    (tmp_path / "b.mp4").write_bytes(data)
+    frames = every_frame(tmp_path / "a.mp4")
+    if not indexed:
+        monkeypatch.setattr(Index, "of", classmethod(lambda *given: None))
+    actual = video.read_frames(tmp_path / "b.mp4", 8).numpy()
+    wanted = np.linspace(0, 39, 8, dtype=int)
+    assert [i for i, got in zip(wanted, actual) if not np.array_equal(got, frames[i])] == []
+    transform = video.video_transform(type("", (), {"image_size": 28}))
+    cuts = segments.Cuts.of("0.5s")
+    parts = [
+        [part.pixels for part in segments.video_segments(tmp_path / name, transform, cuts)]
+        for name in ("a.mp4", "b.mp4")
+    ]
+    assert len(parts[0]) == len(parts[1]) == 4 and all(map(torch.equal, *parts))
+    assert found == [True] * 3 * indexed
+
+
 def test_a_packet_that_is_not_as_announced(clip, found, monkeypatch):
     """All packets are read then, and the frames, of a video and of its parts, are the same."""
     transform = video.video_transform(type("", (), {"image_size": 28}))
