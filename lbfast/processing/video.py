@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from lbfast.processing.clip import evenly, to_cthw
-from lbfast.processing.container import opened
+from lbfast.processing.container import only, opened, packets
 from lbfast.processing.image import image_size
 from lbfast.processing.index import Disagrees, Index
 from lbfast.processing.media import MediaError, MediaWarning, Reading, Source, is_readable, named
@@ -99,6 +99,7 @@ class VideoFile:
             if codec.width * codec.height > self.limit:
                 got = f"of {codec.width} x {codec.height} pixels, more than {self.limit:,} (limits.frame_pixels)"
                 raise self.source.error(got)
+            only(container, stream)
             codec.options = bound
             codec.thread_type = "AUTO"
             codec.thread_count = self.threads
@@ -143,7 +144,7 @@ class VideoFile:
         """
         joined = self.container.format.name.startswith("mpegts")
         size = 0
-        for packet in self.container.demux(self.stream):
+        for packet in packets(self.source, self.container, self.stream):
             if packet.size == 0:
                 continue  # PyAV's own, at the end
             if packet.is_corrupt and not joined:
