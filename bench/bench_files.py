@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import sys
 import tempfile
 import time
@@ -383,28 +384,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(record: harness.Record) -> None:
-    print(harness.describe(record.header))
-    columns = [
-        "case",
-        "name",
-        "median_ms",
-        "p20_ms",
-        "p80_ms",
-        "differs",
-        "decode_ms",
-        "files_s_core",
-        "cores",
-        "read_mb",
-    ]
-    rows = [row for row in record.rows if "median_ms" in row]
-    print(harness.table(columns, [[row.get(name, "") for name in columns] for row in rows], left=2))
-    columns = ["case", "name", "busy", "main_ms"]
-    rows = [row for row in record.rows if "busy" in row]
-    if rows:
-        print(harness.table(columns, [[row[name] for name in columns] for row in rows], left=2))
-    for row in record.rows:
-        if "note" in row:
-            print(f"{row['case']}: {row['name']}: {row['note']}")
+    """For people, in the width of their terminal; all numbers are in the JSON file."""
+    harness.say(harness.describe(record.header))
+    times = [row for row in record.rows if "median_ms" in row]
+    for case, rows in itertools.groupby(times, lambda row: row["case"]):
+        told = list(rows)
+        ours = next(row for row in told if row["name"] == "lbfast")
+        speed = f"{ours['files_s_core']:g} files/s a core; an H200 takes those of {ours['cores']:g} cores"
+        print()
+        harness.say(f"{case}: {speed}", "    ")
+        for row in told:
+            spread = f"{row['median_ms']:.3g} ms ({row['p20_ms']:.3g} to {row['p80_ms']:.3g})"
+            more = f"{row['median_ms'] / ours['median_ms']:.1f} times as long, differs by {row['differs']:g}"
+            if row is ours:
+                more = f"{ours['decode_ms']:.3g} of Pillow's decoder alone" if "decode_ms" in ours else ""
+                more += f"{', ' if more else ''}{ours['read_mb']:g} MB read of {ours['file_mb']:g}"
+            harness.say(f"  {row['name']}: {spread}, {more}", "      ")
+    busy = [row for row in record.rows if "busy" in row]
+    if busy:
+        print("\nThe pipeline, with files that cost nothing to decode:")
+    for row in busy:
+        main = f"{row['main_ms']:g} ms a file of the main process"
+        harness.say(f"  {row['case']}, {row['name']}: {row['busy']:.0%} of the time busy, {main}", "      ")
+    absent = {row["name"]: row["note"].removeprefix("absent: ") for row in record.rows if "note" in row}
+    if absent:
+        print()
+        harness.say(
+            "Not here, so not measured: " + "; ".join(f"{name} ({why})" for name, why in absent.items()), "    "
+        )
 
 
 if __name__ == "__main__":
