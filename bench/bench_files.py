@@ -394,7 +394,8 @@ def show(record: harness.Record) -> None:
         print()
         harness.say(f"{case}: {speed}", "    ")
         for row in told:
-            spread = f"{row['median_ms']:.3g} ms ({row['p20_ms']:.3g} to {row['p80_ms']:.3g})"
+            median, low, high = (f"{row[name]:.{1 + (row[name] < 100)}f}" for name in ("median_ms", "p20_ms", "p80_ms"))
+            spread = f"{median} ms ({low} to {high})"
             more = f"{row['median_ms'] / ours['median_ms']:.1f} times as long, differs by {row['differs']:g}"
             if row is ours:
                 more = f"{ours['decode_ms']:.3g} of Pillow's decoder alone" if "decode_ms" in ours else ""
