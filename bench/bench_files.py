@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import sys
 import tempfile
 import time
@@ -34,6 +35,8 @@ from lbfast.data.decode import Task
 from lbfast.data.shared import as_array
 from lbfast.embedding import embed_files
 from lbfast.model.config import published_config
+from lbfast.processing.media import Reading
+from lbfast.processing.nvdec import available
 from lbfast.processing.processor import transform_dict
 from lbfast.processing.transforms import MEAN, STD
 
@@ -166,7 +169,18 @@ def kaldi_sound(path: str) -> torch.Tensor:
 
 
 PICTURES = {"upstream": upstream_picture, "simplejpeg": simplejpeg_picture, "OpenCV": opencv_picture}
-CLIPS = {"decord": decord_clip, "torchcodec": torchcodec_clip, "OpenCV": opencv_clip}
+
+
+def nvdec_clip(path: str) -> torch.Tensor:
+    """Ours, with torchcodec's decoder on a GPU: what is left for the CPU."""
+    if "gpu" not in _made:
+        available("torchcodec-cuda")
+        reading = Reading(decoder="torchcodec-cuda")
+        _made["gpu"] = transform_dict["video"](published_config("video"), reading=reading)
+    return _made["gpu"]([path])["pixel_values"][0]
+
+
+CLIPS = {"decord": decord_clip, "torchcodec": torchcodec_clip, "OpenCV": opencv_clip, "lbfast, NVDEC": nvdec_clip}
 SOUNDS = {"soundfile, kaldi-native-fbank": kaldi_sound}
 KINDS = {
     "JPEG 500 x 375": Kind("image", lambda f: corpus.jpeg(f / "a.jpg", 375, 500), PICTURES),
@@ -370,28 +384,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(record: harness.Record) -> None:
-    print(harness.describe(record.header))
-    columns = [
-        "case",
-        "name",
-        "median_ms",
-        "p20_ms",
-        "p80_ms",
-        "differs",
-        "decode_ms",
-        "files_s_core",
-        "cores",
-        "read_mb",
-    ]
-    rows = [row for row in record.rows if "median_ms" in row]
-    print(harness.table(columns, [[row.get(name, "") for name in columns] for row in rows], left=2))
-    columns = ["case", "name", "busy", "main_ms"]
-    rows = [row for row in record.rows if "busy" in row]
-    if rows:
-        print(harness.table(columns, [[row[name] for name in columns] for row in rows], left=2))
-    for row in record.rows:
-        if "note" in row:
-            print(f"{row['case']}: {row['name']}: {row['note']}")
+    """For people, in the width of their terminal; all numbers are in the JSON file."""
+    harness.say(harness.describe(record.header))
+    times = [row for row in record.rows if "median_ms" in row]
+    for case, rows in itertools.groupby(times, lambda row: row["case"]):
+        told = list(rows)
+        ours = next(row for row in told if row["name"] == "lbfast")
+        speed = f"{ours['files_s_core']:g} files/s a core; an H200 takes those of {ours['cores']:g} cores"
+        print()
+        harness.say(f"{case}: {speed}", "    ")
+        for row in told:
+            median, low, high = (f"{row[name]:.{1 + (row[name] < 100)}f}" for name in ("median_ms", "p20_ms", "p80_ms"))
+            spread = f"{median} ms ({low} to {high})"
+            more = f"{row['median_ms'] / ours['median_ms']:.1f} times as long, differs by {row['differs']:g}"
+            if row is ours:
+                more = f"{ours['decode_ms']:.3g} of Pillow's decoder alone" if "decode_ms" in ours else ""
+                more += f"{', ' if more else ''}{ours['read_mb']:g} MB read of {ours['file_mb']:g}"
+            harness.say(f"  {row['name']}: {spread}, {more}", "      ")
+    busy = [row for row in record.rows if "busy" in row]
+    if busy:
+        print("\nThe pipeline, with files that cost nothing to decode:")
+    for row in busy:
+        main = f"{row['main_ms']:g} ms a file of the main process"
+        harness.say(f"  {row['case']}, {row['name']}: {row['busy']:.0%} of the time busy, {main}", "      ")
+    absent = {row["name"]: row["note"].removeprefix("absent: ") for row in record.rows if "note" in row}
+    if absent:
+        print()
+        harness.say(
+            "Not here, so not measured: " + "; ".join(f"{name} ({why})" for name, why in absent.items()), "    "
+        )
 
 
 if __name__ == "__main__":

@@ -164,11 +164,11 @@ def describe(header: Mapping[str, Any]) -> str:
     return ", ".join([str(header["device"]), *threads, *rest])
 
 
-def say(line: str) -> None:
-    """Prints a line, which on a terminal is broken between words."""
+def say(line: str, indent: str = "") -> None:
+    """Prints a line, which on a terminal is broken between words; `indent` is of the lines that follow."""
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
-        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+        line = textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     print(line, flush=True)
 
 

@@ -372,7 +372,9 @@ def test_files_beside_others_and_a_model_that_is_fed(tmp_path, monkeypatch, caps
     assert {case for case, _ in timed} == {"JPEG 500 x 375", "depth PNG 640 x 480", "wav 10 s"}
     (fed,) = (row for row in rows if row.get("what") == "pipeline")
     assert 0 < fed["busy"] <= 1 and fed["main_ms"] > 0
-    assert "absent: No module named" in capsys.readouterr().out or "simplejpeg" in {name for _, name in timed}
+    said = capsys.readouterr().out
+    assert ("simplejpeg (No module named" in said) != ("simplejpeg" in {name for _, name in timed})
+    assert "JPEG 500 x 375: " in said and "  upstream: " in said and " of the time busy, " in said
 
 
 def test_pieces_name_benches_that_take_their_arguments():

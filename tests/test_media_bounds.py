@@ -86,13 +86,14 @@ def test_samples_that_are_no_sound_are_refused(bad):
 
 
 def test_a_sound_that_changes_on_the_way_is_refused(monkeypatch):
-    frame = SimpleNamespace(is_corrupt=False, samples=4, sample_rate=16000, format=SimpleNamespace(name="s16"))
+    frame = SimpleNamespace(is_corrupt=False, size=8, samples=4, sample_rate=16000, format=SimpleNamespace(name="s16"))
     frames = [frame, SimpleNamespace(**{**vars(frame), "sample_rate": 8000})]
     for one in frames:
         one.layout = SimpleNamespace(nb_channels=1)
     codec = SimpleNamespace(name="pcm_s16le", sample_rate=16000, decode=lambda packet: [packet])
-    stream = SimpleNamespace(codec_context=codec, duration=None)
-    container = SimpleNamespace(streams=SimpleNamespace(audio=[stream]), duration=None, demux=lambda stream: frames)
+    stream = SimpleNamespace(codec_context=codec, duration=None, index=0)
+    streams = type("Streams", (list,), {"audio": [stream]})([stream])
+    container = SimpleNamespace(streams=streams, duration=None, demux=lambda stream: frames)
 
     class Opened:
         def __enter__(self):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lbfast.processing import segments, video
+from lbfast.processing.audio import audio_transform, load_and_transform_audio
 from lbfast.processing.index import Index
 from lbfast.processing.media import MediaError, MediaWarning, Reading
 from tests.test_processing_video import KINDS, X264, every_frame, make_video, overwritten
@@ -115,6 +116,68 @@ def test_tables_that_lie_change_nothing(clip, found, monkeypatch):
     assert 10 < sum(found) < len(cases)
     monkeypatch.setattr(Index, "of", classmethod(lambda *given: None))
     assert by_index == [shown(data, 5) for data in cases]
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_key_frames_that_are_none(tmp_path, found, monkeypatch, indexed):
+    """A table (stss) that names others: of MPEG-4 part 2 FFmpeg believes it, and decodes on from nothing."""
+    data = bytearray(make_video(tmp_path / "a.mp4", "mpeg4", {"g": "10"}).read_bytes())
+    at = data.index(b"stss") + 12
+    assert data[at : at + 16] == b"".join(n.to_bytes(4, "big") for n in (1, 11, 21, 31))
+    data[at : at + 16] = b"".join(n.to_bytes(4, "big") for n in (1, 14, 24, 34))
+    (tmp_path / "b.mp4").write_bytes(data)
+    frames = every_frame(tmp_path / "a.mp4")
+    if not indexed:
+        monkeypatch.setattr(Index, "of", classmethod(lambda *given: None))
+    actual = video.read_frames(tmp_path / "b.mp4", 8).numpy()
+    wanted = np.linspace(0, 39, 8, dtype=int)
+    assert [i for i, got in zip(wanted, actual) if not np.array_equal(got, frames[i])] == []
+    transform = video.video_transform(type("", (), {"image_size": 28}))
+    cuts = segments.Cuts.of("0.5s")
+    parts = [
+        [part.pixels for part in segments.video_segments(tmp_path / name, transform, cuts)]
+        for name in ("a.mp4", "b.mp4")
+    ]
+    assert len(parts[0]) == len(parts[1]) == 4 and all(map(torch.equal, *parts))
+    assert found == [True] * 3 * indexed
+
+
+def places_beyond_the_end(data: bytes, track: int) -> bytes:
+    """With a table stco of which the last place is twice as far as the file is long."""
+    changed, at = bytearray(data), -1
+    for _ in range(track + 1):
+        at = data.index(b"stco", at + 1)
+    last = at + 8 + 4 * int.from_bytes(data[at + 8 : at + 12], "big")
+    changed[last : last + 4] = (2 * len(data)).to_bytes(4, "big")
+    return bytes(changed)
+
+
+@pytest.mark.skipif(not hasattr(av.stream, "Discard"), reason="PyAV before 18 reads all streams of a file")
+@pytest.mark.parametrize("indexed", [True, False])
+def test_tables_of_another_stream_that_lie(tmp_path, clip, monkeypatch, indexed):
+    """FFmpeg would end the file at a sound's place beyond its end, a sound at that of a frame, without a word."""
+    with av.open(str(tmp_path / "both.mp4"), "w") as out, av.open(str(clip)) as given:
+        stream = out.add_stream_from_template(given.streams.video[0])
+        sound = out.add_stream("aac", rate=16000, layout="mono")
+        noise = np.random.default_rng(0).normal(0, 3000, (1, 26000)).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(noise, format="s16", layout="mono")
+        frame.sample_rate, frame.pts = 16000, 0
+        packets = [p for p in given.demux(video=0) if p.size]
+        sounds = [*sound.encode(frame), *sound.encode(None)]
+        for packet in packets:
+            packet.stream = stream
+        for packet in sorted(packets + sounds, key=lambda p: p.dts * p.time_base):
+            out.mux(packet)
+    data = (tmp_path / "both.mp4").read_bytes()
+    transform = audio_transform(type("", (), {"num_mel_bins": 16, "target_length": 20}))
+    frames, heard = video.read_frames(data, 8), load_and_transform_audio(data, transform)
+    if not indexed:
+        monkeypatch.setattr(Index, "of", classmethod(lambda *given: None))
+    assert torch.equal(video.read_frames(places_beyond_the_end(data, 1), 8), frames)
+    assert torch.equal(load_and_transform_audio(places_beyond_the_end(data, 0), transform), heard)
+    for read, track in ((lambda x: video.read_frames(x, 8), 0), (lambda x: load_and_transform_audio(x, transform), 1)):
+        with pytest.raises(MediaError, match="that is truncated or has broken packets"):
+            read(places_beyond_the_end(data, track))
 
 
 def test_a_packet_that_is_not_as_announced(clip, found, monkeypatch):

@@ -103,6 +103,9 @@ def embed(
     allow_urls: Annotated[
         bool, typer.Option("--allow-urls", help="Open URLs of files and folders, by fsspec.")
     ] = False,
+    decoder: Annotated[
+        str, typer.Option(help="Of videos: ffmpeg, or torchcodec-cuda (cuda:N), a GPU's; see docs/files.md.")
+    ] = "ffmpeg",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace FILE, and an unfinished run with other settings.")
     ] = False,
@@ -149,6 +152,7 @@ def embed(
                 device=device,
                 strict=strict,
                 allow_urls=allow_urls,
+                decoder=decoder,
                 overwrite=overwrite,
                 cache_dir=cache_dir,
                 revision=revision,

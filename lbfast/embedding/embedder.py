@@ -61,6 +61,7 @@ class Embedder:
         device: "auto" (a GPU where there is one), or of torch; looked for where it is used.
         dim: keep the first `dim` numbers of each embedding, of unit length again. None: all.
         allow_urls: open paths that are URLs, by fsspec.
+        decoder: of videos: "ffmpeg", or "torchcodec-cuda" for a GPU's; see `Reading`.
         strict: raise BadFileError at the first row that cannot be embedded, or is damaged.
         cache_dir, revision, token: of downloads.
 
@@ -82,6 +83,7 @@ class Embedder:
         device: str = "auto",
         dim: int | None = None,
         allow_urls: bool = False,
+        decoder: str = "ffmpeg",
         strict: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
         revision: str | None = None,
@@ -99,7 +101,7 @@ class Embedder:
         self.size = self.dim or width
         self.batch_size, self.precision = batch_size, precision
         self._dtype, self._device = dtype, device
-        self.reading = Reading(strict=strict, allow_urls=allow_urls)
+        self.reading = Reading(strict=strict, allow_urls=allow_urls, decoder=decoder)
         self._forget()
 
     def _forget(self) -> None:

@@ -27,6 +27,8 @@ from lbfast.embedding.journal import CHANGED, Journal, differences, partial_path
 from lbfast.embedding.places import listed
 from lbfast.embedding.run import Progress, Run
 from lbfast.embedding.spool import Chained, Spool
+from lbfast.processing.media import Reading
+from lbfast.processing.nvdec import available
 from lbfast.processing.segments import CUT, Cuts
 
 SEGMENTS = "segments"
@@ -84,6 +86,7 @@ def embed_files(
     device: str = "auto",
     strict: bool = False,
     allow_urls: bool = False,
+    decoder: str = "ffmpeg",
     overwrite: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
@@ -126,6 +129,7 @@ def embed_files(
         device: "auto" (a GPU where there is one), or of torch; several as "cuda:0,cuda:1": a process each.
         strict: stop at the first file that cannot be embedded, or is damaged.
         allow_urls: take URLs of files among the inputs, by fsspec, which is then needed.
+        decoder: of videos: "ffmpeg", or "torchcodec-cuda" for a GPU's (docs/files.md), in each process that decodes.
         overwrite: replace `out`, and throw away rows of an unfinished run with other settings.
         cache_dir, revision, token: of downloads.
         on_failure: called with each failure when it is met.
@@ -135,13 +139,18 @@ def embed_files(
         BadFileError: with `strict`. FileExistsError: `out` is there, of other inputs or settings, without `overwrite`;
         or it is a link or a device, or was made by somebody else since this run began.
         FileNotFoundError: its folder is not. ValueError: an argument is wrong, or the settings differ from those of the
-        unfinished run. OSError, CheckpointError: a checkpoint cannot be had or used.
+        unfinished run. ImportError, RuntimeError: what `decoder` needs is not here. OSError, CheckpointError: a
+        checkpoint cannot be had or used.
     """
     check_count("batch_size", batch_size, 1)
     if workers is not None:
         check_count("workers", workers, 0)
     if not inputs:
         raise ValueError("inputs: expected at least one file or folder, got none")
+    if decoder != "ffmpeg":
+        if segment is not None:
+            raise ValueError(f"decoder: expected ffmpeg with segment, got {decoder!r}")
+        available(Reading(decoder=decoder).decoder)
     out = _check_out(Path(out))
     names = device.split(",")
     for name in names:
@@ -154,6 +163,7 @@ def embed_files(
         device=names[0],
         dim=dim,
         allow_urls=allow_urls,
+        decoder=decoder,
         strict=strict,
         cache_dir=cache_dir,
         revision=revision,
@@ -204,6 +214,8 @@ def embed_files(
             settings["segment"] = [str(cuts.length), str(cuts.hop)]
         if dim is not None:
             settings["dim"] = dim
+        if decoder != "ffmpeg":
+            settings["decoder"] = decoder
         groups = find_groups(items if fused else (), given, fused)
         for reason, count in groups.ignored.items():
             summary.ignored[reason] = count

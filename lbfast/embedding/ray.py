@@ -156,8 +156,8 @@ def embed_files(
         fuse, segment, hop, shard, column: of one machine only.
         workers: at most so many tasks decode at a time. None: as many as there are cores.
         progress: is Ray's own.
-        settings: of `lbfast.Embedder`: batch_size, dtype, precision, device, dim, strict, allow_urls, cache_dir,
-            revision, token.
+        settings: of `lbfast.Embedder`: batch_size, dtype, precision, device, dim, strict, allow_urls, decoder,
+            cache_dir, revision, token.
 
     Raises what `lbfast.embedding.embed_files` raises, and ConnectionError: no cluster is there.
     """
@@ -280,6 +280,8 @@ class _Job:
             "models": {name: [each.name, each.fingerprint()] for name, each in made.checkpoints.items()},
             "language": [last.name, last.fingerprint(), last.tokenizer_fingerprint()],
         }
+        if made.reading.decoder != "ffmpeg":
+            settings["decoder"] = made.reading.decoder
         return settings if made.dim is None else {**settings, "dim": made.dim}
 
     def embedded(self, dataset: Dataset, together: bool = False) -> Dataset:

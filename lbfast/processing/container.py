@@ -52,3 +52,26 @@ def opened(
             raise source.error(f"without {kind}, or in a container that is not read") from error
         with container:
             yield container
+
+
+def only(container: Any, stream: Any) -> None:
+    """Leaves the other streams unread, where PyAV can (18): damage in their tables would end an MP4 file there."""
+    import av.stream
+
+    if hasattr(av.stream, "Discard"):
+        for other in container.streams:
+            if other.index != stream.index:
+                other.discard = av.stream.Discard.all
+
+
+def packets(source: Source, container: Any, stream: Any) -> Iterator[Any]:
+    """A stream's packets, and the empty one at its end.
+
+    MediaError where the tables of an MP4 file have more: FFmpeg ends without a word at one that lies beyond its end.
+    """
+    count = 0
+    for packet in container.demux(stream):
+        count += packet.size > 0
+        yield packet
+    if container.format.name.startswith("mov") and count < sum(entry.size > 0 for entry in stream.index_entries):
+        raise source.error("that is truncated or has broken packets")

@@ -90,7 +90,7 @@ def load_and_transform_image(
             with source.decoding(), one_block():
                 picture.load()
         with named(source.name):
-            return transform(picture) if pixels is None else transform.laid_out("HWC")(pixels)
+            return transform(picture) if pixels is None else transform.of_decoded(pixels)
 
 
 def _takes_arrays(transform: Any) -> bool:

@@ -115,6 +115,22 @@ def _tables(file: IO[bytes], track: int, count: int) -> tuple[np.ndarray, np.nda
     return None if steps is None or later is None else (steps, later)
 
 
+def mirrored(file: IO[bytes], track: int) -> bool:
+    """Whether an MP4 or QuickTime file says that a track is shown mirrored: by the matrix in its tkhd."""
+    before = file.tell()
+    try:
+        movie = _movie(file)
+    finally:
+        file.seek(before)
+    heads = (_inside(data, b"tkhd") for kind, data in _boxes(movie or memoryview(b"")) if kind == b"trak")
+    head = next((head for head in heads if _track(head) == track), None)
+    at = 52 if head and head[0] == 1 else 40
+    if head is None or len(head) < at + 20:
+        return False
+    a, b, _, c, d = np.frombuffer(head, ">i4", 5, at).tolist()
+    return a * d - b * c < 0
+
+
 def _movie(file: IO[bytes]) -> memoryview | None:
     """What is in the box moov."""
     at = 0

@@ -13,6 +13,7 @@ import io
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from lbfast.processing.media import Source
@@ -22,14 +23,16 @@ _SAMPLINGS = ("444", "422", "420", "Gray")
 _LARGEST = 256 << 20  # bytes that are read at once
 
 
-def pixels(picture: Image.Image, source: Source) -> np.ndarray | None:
-    """(H, W, 1) or (H, W, 3) uint8 of a picture that Pillow has opened and not loaded; None where that is to do it."""
+def pixels(picture: Image.Image, source: Source) -> torch.Tensor | None:
+    """(3, H, W) uint8 of a picture that Pillow has opened and not loaded; None where that is to do it."""
     if picture.format != "JPEG" or picture.mode not in _COLOURS or source.size > _LARGEST or not _agrees():
         return None
     source.file.seek(0)
-    found = _decoded(source.file.read(), picture.mode)
+    found = _decoded(source.file.read(source.size), picture.mode)  # without a size a buffered file grows its answer
     source.file.seek(0)
-    return found if found is not None and found.shape[:2] == picture.size[::-1] else None
+    if found is None or found.shape[:2] != picture.size[::-1]:
+        return None
+    return torch.from_numpy(found).permute(2, 0, 1).expand(3, -1, -1)
 
 
 def _decoded(data: bytes, mode: str) -> np.ndarray | None:

@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
 )
 _HEAD = 512  # bytes that are looked at to tell what a file holds
 _REASON = 300  # characters of a library's own message that are shown
+_DECODER = re.compile(r"ffmpeg|torchcodec-(cuda(:\d+)?|cpu)")  # the last for tests
 _URL = re.compile(r"[a-z][a-z0-9+.-]*(::.*)?://", re.IGNORECASE)
 
 
@@ -93,11 +95,19 @@ class Reading:
         strict: refuse a damaged file of which most can be decoded.
         allow_urls: open URLs, by fsspec.
         limits: see Limits.
+        decoder: of videos: "ffmpeg", on the CPU; "torchcodec-cuda" or "torchcodec-cuda:N", on a GPU (see `nvdec`).
+
+    Raises ValueError: no such decoder.
     """
 
     strict: bool = False
     allow_urls: bool = False
     limits: Limits = Limits()
+    decoder: str = "ffmpeg"
+
+    def __post_init__(self) -> None:
+        if _DECODER.fullmatch(self.decoder) is None:
+            raise ValueError(f"decoder: expected ffmpeg, torchcodec-cuda or torchcodec-cuda:N, got {self.decoder!r}")
 
 
 def is_path(item: Any) -> bool:
@@ -161,11 +171,14 @@ def check_file(path: PathLike, expected: str) -> str:
         MediaError: a folder, a pipe or device (which could block for ever), or an empty file.
     """
     name = os.fspath(path)
-    if not os.path.exists(name):
-        raise FileNotFoundError(errno.ENOENT, f"no such file, expected {expected}", name)
-    if not os.path.isfile(name):
-        raise MediaError(name, expected, "a folder" if os.path.isdir(name) else "something that is not a regular file")
-    if os.path.getsize(name) == 0:
+    try:
+        found = os.stat(name)
+    except (OSError, ValueError) as error:  # the latter: a name with a zero byte
+        raise FileNotFoundError(errno.ENOENT, f"no such file, expected {expected}", name) from error
+    if not stat.S_ISREG(found.st_mode):
+        folder = stat.S_ISDIR(found.st_mode)
+        raise MediaError(name, expected, "a folder" if folder else "something that is not a regular file")
+    if found.st_size == 0:
         raise MediaError(name, expected, "an empty file (0 bytes)")
     return name
 

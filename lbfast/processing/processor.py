@@ -162,7 +162,7 @@ class Processor:
         self._check_options(options)
         asked: dict[str, Any] = {"strict": strict, "allow_urls": allow_urls}
         asked = {name: value for name, value in asked.items() if value is not None}
-        options["reading"] = replace(self.reading, **asked)
+        options["reading"] = replace(self.reading, **asked) if asked else self.reading
         from transformers import BatchFeature
 
         pixel_values: Any = self._pixels(images, raw, options)

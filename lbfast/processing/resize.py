@@ -121,7 +121,7 @@ def resized_crop(
     once = image.dim() > 2 and image.stride(0) == 0  # one plane seen as several
     out = _dense(image[:1] if once else image, rows, cols)
     shape = (-1, *(1,) * (image.dim() - 1))
-    a, b = (torch.tensor(values).view(shape) for values in (scale, offset))
+    a, b = (torch.tensor(values, device=image.device).view(shape) for values in (scale, offset))
     out = (out.expand(len(image), *out.shape[1:]) * a).add_(b) if once else out.mul_(a).add_(b)
     return out if dtype == torch.float32 else out.round_().clamp_(0, 255).to(dtype)
 
@@ -155,13 +155,14 @@ def _dense(image: torch.Tensor, rows: _Window, cols: _Window) -> torch.Tensor:
     x = x[..., col0:col1, :]
     h, w, c = x.shape[-3:]
     x = x.reshape(-1, h, w, c)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        y = torch.empty(len(x), height, w * c)
+    with torch.no_grad(), torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
+        y = torch.empty(len(x), height, w * c, device=x.device)
         first = 0
         for low, high, weight in row_blocks:  # a large picture is never in floats as a whole
             band = x[:, low:high].reshape(len(x), high - low, w * c).float()
-            torch.matmul(weight, band, out=y[:, first : first + len(weight)])
+            torch.matmul(weight.to(x.device), band, out=y[:, first : first + len(weight)])
             first += len(weight)
         y = y.reshape(-1, height, w, c).movedim(-1, 0).contiguous()  # [C, N, height, w]
-        out = torch.cat([y[..., low - col0 : high - col0] @ weight.T for low, high, weight in col_blocks], dim=-1)
+        parts = [y[..., low - col0 : high - col0] @ weight.T.to(x.device) for low, high, weight in col_blocks]
+        out = torch.cat(parts, dim=-1)
     return out.reshape(*image.shape[:-2], height, width)

@@ -123,7 +123,10 @@ def video_segments(
 
     A part in which no frame begins has the frame that is shown then. Frames are transformed one by one as they come,
     and shared by the parts that have them. Files whose packets do not say when each frame is shown are decoded twice.
+    ValueError: a decoder that gives no parts.
     """
+    if reading is not None and reading.decoder != "ffmpeg":
+        raise ValueError(f"decoder: expected ffmpeg for parts of a recording, got {reading.decoder!r}")
     with Source(item, "a video", reading) as source, source.decoding(), VideoFile(source) as video:
         video.look()
         done, parts = cuts.first, None

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from lbfast.processing.container import opened
+from lbfast.processing.container import only, opened, packets
 from lbfast.processing.media import MediaError, MediaWarning, Source
 from lbfast.processing.windows import FORGETFUL, Unsure, Windows, form_of
 
@@ -121,7 +121,7 @@ class SoundFile:
         """Decodes what is kept; how many samples there are, or 0 where all is to be decoded to know."""
         windows = Windows(stream.codec_context, stream.time_base * self.rate, kept, self.rate)
         try:
-            samples = windows.read(container.demux(stream))
+            samples = windows.read(packets(self.source, container, stream))
         except Unsure:
             return 0
         truncated = container.format.name == "flac" and samples < self.announced - _FLAC_SECONDS * self.rate
@@ -189,6 +189,7 @@ class SoundFile:
             codec = stream.codec_context
             if codec is None:
                 raise self.source.error("in a codec that FFmpeg cannot decode here")
+            only(container, stream)
             self.rate = codec.sample_rate
             check_rate(self.name, self.rate)
             self._seconds = float(stream.duration * stream.time_base) if stream.duration else 0.0
@@ -208,11 +209,11 @@ class SoundFile:
         if codec.name in _SUMMED:
             codec.options = {"err_detect": "crccheck+explode"}
         summed = _FlacSum.of(codec)
-        packets = bad = samples = 0
+        count = bad = samples = 0
         why = ""
         kind: tuple[int, str, int] | None = None
-        for packet in container.demux(stream):
-            packets += 1
+        for packet in packets(self.source, container, stream):
+            count += 1
             try:
                 frames = codec.decode(packet)
             except av.FFmpegError as error:
@@ -232,10 +233,10 @@ class SoundFile:
             raise self.source.error(f"that cannot be decoded ({why})" if why else "without samples")
         if container.format.name == "flac" and samples < (self._seconds - _FLAC_SECONDS) * self.rate:
             raise self.source.error(f"that is truncated: {samples / self.rate:.2f} s of {self._seconds:.2f} s")
-        self._damage = f"{bad} of {packets} packets are broken ({why}); they are passed over" if bad else ""
+        self._damage = f"{bad} of {count} packets are broken ({why}); they are passed over" if bad else ""
         if summed is not None and summed.differs():
             self._damage = "its samples are not those of the checksum (MD5) in its header"
-        if bad * _DAMAGED > packets or (self._damage and self.source.reading.strict):
+        if bad * _DAMAGED > count or (self._damage and self.source.reading.strict):
             raise self.source.error(f"of which {self._damage}")
 
     def announced_by(self, seconds: float) -> int:

@@ -19,11 +19,13 @@ def one_thread() -> Iterator[None]:
     outermost = not hasattr(_here, "outside")
     if outermost:
         _here.outside = before
-    torch.set_num_threads(1)
+    if before != 1:
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        if before != 1:
+            torch.set_num_threads(before)
         if outermost:
             del _here.outside
 

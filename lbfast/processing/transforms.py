@@ -50,7 +50,8 @@ class Affine(Step):
 
     def __call__(self, x: Any) -> torch.Tensor:
         x = self.pixels(x)
-        a, b = (torch.tensor(values).view(-1, *(1,) * (x.dim() - 1)) for values in self.coefficients(x.dtype))
+        shape, coefficients = (-1, *(1,) * (x.dim() - 1)), self.coefficients(x.dtype)
+        a, b = (torch.tensor(values, device=x.device).view(shape) for values in coefficients)
         return x.float() * a + b
 
 
@@ -78,6 +79,13 @@ class ToTensor(Affine):
 
     def coefficients(self, dtype: torch.dtype) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return (1 / 255 if dtype == torch.uint8 else 1.0,), (0.0,)
+
+
+class _Decoded(ToTensor):
+    """ToTensor of what is (3, H, W) uint8 already."""
+
+    def pixels(self, x: Any) -> torch.Tensor:
+        return x
 
 
 class ToFloat(Affine):
@@ -252,6 +260,10 @@ class Compose:
         if not any(isinstance(step, ToTensor) for step in self.transforms):
             raise ValueError("layout: expected a transform that begins with ToTensor, got one without it")
         return Compose([ToTensor(layout) if isinstance(step, ToTensor) else step for step in self.transforms])
+
+    def of_decoded(self, x: torch.Tensor) -> torch.Tensor:
+        """The same of a picture (3, H, W) uint8, by a list that begins with ToTensor, which has nothing to find out."""
+        return Compose([_Decoded(), *self.transforms[1:]])(x)
 
     def __repr__(self) -> str:
         return "Compose(" + "".join(f"\n    {step!r}" for step in self.transforms) + "\n)"

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from lbfast.processing.clip import evenly, to_cthw
-from lbfast.processing.container import opened
+from lbfast.processing.container import only, opened, packets
 from lbfast.processing.image import image_size
 from lbfast.processing.index import Disagrees, Index
 from lbfast.processing.media import MediaError, MediaWarning, Reading, Source, is_readable, named
@@ -42,7 +42,7 @@ _BACKENDS = ("decord", "opencv", "pytorchvideo")  # names that configs carry; on
 
 
 class Missing(Exception):
-    """A wanted frame did not come out of the decoder, or a packet is not what the index says."""
+    """A wanted frame did not come out of the decoder, or a packet or a key frame is not what the file says."""
 
 
 @dataclass
@@ -99,6 +99,7 @@ class VideoFile:
             if codec.width * codec.height > self.limit:
                 got = f"of {codec.width} x {codec.height} pixels, more than {self.limit:,} (limits.frame_pixels)"
                 raise self.source.error(got)
+            only(container, stream)
             codec.options = bound
             codec.thread_type = "AUTO"
             codec.thread_count = self.threads
@@ -143,7 +144,7 @@ class VideoFile:
         """
         joined = self.container.format.name.startswith("mpegts")
         size = 0
-        for packet in self.container.demux(self.stream):
+        for packet in packets(self.source, self.container, self.stream):
             if packet.size == 0:
                 continue  # PyAV's own, at the end
             if packet.is_corrupt and not joined:
@@ -200,7 +201,8 @@ class VideoFile:
         Decodes from the key frame before each wanted frame; unwanted frames that nothing refers to are skipped.
 
         Raises:
-            Missing: the decoder did not give a wanted frame, or calls one that it gave corrupt, or the index is wrong.
+            Missing: the decoder did not give a wanted frame, or calls one that it gave corrupt; the index is wrong, or
+                what the file calls a key frame is none.
         """
         missing = set(wanted)
         position = {p: i for i, p in enumerate(self.pts) if p in missing}
@@ -320,15 +322,22 @@ class VideoFile:
                 codec.open(strict=False)
             if wanted is not None:
                 codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
-            yield from self._tried(codec, packet)
-            if i < end:
+            last = i == end
+            for frame in [*self._tried(codec, packet), *(self._tried(codec, None) if last else [])]:
+                if wanted is not None and frame is not None and self._is_no_key(frame, begin):
+                    raise Missing
+                yield frame
+            if not last:
                 continue
-            yield from self._tried(codec, None)
             codec.flush_buffers()
             begin, end = next(todo, (0, -1))
             if end < 0:
                 codec.skip_frame = "DEFAULT"
                 return
+
+    def _is_no_key(self, frame: Any, begin: int) -> bool:
+        """Whether it is that of packet `begin`, with which decoding began, and needs others: the file's table lies."""
+        return frame.pts == self.pts[begin] and not frame.key_frame and begin in self.keys
 
     def _tried(self, codec: Any, packet: Any) -> list[Any]:
         import av
@@ -413,10 +422,10 @@ def read_frames(
         reading: strict refuses damaged files; limits.frame_pixels and limits.clip_bytes; allow_urls.
 
     Returns:
-        (num_frames, H, W, 3) uint8 RGB.
+        (num_frames, H, W, 3) uint8 RGB; on the GPU where reading.decoder decodes there.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file. ImportError, RuntimeError: what reading.decoder needs is not here.
         MediaError: empty, broken, truncated, too large, without moving pictures, or without a frame in the clip.
     """
     if num_frames is not None and num_frames < 1:
@@ -433,6 +442,13 @@ def read_frames(
                 raise MediaError(source.name, asked, f"{len(times)} frames, the last at {times[-1]:.2f} s")
             return [inside[i] for i in evenly(len(inside), num_frames)]
 
+        if source.reading.decoder != "ffmpeg":
+            from lbfast.processing import nvdec
+
+            try:
+                return nvdec.frames(source, choose)
+            except nvdec.Elsewhere as why:
+                warnings.warn(f"{source.name}: decoded on the CPU: {why}", UserWarning, stacklevel=2)
         with source.decoding(), VideoFile(source) as video:
             video.look()
             frames = None
@@ -478,7 +494,7 @@ def load_and_transform_video(
     if is_readable(video):
         frames = read_frames(video, num_frames, clip_start_sec, clip_end_sec, reading).permute(3, 0, 1, 2)
         with named(video):
-            return transform(frames)
+            return transform(frames).cpu()
     if clip_start_sec or clip_end_sec is not None:
         raise ValueError("clip_start_sec, clip_end_sec: expected a file, got frames in memory")
     return transform(to_cthw(video, layout, num_frames, reading))
