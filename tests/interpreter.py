@@ -48,7 +48,7 @@ def narrow(values: np.ndarray, towards_zero: bool = False) -> np.ndarray:
 
 def _is_bfloat16(handle: TensorHandle) -> bool:
     """A comparison's handle has its operands' type, and bools in it."""
-    return handle.dtype.scalar == tl.bfloat16 and handle.data.dtype == np.uint16
+    return handle.data.dtype == np.uint16 and handle.dtype.scalar == tl.bfloat16
 
 
 def _numbers(handle: TensorHandle) -> TensorHandle:
@@ -66,7 +66,10 @@ def _in_float32(name: str) -> None:
     original = getattr(InterpreterBuilder, name)
 
     def operation(self: InterpreterBuilder, *operands: Any) -> TensorHandle:
-        if not any(isinstance(x, TensorHandle) and _is_bfloat16(x) for x in operands):
+        for x in operands:
+            if type(x) is TensorHandle and _is_bfloat16(x):
+                break
+        else:
             return original(self, *operands)
         return _rounded(original(self, *(_numbers(x) if isinstance(x, TensorHandle) else x for x in operands)))
 

@@ -114,8 +114,11 @@ class _Semantic(type(interpreter.interpreter_semantic)):  # type: ignore[misc]
                 return
         super().binary_op_sanitize_overflow_impl(lhs, rhs, operation)
 
+    def cast(self, input: Any, dst_ty: Any, *rounding: Any) -> Any:
+        return input if input.dtype is dst_ty else super().cast(input, dst_ty, *rounding)
+
     def broadcast_impl_value(self, lhs: Any, rhs: Any) -> tuple[Any, Any]:
-        if not (lhs.type.is_block() and rhs.type.is_block()):
+        if not (type(lhs.type) is type(rhs.type) is tl.block_type):
             return super().broadcast_impl_value(lhs, rhs)
         left, right = lhs.type.shape.values, rhs.type.shape.values
         if left == right:
@@ -132,9 +135,10 @@ class _Semantic(type(interpreter.interpreter_semantic)):  # type: ignore[misc]
         return self.tensor(handle, tl.block_type(x.dtype, shape))
 
     def expand_dims(self, input: Any, axis: int) -> Any:
-        if not input.type.is_block():
+        if type(input.type) is not tl.block_type:
             return super().expand_dims(input, axis)
-        shape = [*input.type.shape.values[:axis], 1, *input.type.shape.values[axis:]]
+        shape = input.type.shape.values.copy()
+        shape.insert(axis, 1)
         handle = TensorHandle(input.handle.data.reshape(shape), input.handle.dtype.scalar)
         return self.tensor(handle, tl.block_type(input.dtype, shape))
 
@@ -162,8 +166,13 @@ def _tensor_with_known_shapes(original: Any) -> Any:
         return like.shape, like.numel
 
     def construct(self: Any, handle: Any, type: Any) -> None:
-        self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.shape, self.numel = constants(builtins.tuple(type.shape.values) if type.is_block() else ())
+        self.handle, self.type = handle, type
+        if type.__class__ is tl.block_type:
+            self.dtype = type.element_ty
+            self.shape, self.numel = constants(builtins.tuple(type.shape.values))
+        else:
+            self.dtype = type.scalar
+            self.shape, self.numel = constants(())
 
     return construct
 
@@ -196,9 +205,11 @@ def _same_in_the_interpreter(original: Any) -> Any:
     return to_ir
 
 
-def _equal_to_itself(original: Any) -> Any:
+def _equal_by_name(original: Any) -> Any:
+    """== of scalar types; what is no type goes Triton's way."""
+
     def equal(self: Any, other: Any) -> Any:
-        return self is other or original(self, other)
+        return self is other or (self.name == other.name if type(other) is tl.dtype else original(self, other))
 
     return equal
 
@@ -217,12 +228,22 @@ def _binary_op(self: InterpreterBuilder, lhs: TensorHandle, rhs: TensorHandle, o
 
 
 def _unwrapped(original: Any) -> Any:
-    plain = {tl.tensor, builtins.int, builtins.bool, builtins.float, type(None)}
+    plain = {tl.tensor, tl.dtype, tl.block_type, tl.pointer_type, int, bool, float, type(None)}
 
     def unwrap(value: Any) -> Any:
-        return value if type(value) in plain else original(value)
+        kind = type(value)
+        return value if kind in plain else value.value if kind is tl.constexpr else original(value)
 
     return unwrap
+
+
+def _item(original: Any) -> Any:
+    """[] of the language's tuples."""
+
+    def item(self: Any, index: Any) -> Any:
+        return self.values[index] if type(index) is int else original(self, index)
+
+    return item
 
 
 def _splat(original: Any) -> Any:
@@ -247,9 +268,9 @@ def install() -> None:
     InterpreterBuilder.binary_op = _binary_op
     InterpreterBuilder.create_splat = _splat(InterpreterBuilder.create_splat)
     tl.core._unwrap_if_constexpr = _unwrapped(tl.core._unwrap_if_constexpr)
+    tl.tuple.__getitem__ = _item(tl.tuple.__getitem__)
     tl.tensor.__init__ = _tensor_with_known_shapes(tl.tensor.__init__)
     tl.block_type.__init__ = _known_block(tl.block_type.__init__)
     for kind in (tl.block_type, tl.pointer_type):
         kind.to_ir = _same_in_the_interpreter(kind.to_ir)
-    for kind in (tl.dtype, tl.pointer_type):
-        kind.__eq__ = _equal_to_itself(kind.__eq__)
+    tl.dtype.__eq__ = _equal_by_name(tl.dtype.__eq__)
