@@ -1,3 +1,4 @@
+import functools
 import gc
 import importlib.util
 import multiprocessing
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer.testing
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
@@ -14,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from lbfast import testing
+from lbfast.processing import text
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     from tests import interpreter
@@ -28,6 +31,15 @@ def _nobody_pulls_the_plug():
     """What is flushed to the disk need not be there when a test ends: thousands of writes would wait for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)  # which fails, too, where there is no such file
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _made_once():
+    """What every run of a command makes anew, always the same: its parser, and CLIP's vocabulary."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.testing, "_get_command", functools.cache(typer.main.get_command))
+        patch.setattr(text, "clip_vocabulary", functools.cache(text.clip_vocabulary))
         yield
 
 
