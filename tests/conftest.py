@@ -4,6 +4,7 @@ import importlib.util
 import multiprocessing
 import os
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,16 @@ def processes():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.runs"])
     return context
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _forked_from_one():
+    """A process of pytest has one process to fork from: in a run of all tests, whatever asks first, it is that one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            preload = forkserver.set_forkserver_preload
+            patch.setattr(forkserver, "set_forkserver_preload", lambda names: preload([*names, "tests.runs"]))
+        yield
 
 
 def pytest_collection_finish():
