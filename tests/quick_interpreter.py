@@ -82,7 +82,10 @@ def _patch_attr(obj: object, name: str, member: Any, builder: Any, scope: Any) -
     scope.set_attr(obj, name, call)
 
 
-class _Semantic(type(interpreter.interpreter_semantic)):  # type: ignore[misc]
+_Its: Any = type(interpreter.interpreter_semantic) if hasattr(interpreter, "_LangPatchScope") else object
+
+
+class _Semantic(_Its):
     """What an operation does with its operands' types, known after the first pair of its kind."""
 
     _results: dict[Any, tl.dtype | None] = {}  # noqa: RUF012  (of operands' types: the type of both; None: each its own)
