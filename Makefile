@@ -16,8 +16,9 @@ venv: $(VENV)/.test ## the virtual environment, with lbfast and what the tests n
 demo: venv ## files of five modalities and captions -> embeddings, similarity tables, time against the reference
 	$(BIN)/python -m bench.demo
 
-# A process for each core, whose threads sleep while they wait: they share the cores.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal
+# A process for each core, whose threads sleep while they wait: they share the cores. Bytecode is kept, whatever the
+# environment says: many tests start processes.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal
 
 test: venv ## every test; ARGS="-k embed" and the like go to pytest
 	$(PYTEST) $(ARGS)

@@ -1,12 +1,15 @@
+import functools
 import gc
 import importlib.util
 import multiprocessing
 import os
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
+import typer.testing
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
@@ -14,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from lbfast import testing
+from lbfast.processing import text
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     from tests import interpreter
@@ -28,6 +32,15 @@ def _nobody_pulls_the_plug():
     """What is flushed to the disk need not be there when a test ends: thousands of writes would wait for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)  # which fails, too, where there is no such file
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _made_once():
+    """What every run of a command makes anew, always the same: its parser, and CLIP's vocabulary."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.testing, "_get_command", functools.cache(typer.main.get_command))
+        patch.setattr(text, "clip_vocabulary", functools.cache(text.clip_vocabulary))
         yield
 
 
@@ -79,6 +92,16 @@ def processes():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.runs"])
     return context
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _forked_from_one():
+    """A process of pytest has one process to fork from: in a run of all tests, whatever asks first, it is that one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            preload = forkserver.set_forkserver_preload
+            patch.setattr(forkserver, "set_forkserver_preload", lambda names: preload([*names, "tests.runs"]))
+        yield
 
 
 def pytest_collection_finish():

@@ -15,25 +15,20 @@ torch.float16, torch.bfloat16), ...}, with the reference and plain torch given t
 assert_within_budget` has its rounding. tests/test_temporal_attention.py is an example.
 
 Handles keep the bits as numpy's uint16, as Triton's own do: loads, stores, selection and movement are theirs.
-
-And it makes the interpreter quicker, results unchanged: most of its time goes into types, shapes and patches of the
-language that are made anew at every operation, and into the overflow of integers that it looks for number by number.
+tests/quick_interpreter.py, which is installed with it, makes the interpreter quicker.
 """
 
 from __future__ import annotations
 
-import builtins
-import functools
-import itertools
-import operator
 from typing import Any
 
 import numpy as np
 import torch
 import triton.language as tl
 from triton._C.libtriton import ir
-from triton.runtime import interpreter
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceOps, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
+
+from tests import quick_interpreter
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
@@ -53,7 +48,7 @@ def narrow(values: np.ndarray, towards_zero: bool = False) -> np.ndarray:
 
 def _is_bfloat16(handle: TensorHandle) -> bool:
     """A comparison's handle has its operands' type, and bools in it."""
-    return handle.dtype.scalar == tl.bfloat16 and handle.data.dtype == np.uint16
+    return handle.data.dtype == np.uint16 and handle.dtype.scalar == tl.bfloat16
 
 
 def _numbers(handle: TensorHandle) -> TensorHandle:
@@ -71,7 +66,10 @@ def _in_float32(name: str) -> None:
     original = getattr(InterpreterBuilder, name)
 
     def operation(self: InterpreterBuilder, *operands: Any) -> TensorHandle:
-        if not any(isinstance(x, TensorHandle) and _is_bfloat16(x) for x in operands):
+        for x in operands:
+            if type(x) is TensorHandle and _is_bfloat16(x):
+                break
+        else:
             return original(self, *operands)
         return _rounded(original(self, *(_numbers(x) if isinstance(x, TensorHandle) else x for x in operands)))
 
@@ -116,108 +114,6 @@ def _sum(original: Any) -> Any:
     return sum
 
 
-def _patched_once(launch: Any) -> Any:
-    """Triton's interpreter patches its language at every call of a device function: here once a launch.
-
-    What it patches follows from which of its modules a file has, and from what is patched already, which it passes
-    over: it is looked for once each.
-    """
-    patch, patches = interpreter._patch_lang, {}
-
-    @functools.cache
-    def seen_by(function: Any) -> tuple[bool, ...]:
-        return tuple(any(value is lang for value in function.__globals__.values()) for lang in (tl, tl.core))
-
-    def launch_patched(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
-        scope = interpreter._LangPatchScope()  # the launch restores it
-        patched: tuple[Any, ...] = ()
-
-        def patch_lang(function: Any) -> Any:
-            nonlocal patched
-            seen = seen_by(function)
-            if seen in patched:
-                return scope
-            patched += (seen,)
-            if patched in patches:
-                for obj, name, value in patches[patched]:
-                    scope.set_attr(obj, name, value)
-            else:
-                changes = patch(function)._changes
-                scope._changes += changes
-                patches[patched] = [(obj, name, vars(obj)[name]) for obj, name, _ in changes]
-            return scope
-
-        interpreter._patch_lang = patch_lang
-        try:
-            launch(self, *args, **kwargs)
-        finally:
-            interpreter._patch_lang = patch
-
-    return launch_patched
-
-
-def _sanitize_overflow(original: Any) -> Any:
-    """Looks at all numbers only where the operands' ranges leave room for one that is too large."""
-
-    def sanitize(self: Any, lhs: Any, rhs: Any, operation: Any) -> None:
-        kind, function = lhs.type.scalar, getattr(operator, operation.__name__, None)
-        if kind.is_int() and 8 <= kind.int_bitwidth < 64 and function and lhs.handle.data.size:
-            ends = [(int(x.handle.data.min()), int(x.handle.data.max())) for x in (lhs, rhs)]
-            extremes = [function(a, b) for a, b in itertools.product(*ends)]
-            if kind.get_int_min_value() <= min(extremes) and max(extremes) <= kind.get_int_max_value():
-                return
-        original(self, lhs, rhs, operation)
-
-    return sanitize
-
-
-def _numpy_dtype(original: Any) -> Any:
-    """By the scalar type's name, once each."""
-    known: dict[str, Any] = {}
-
-    def dtype(type: Any) -> Any:
-        name = type.scalar.name
-        if name not in known:
-            known[name] = original(type)
-        return known[name]
-
-    return dtype
-
-
-def _tensor_with_known_shapes(original: Any) -> Any:
-    """The constructor; a shape's constants are made once."""
-
-    @functools.cache
-    def constants(shape: tuple[int, ...]) -> tuple[Any, Any]:
-        like = tl.tensor.__new__(tl.tensor)
-        original(like, None, tl.block_type(tl.int32, list(shape)) if shape else tl.int32)
-        return like.shape, like.numel
-
-    def construct(self: Any, handle: Any, type: Any) -> None:
-        shape = builtins.tuple(type.shape) if type.is_block() else ()
-        self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.shape, self.numel = constants(shape)
-
-    return construct
-
-
-def _known_block(original: Any) -> Any:
-    """The constructor of block types; a shape is looked at once."""
-    known: dict[Any, dict[str, Any]] = {}
-
-    def construct(self: Any, element_ty: Any, shape: Any) -> None:
-        if not all(type(size) is int for size in shape):
-            return original(self, element_ty, shape)
-        key = element_ty.name, builtins.tuple(shape)
-        if key not in known:
-            original(self, element_ty, shape)
-            known[key] = {name: value for name, value in vars(self).items() if name != "element_ty"}
-        self.element_ty = element_ty
-        self.__dict__.update(known[key])
-
-    return construct
-
-
 def _refuse(self: InterpreterBuilder, *_: Any) -> None:
     raise NotImplementedError("an atomic sum of bfloat16 in the interpreter")
 
@@ -226,19 +122,13 @@ def install() -> None:
     """For all kernels from here on; once is enough."""
     if hasattr(InterpreterBuilder, "get_bf16"):
         return
+    quick_interpreter.install()
     for name in ("binary_op", "unary_op", "create_fma", "create_clampf"):
         _in_float32(name)
     for name in ("cast_impl", "create_fp_to_fp"):
         setattr(InterpreterBuilder, name, _cast(getattr(InterpreterBuilder, name)))
     InterpreterBuilder.create_dot = _dot(InterpreterBuilder.create_dot)
     ReduceOps.sum = _sum(ReduceOps.sum)
-    if hasattr(interpreter, "_LangPatchScope"):  # older ones restore nothing, and have no class of semantics
-        GridExecutor.__call__ = _patched_once(GridExecutor.__call__)
-        semantic = type(interpreter.interpreter_semantic)
-        semantic.binary_op_sanitize_overflow_impl = _sanitize_overflow(semantic.binary_op_sanitize_overflow_impl)
-        tl.block_type.__init__ = _known_block(tl.block_type.__init__)
-        tl.tensor.__init__ = _tensor_with_known_shapes(tl.tensor.__init__)
-        interpreter._get_np_dtype = _numpy_dtype(interpreter._get_np_dtype)
     atomic = InterpreterBuilder.create_atomic_rmw
 
     def create_atomic_rmw(self: InterpreterBuilder, kind: Any, pointer: Any, value: TensorHandle, *rest: Any) -> Any:

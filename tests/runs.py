@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import lbfast.__main__
 import lbfast.cli
@@ -61,6 +62,34 @@ def lbfast_command(folder: Path, *arguments: object) -> None:
     said_to(folder)
     sys.argv = ["lbfast", *map(str, arguments)]
     lbfast.__main__.main()
+
+
+def _lbfast_of_rank(folder: Path, *arguments: object) -> None:
+    mine = folder / os.environ["RANK"]
+    mine.mkdir()
+    try:
+        lbfast_command(mine, *arguments)
+    except SystemExit as end:
+        if end.code:
+            raise RuntimeError(f"status {end.code}: {(mine / 'stderr').read_text()}") from None
+
+
+def torchrun(folder: Path, processes: int, *arguments: object) -> None:
+    """As `torchrun --nproc-per-node processes -m lbfast arguments`: its agent, whose processes are forked from here.
+
+    What each of them says is in folder/<its rank>.
+    """
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=folder.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="forkserver",
+    )
+    elastic_launch(config, _lbfast_of_rank)(folder, *arguments)
 
 
 def command(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """The random calls themselves: some of them are right, a wrong one is found, a signal is told with its case."""
 
 import collections
-import os
 import random
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import torch
 
 from lbfast import native, testing
 from tests.fuzz import cases, layouts, ops
-from tests.fuzz.__main__ import modules
+from tests.fuzz.__main__ import main, modules
 
 
 def test_ops_is_one_of_the_modules():
@@ -69,9 +68,9 @@ def test_a_signal_is_told_and_the_rest_goes_on(monkeypatch):
     assert counts == {"here: op": 4}
 
 
-def test_prints_its_seed_and_counts(tmp_path):
-    command = [sys.executable, "-m", "tests.fuzz", "--seconds=0.1", "--seed=5", "--only", "ops"]
-    ran = subprocess.run(command, cwd=ops.ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=900)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stdout.startswith("seed 5\n") and ran.stdout.endswith("nothing failed\n")
-    assert sum(int(line.split()[0]) for line in ran.stdout.splitlines() if line.startswith("  ")) == ops.BATCH
+def test_prints_its_seed_and_counts(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fuzz", "--seconds=0.1", "--seed=5", "--only", "ops"])
+    status, said = main(), capsys.readouterr().out
+    assert status == 0, said
+    assert said.startswith("seed 5\n") and said.endswith("nothing failed\n")
+    assert sum(int(line.split()[0]) for line in said.splitlines() if line.startswith("  ")) == ops.BATCH

@@ -10,8 +10,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -134,24 +132,23 @@ def test_signals_save_and_end(tmp_path, processes, number, status):
     assert "the same command goes on" in (tmp_path / "stdout").read_text()
 
 
-def test_two_processes_equal_one(tmp_path):
-    """Under torchrun, from files, by the command line."""
+def test_two_processes_equal_one(tmp_path, processes):
+    """Under torchrun's agent, from files, by the command line."""
+    from tests import runs
+
     data, model = trainees.manifest(tmp_path), tiny.checkpoint(tmp_path, "image")
     common = ["train", "--recipe", "depth", "--model", str(model), "--data", str(data), "--device", "cpu"]
     for field in ("batch_size=6", "epochs=2", "warmup=2", "lr=0.01", "coef_lr=0.1", "micro_batch=2"):
         common += ["--set", field]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lbfast"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *torchrun, *common, "--out", str(tmp_path / "two"), "--steps", "4"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("steps") == 1  # the first process speaks
+    ranks = tmp_path / "ranks"
+    ranks.mkdir()
+    arguments = (ranks, 2, *common, "--out", str(tmp_path / "two"), "--steps", "4")
+    child = processes.Process(target=runs.torchrun, args=arguments)
+    child.start()
+    child.join(120)
+    said = [(ranks / rank / "stdout").read_text() for rank in "01"]
+    assert child.exitcode == 0, [(ranks / rank / "stderr").read_text() for rank in "01"]
+    assert [text.count("steps") for text in said] == [1, 0]  # the first process speaks
     result = CliRunner().invoke(lbfast.cli.app, [*common, "--out", str(tmp_path / "one"), "--steps", "4"])
     assert result.exit_code == 0, result.stderr
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-4)

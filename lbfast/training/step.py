@@ -327,5 +327,9 @@ def _mixed(*key: int) -> int:
 def _seeded(device: torch.device, key: tuple[int, ...]) -> Iterator[None]:
     """What is drawn inside depends on the key alone; the generators outside are left as they were."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(_mixed(*key))
+        torch.default_generator.manual_seed(
+            _mixed(*key)
+        )  # torch.manual_seed writes down the stack for each absent device
+        if device.type == "cuda":
+            torch.cuda.manual_seed_all(_mixed(*key))
         yield
