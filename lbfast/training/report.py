@@ -219,13 +219,15 @@ def _plot(rows: list[dict[str, float]], path: Path) -> Path:
         axes.grid(alpha=0.3)
         axes.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 4))
     for name in sorted(evaluated | {name.replace("eval/", "ema/") for name in evaluated}):
-        found = [(row["step"], row[name]) for row in rows if name in row]
+        found = [(row["step"], 100 * row[name]) for row in rows if name in row]
         if found:
             panels[-1].plot(*zip(*found), marker=".", linewidth=1, label=name)
     if evaluated:
+        panels[-1].set_ylabel("%")
         panels[-1].legend()
         panels[-1].grid(alpha=0.3)
     panels[-1].set_xlabel("step")
+    figure.align_ylabels()
     with files.replacing(path) as staged:
         figure.savefig(staged, dpi=120)
     return path
