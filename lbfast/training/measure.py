@@ -257,8 +257,15 @@ def _peak(run: Callable[[], Any], device: torch.device, model: torch.nn.Module |
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says when it begins
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as noted:
         run()
-    events: Any = noted.profiler
-    changes = [event for event in events.kineto_results.events() if event.name() == "[memory]"]
+    most = _most(noted)
+    del noted  # its events lie between what was freed
+    _trim()
+    return most
+
+
+def _most(noted: Any) -> int:
+    """The most bytes that were held at once while a profiler of memory was running."""
+    changes = [event for event in noted.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
     for event in sorted(changes, key=lambda event: int(event.start_ns())):
         now += event.nbytes()
@@ -278,11 +285,16 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     return statistics.median(times[1:] or times)
 
 
-def _forget() -> None:
-    """What has been freed goes back to the system, and the high-water mark falls to the present size."""
+def _trim() -> None:
+    """What has been freed goes back to the system."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # no glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _forget() -> None:
+    """The same, and the high-water mark falls to the present size."""
+    _trim()
     with contextlib.suppress(OSError):  # no Linux
         Path("/proc/self/clear_refs").write_text("5")
 
