@@ -2,6 +2,7 @@
 
     python -m bench.bench_info_nce --size 1024 4096 --dim 512 768 1024
     python -m bench.bench_info_nce --size 16384 --dim 768 --dtype bfloat16 --passes both
+    python -m bench.bench_info_nce --size 4096 --dim 768 --nested           what nested embeddings cost beside one call
     pytest bench/bench_info_nce.py                      one size, under pytest-benchmark
 
 Peers: open_clip's arithmetic (`dense`), the same from one product (`dense, one product`), row chunks in plain torch
@@ -28,8 +29,8 @@ from lbfast.ops.info_nce import IMPLEMENTATIONS, info_nce
 from . import contest, harness, peers
 
 GPU_SIZES, CPU_SIZES = [1024, 4096, 8192, 16384, 32768, 65536, 131072], [1024, 4096]
-NESTED = "lbfast nested"
-"""With --nested: the losses of the first 1, 2/3, 1/3 and 1/12 of the numbers at once."""
+NESTED, CALLS = "lbfast nested", "lbfast, a call each"
+"""With --nested: the losses of the first 1, 2/3, 1/3 and 1/12 of the numbers, at once or as four."""
 FLOPS = {"fwd": 2, "bwd": 6, "both": 8}  # times B^2 D
 PEERS_TO = 2**18
 """Pairs: with more, the others would take minutes; ours then take seconds, and are called once for each number."""
@@ -68,14 +69,22 @@ def inputs(size: int, dim: int, dtype: str, device: str, scale: float = peers.SC
     return [*made, torch.tensor(scale, device=device, requires_grad=True)]
 
 
+def prefixes(d: int) -> tuple[int, ...]:
+    return d, 2 * d // 3, d // 3, d // 12
+
+
 def nested_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    d = image.shape[1]
-    return info_nce(image, text, scale, dims=(d, 2 * d // 3, d // 3, d // 12))
+    return info_nce(image, text, scale, dims=prefixes(image.shape[1]))
+
+
+def loss_of_calls(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    parts = [[F.normalize(x[:, :d], dim=-1) for x in (image, text)] for d in prefixes(image.shape[1])]
+    return torch.stack([info_nce(*pair, scale) for pair in parts]).mean()
 
 
 def loss_of(name: str) -> Callable[..., torch.Tensor]:
-    if name == NESTED:
-        return nested_loss
+    if name in (NESTED, CALLS):
+        return nested_loss if name == NESTED else loss_of_calls
     if name.startswith("lbfast "):
         return lambda *tensors: info_nce(*tensors, impl=name.removeprefix("lbfast "))
     return PEERS[name][0]
@@ -141,7 +150,8 @@ def measure(
     nested: bool = False,
 ) -> None:
     names, absent = candidates(size, dtype, record.device)
-    names += [NESTED] if nested else []
+    if nested:
+        names, absent = [ours(dtype, record.device)[0][0], NESTED, CALLS], {}
     tensors = inputs(size, dim, dtype, record.device)
     about = {"case": f"{size}x{dim}", "dtype": dtype}
     record.add({**about, "name": name, "note": reason} for name, reason in absent.items())
@@ -153,7 +163,7 @@ def measure(
                 memory[name] = harness.gpu_extra_mib(step(name, "both", tensors), warm=often)
             else:
                 memory[name] = harness.cpu_memory(whole_step, name, size, dim, dtype, warm=(name, 64, dim, dtype)).extra
-            if exact is not None and name != NESTED:
+            if exact is not None and name not in (NESTED, CALLS):
                 error = abs(float(loss_of(name)(*(x.detach() for x in tensors))) / exact - 1)
                 if not error <= TOLERANCE[getattr(torch, dtype)]:
                     raise AssertionError(f"wrong: {error:.1e} from float64: not timed")
@@ -166,7 +176,7 @@ def measure(
         for group in groups:
             _time({n: step(n, part, tensors) for n in group}, part, about, record, seconds, memory)
     own = [name for name in able if name.startswith("lbfast ")]
-    if "both" in passes and often:
+    if "both" in passes and often and not nested:
         high = inputs(size, dim, dtype, record.device, HIGH_SCALE)
         about_high = {**about, "case": f"{size}x{dim}, scale {HIGH_SCALE:g}"}
         _time({name: step(name, "both", high) for name in own}, "both", about_high, record, seconds, memory)
@@ -233,7 +243,7 @@ def options() -> argparse.ArgumentParser:
     sizes = GPU_SIZES if harness.device() == "cuda" else CPU_SIZES
     parser.add_argument("--size", type=int, nargs="+", default=sizes, help="B; default: %(default)s")
     parser.add_argument("--dim", type=int, nargs="+", default=[512, 768, 1024], help="D; default: %(default)s")
-    parser.add_argument("--nested", action="store_true", help="the losses of four prefixes of a row at once, too")
+    parser.add_argument("--nested", action="store_true", help="of four prefixes at once, not the peers")
     return parser
 
 

@@ -93,6 +93,13 @@ PIECES = (
         )
         for dtype in ("float32", "bfloat16")
     ),
+    Piece(
+        "nested-info-nce",
+        "bench_info_nce",
+        ("--size", "4096", "--dim", "768", "--passes", "fwd", "both", "--nested", "--seconds", "3"),
+        limit=120,
+        extra=True,
+    ),
     *(
         Piece(
             f"sigmoid-loss-16k-{dtype}",

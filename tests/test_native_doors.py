@@ -44,6 +44,10 @@ def grads(**given):
     )
 
 
+def nested_norms(**given):
+    return torch.ops.lbfast.info_nce_nested_norms(*{"x": randn(3, 8), "ends": [4, 8], **given}.values())
+
+
 def nested_sums(**given):
     arguments = {"x": randn(3, 8), "y": randn(5, 8), "scale": 1.0, "shift": 0.0, "x_factors": torch.ones(2, 3)}
     more = {"y_factors": torch.ones(2, 5), "ends": [4, 8], "diag": 0, "row_labels": None, "col_labels": None}
@@ -88,8 +92,8 @@ def labels(n):
 @pytest.mark.parametrize(
     "op",
     [
-        *(attention, attention_bwd, temporal, temporal_bwd, stats, grads, nested_sums, nested_grads, sigmoid),
-        *(rows, fold, resize),
+        *(attention, attention_bwd, temporal, temporal_bwd, stats, grads, nested_norms, nested_sums),
+        *(nested_grads, sigmoid, rows, fold, resize),
     ],
 )
 def test_what_fits_is_taken(op):
@@ -137,6 +141,8 @@ REFUSED = [
     (grads, {"dx": torch.zeros(5, 8)}, "dx: expected [3, 8]"),
     (grads, {"dy": torch.zeros(8, 5).T}, "dy: expected a contiguous tensor"),
     (grads, {"y": SAME, "dy": SAME}, "dy: expected memory of its own"),
+    (nested_norms, {"x": randn(8, 3).T}, "x: expected a contiguous tensor"),
+    (nested_norms, {"ends": [4, 6]}, "ends: expected the last at D = 8"),
     (nested_sums, {"ends": [8, 4]}, "ends: expected to rise"),
     (nested_sums, {"ends": [0, 8]}, "ends: expected to rise"),
     (nested_sums, {"ends": []}, "ends: expected the last at D = 8"),

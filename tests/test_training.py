@@ -305,12 +305,16 @@ def test_steps_whose_samples_are_all_corrupt(tmp_path):
     assert steps_of(tmp_path) == [1, 3, 4, 6, 7, 9]
 
 
-def test_a_warmup_longer_than_the_run_is_told(tmp_path):
+def test_rates_that_are_hardly_meant_are_told(tmp_path):
     for warmup in (9, 10):  # it has nine steps
         said = Console(file=io.StringIO(), width=200)
         run(tmp_path / str(warmup), trainees.plan(warmup=warmup), console=said, steps=1)
         told = "warmup: 10 steps, and the run has 9: its learning rate ends at" in said.file.getvalue()
         assert told == (warmup == 10)
+    for rank in (0, 2):  # the rate of what is no adapter
+        said = Console(file=io.StringIO(), width=200)
+        run(tmp_path / f"rank{rank}", trainees.plan(lora_r=rank, lr=5e-4, coef_lr=1e-3), console=said, steps=1)
+        assert ("learns at coef_lr 0.001 of lr, 5e-07; `--set" in said.file.getvalue()) == (rank == 0)
 
 
 def test_too_little_data(tmp_path):
@@ -335,8 +339,11 @@ def test_progress_fits_a_terminal():
     with report.Report(None, 123456, 0, console) as shown:
         shown.step({"step": 1002, **numbers})
         shown._bar.refresh()
+        shown.evaluates(1003)
+        shown._bar.refresh()
+    assert re.search("1003/123456.*evaluating", console.file.getvalue())
     line = max(console.file.getvalue().replace("\r", "\n").splitlines(), key=lambda each: "1002/123456" in each)
-    assert "1002/123456" in line and "loss 3.1000  123.4/s  43.95 GiB" in line and ":" in line
+    assert "1002/123456" in line and "loss 3.1000  123/s  43.95 GiB" in line and ":" in line
     assert len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)) <= 80
 
 

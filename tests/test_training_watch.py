@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import re
 import signal
 import sys
 from types import SimpleNamespace
@@ -247,7 +248,8 @@ def test_the_command(tmp_path, scenes, monkeypatch):
     watched = ["--eval", str(scenes), "--eval-every", "1", "--best", "ema/R@5", "--log", "wandb"]
     result = CliRunner().invoke(lbfast.cli.app, [*command, *watched])
     assert result.exit_code == 0, result.stderr
-    assert "; the best: " in result.stdout and "step 1: eval/R@1" in result.stderr
+    assert "\nthe best by " in result.stdout
+    assert re.search("step 1: R@1 [0-9.]+ %, .* s, ema/R@1 ", " ".join(result.stderr.split()))
     assert told[0]["config"]["ema"] == 0.5 and told[-1] == 0 and "eval/R@1" in told[2] and len(told) == 4
     result = CliRunner().invoke(lbfast.cli.app, ["export", str(out), "--out", str(tmp_path / "averaged"), "--ema"])
     assert result.exit_code == 0, result.stderr

@@ -178,7 +178,7 @@ def train(
             log=log or (),
         )
         if place.first:
-            _summarise(summary, plan, len(batches.skipped))
+            _summarise(summary, len(batches.skipped), best)
     if summary.stopped:
         raise typer.Exit(128 + int(summary.stopped))
 
@@ -231,15 +231,17 @@ def _plan(
     say(make(recipe, model, batches, world=world, workers=workers, tflops=tflops).text())
 
 
-def _summarise(summary: Summary, plan: Recipe, skipped: int) -> None:
-    rate = summary.samples / summary.seconds if summary.seconds else 0.0
-    line = f"{summary.steps} of {summary.total} steps, {summary.samples} samples now at {rate:.1f}/s"
+def _summarise(summary: Summary, skipped: int, best: str | None) -> None:
+    from lbfast.training.report import rate
+
+    speed = rate(summary.samples / summary.seconds if summary.seconds else 0.0)
+    line = f"{summary.steps} of {summary.total} steps, {summary.samples} samples at {speed}/s"
     if summary.loss is not None:
         line += f", loss {summary.loss:.4f}"
     if skipped:
         line += f", {skipped} samples skipped"
     if summary.stopped:
         line += f"; stopped by {signal.Signals(summary.stopped).name}: the same command goes on"
-    if summary.best is not None:
-        line += f"; the best: {summary.best}"
     say(f"{line} -> {summary.model or summary.checkpoint}")
+    if summary.best is not None:
+        say(f"the best by {best}: {summary.best}")

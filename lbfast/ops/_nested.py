@@ -20,6 +20,7 @@ Source: Kusupati et al., arXiv 2205.13147.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,8 @@ from lbfast.ops._pairs import Plan, wide
 FEWEST = 4
 """Numbers of a prefix that `fused` takes: the gradient of fewer is what little cancelling leaves of large terms."""
 _LARGEST_SCALE = 100.0
+_SHIFT = 46 * math.log(2)
+"""Of exponents of scales above 60, 46 of the powers of two that the kernel makes."""
 _LEAST = 2.0**-90
 """Smaller sums of exponentials are not trusted: what underflows is below 2^-126."""
 _EPSILON = 1e-12
@@ -86,11 +89,11 @@ def fused_sums(x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor, plan: Plan
     """
     ends, shards, texts = list(dims), plan.shards, plan.texts
     factor = float(scale)
-    shift = 0.0 if abs(factor) <= 60 else 32.0
+    shift = 0.0 if abs(factor) <= 60 else _SHIFT
     x, y = x[:, : ends[-1]], texts.gather_rows(y[:, : ends[-1]])
     even = all(end % 2 == 0 for end in ends)
     x_op, y_op = (_pairs.native_operand(e if even else e.float()) for e in (x, y))
-    x_factors, y_factors = _reciprocal_norms(x, ends), _reciprocal_norms(y, ends)
+    x_factors, y_factors = (torch.ops.lbfast.info_nce_nested_norms(e, ends) for e in (x_op, y_op))
     diag, row_labels, col_labels, _ = plan.where(None)
     rows, cols, cosines = torch.ops.lbfast.info_nce_nested_sums(
         x_op, y_op, factor, shift, x_factors, y_factors, ends, diag, row_labels, col_labels
@@ -169,14 +172,6 @@ class Fused(torch.autograd.Function):
             ds = (plan.shards.sum(wide(row_dots).sum()) * grad / ctx.count).to(scale.dtype)
         grads = [None if part is None else _widened(part, e) for part, e in zip(out, (x, text_embeds))]
         return (*grads, ds, None, None, None, None)
-
-
-def _reciprocal_norms(x: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
-    """(P, rows) float32, of the first ends[p] numbers of each row."""
-    begins = [0, *ends[:-1]]
-    parts = x.split(1024)  # in float64: what a norm errs by, all logits of its row do
-    squares = [torch.cat([part[:, a:b].double().square().sum(1) for part in parts]) for a, b in zip(begins, ends)]
-    return torch.stack(squares).cumsum(0).sqrt().clamp(min=_EPSILON).reciprocal().float()
 
 
 def _owed_by_norms(

@@ -114,8 +114,8 @@ def info_nce(
         one_product = name == "native" and not label_smoothing and not dispatch.aten_only()
         one_product = one_product and min(shares) >= _nested.FEWEST
         if one_product and (shards.world == 1 or gather == "all"):
-            whole = _pairs.workspace_bytes(device, workspace_mib) * (1 if workspace_mib else len(shares))
-            nested_plan = _pairs.Plan(shards, texts, gather, labels, whole)
+            scratch = _pairs.workspace_bytes(device, workspace_mib, on_cpu=48)
+            nested_plan = _pairs.Plan(shards, texts, gather, labels, scratch)
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
                 sums = _nested.fused_sums(image_embeds, text_embeds, scale, nested_plan, list(shares))
         if sums is not None:

@@ -64,7 +64,7 @@ class Costs:
         resident: of the process without all these. loading: its most until the model was there.
         again: seconds of the forward and backward of a row after another forward of it. once: after none.
         caption: seconds of a caption. step: of the optimizer. loss_seconds: of LOSS_ROWS pairs.
-        flops: of a row as in `once`, as in `again`, and of a caption.
+        flops: of a row as in `once`, as in `again`, and of a caption; where no seconds are measured.
     """
 
     weights: int
@@ -160,7 +160,7 @@ def measure(
         resident = most - costs.live(first, 2 * first, 2 * first) if device.type == "cpu" else 0.0
         if time_it:
             twice, seconds = _seconds(step(rows, 2), device), _seconds(optimizer.step, device)
-        flops = _flops(towers, recipe, autocast)
+        flops = (0.0, 0.0, 0.0) if time_it else _flops(towers, recipe, autocast)
     return Costs(
         weights, own, kept, backward, captions, loss, pixels, max(resident, 0.0), loading,
         once / rows, max(twice - once, once) / rows, caption, seconds, loss_seconds, flops,
@@ -170,13 +170,15 @@ def measure(
 def _as_in_a_run(
     towers: Towers, recipe: Recipe, autocast: torch.dtype | None, optimizer: torch.optim.Optimizer, rows: int
 ) -> float:
-    """The most bytes that the process has in two steps of two micro-batches, before anything else is done here."""
+    """The most bytes that the process has in a second step, of two micro-batches, before anything else is done here."""
     batch, taken = synthetic(towers, recipe, 2 * rows), LargeBatchStep(towers, rows, autocast=autocast)
     _forget()
-    for _ in range(2):
-        towers.model.zero_grad(set_to_none=True)
-        taken(batch, 0)
-        optimizer.step()
+    for parameter in trained(towers.model).values():  # a first step would take long, and leave the same
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    towers.model.zero_grad(set_to_none=True)
+    taken(batch, 0)
+    optimizer.step()
     return memory_mib(taken.device) * memory.MIB
 
 
@@ -255,8 +257,15 @@ def _peak(run: Callable[[], Any], device: torch.device, model: torch.nn.Module |
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says when it begins
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as noted:
         run()
-    events: Any = noted.profiler
-    changes = [event for event in events.kineto_results.events() if event.name() == "[memory]"]
+    most = _most(noted)
+    del noted  # its events lie between what was freed
+    _trim()
+    return most
+
+
+def _most(noted: Any) -> int:
+    """The most bytes that were held at once while a profiler of memory was running."""
+    changes = [event for event in noted.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
     for event in sorted(changes, key=lambda event: int(event.start_ns())):
         now += event.nbytes()
@@ -276,11 +285,16 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     return statistics.median(times[1:] or times)
 
 
-def _forget() -> None:
-    """What has been freed goes back to the system, and the high-water mark falls to the present size."""
+def _trim() -> None:
+    """What has been freed goes back to the system."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # no glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _forget() -> None:
+    """The same, and the high-water mark falls to the present size."""
+    _trim()
     with contextlib.suppress(OSError):  # no Linux
         Path("/proc/self/clear_refs").write_text("5")
 

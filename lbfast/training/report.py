@@ -105,7 +105,7 @@ class Report:
         if "loss" not in numbers:
             return
         line = (  # what is worth most first: a narrow terminal shows no more
-            f"loss {numbers['loss']:.4f}  {self._found}{numbers['samples_per_second']:.1f}/s  "
+            f"loss {numbers['loss']:.4f}  {self._found}{rate(numbers['samples_per_second'])}/s  "
             f"{numbers['memory_mib'] / 1024:.2f} GiB  lr {numbers['lr']:.2e}  scale {numbers['scale']:.2f}"
         )
         if self._bar is not None:
@@ -114,12 +114,26 @@ class Report:
             self._shown = time.monotonic()
             self.console.print(f"step {int(numbers['step'])}/{self.total}  {line}", highlight=False)
 
+    def evaluates(self, step: int) -> None:
+        """An evaluation of the model of this step begins; its numbers come with the step's."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers="evaluating")
+
     def plot(self) -> Path | None:
         """Draws loss, learning rate and scale of the whole run; None without matplotlib or metrics."""
-        if self.folder is None or importlib.util.find_spec("matplotlib") is None:
+        if self.folder is None:
+            return None
+        if importlib.util.find_spec("matplotlib") is None:
+            if self.console is not None:
+                self.console.print(f"no {PLOT}: it needs matplotlib: pip install 'lbfast\\[train]'", highlight=False)
             return None
         rows = read(self.folder / METRICS)
         return _plot(rows, self.folder / PLOT) if rows else None
+
+
+def rate(value: float) -> str:
+    """A rate in three figures or more."""
+    return f"{value:.{1 if value < 100 else 0}f}"
 
 
 def headline(numbers: Mapping[str, float]) -> str | None:
@@ -205,13 +219,15 @@ def _plot(rows: list[dict[str, float]], path: Path) -> Path:
         axes.grid(alpha=0.3)
         axes.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 4))
     for name in sorted(evaluated | {name.replace("eval/", "ema/") for name in evaluated}):
-        found = [(row["step"], row[name]) for row in rows if name in row]
+        found = [(row["step"], 100 * row[name]) for row in rows if name in row]
         if found:
             panels[-1].plot(*zip(*found), marker=".", linewidth=1, label=name)
     if evaluated:
+        panels[-1].set_ylabel("%")
         panels[-1].legend()
         panels[-1].grid(alpha=0.3)
     panels[-1].set_xlabel("step")
+    figure.align_ylabels()
     with files.replacing(path) as staged:
         figure.savefig(staged, dpi=120)
     return path

@@ -29,9 +29,11 @@ from lbfast.training.recipes import MEMORY_FIELDS, Recipe
 from lbfast.training.report import METRICS, Report, memory_mib
 from lbfast.training.step import LargeBatchStep, Rows, Towers
 from lbfast.training.stopping import StopSignals
-from lbfast.training.watch import AVERAGES, RAW, Evaluation, Watch
+from lbfast.training.watch import AVERAGES, RAW, Evaluation, Watch, told
 
 LARGEST_LOG_SCALE = math.log(100)
+LITTLE = 0.1
+"""Of the learning rate, for all that is trained: it is told."""
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -202,6 +204,11 @@ class Run:
                 f"{scheduled(self.recipe, self.total - 1, self.total):.2g}, not at lr {self.recipe.lr:.2g}; "
                 f"`--set warmup={-(-self.total // 10)}` is a tenth of the run"
             )
+        if self.step == 0 and not self.recipe.lora_r and self.recipe.coef_lr < LITTLE:
+            self._say(
+                f"coef_lr: without adapters all that is trained learns at coef_lr {self.recipe.coef_lr:g} of lr, "
+                f"{self.recipe.lr * self.recipe.coef_lr:.2g}; `--set coef_lr=1` is the whole"
+            )
         with (
             StopSignals() as signals,
             Report(
@@ -216,6 +223,7 @@ class Run:
                 numbers |= {"epoch": epoch, "samples_per_second": numbers["rows"] / (now - mark)}
                 better, mark, evaluated = False, now, {}
                 if self.watch is not None and self.watch.due(self.step, self.total):
+                    report.evaluates(self.step)
                     evaluated = self._evaluate(self.watch)
                     better, mark = self._is_best(evaluated), time.perf_counter()
                 if numbers["rows"]:
@@ -245,8 +253,7 @@ class Run:
         if self.averages is not None:
             with self.averages.in_place():
                 found |= watch(self.model, AVERAGES)
-        told = [f"{name} {value:.4g}" for name, value in found.items() if name.count("/") == 1]
-        self._say(f"step {self.step}: {', '.join(told)}")
+        self._say(f"step {self.step}: {told(found)}")
         return found
 
     def _is_best(self, found: Mapping[str, float]) -> bool:

@@ -175,6 +175,21 @@ def numbers(report: Report) -> dict[str, float]:
     return found
 
 
+def told(found: Mapping[str, float]) -> str:
+    """Those that are worth a line: "R@1 94.0 %, R@5 99.1 %, 2.5 s, ema/R@1 94.4 %"."""
+    parts = []
+    for name, value in found.items():
+        prefix, _, short = name.partition("/")
+        of = "" if prefix == RAW else f"{prefix}/"
+        if short == "seconds":
+            parts.append(f"{value:.1f} s")
+        elif short == "skipped":
+            parts.append(f"{of}skipped {value:.0f}")
+        elif "/" not in short:
+            parts.append(f"{of}{short} {100 * value:.1f} %")
+    return ", ".join(parts)
+
+
 def names(task: str, modality: str) -> list[str]:
     """Of the numbers whose largest is the best."""
     if task == "zero-shot":
