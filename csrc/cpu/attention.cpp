@@ -15,116 +15,22 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstring>
-#include <memory>
+#include <atomic>
 #include <optional>
 #include <tuple>
 #include <type_traits>
-#include <vector>
 
+#include "attention.h"
+#include "attention_amx.h"
 #include "checks.h"
+#include "crew.h"
 #include "gemm.h"
-#include "panels.h"
 #include "softmax.h"
 
 namespace lbfast {
 namespace {
 
-constexpr int64_t kStrip = 64;              // queries at a time, fewer where there are many keys:
-constexpr int64_t kScoreBytes = 256 << 10;  // so much for a strip's scores
-constexpr int64_t kFewest = 16;
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// One thread's buffers, one after another, each on a cache line of its own.
-class Arena {
- public:
-  explicit Arena(int64_t bytes) : size_(bytes + 64), data_(new char[size_]) {
-    next_ = data_.get() + (64 - reinterpret_cast<uintptr_t>(data_.get()) % 64) % 64;
-  }
-  template <typename T>
-  T* take(int64_t count) {
-    T* out = reinterpret_cast<T*>(next_);
-    next_ += round_up(count * sizeof(T), 64);
-    TORCH_INTERNAL_ASSERT(next_ <= data_.get() + size_);
-    return out;
-  }
-
- private:
-  int64_t size_;
-  std::unique_ptr<char[]> data_;
-  char* next_;
-};
-
-template <typename In>
-struct View {
-  In* data;
-  int64_t b, n, h;  // strides in elements
-  explicit View(const at::Tensor& x)
-      : data(x.data_ptr<In>()), b(x.stride(0)), n(x.stride(1)), h(x.stride(2)) {}
-  In* at(int64_t ib, int64_t in, int64_t ih) const { return data + ib * b + in * n + ih * h; }
-};
-
-struct Shape {
-  int64_t batch, queries, keys, heads, dim;
-  int64_t strip;  // queries of a strip, even
-  int64_t ld;     // of a row of scores
-  Shape(const at::Tensor& q, const at::Tensor& k)
-      : batch(q.size(0)), queries(q.size(1)), keys(k.size(1)), heads(q.size(2)), dim(q.size(3)) {
-    ld = round_up(keys, 32);
-    const int64_t most = std::clamp<int64_t>(kScoreBytes / (4 * ld), kFewest, kStrip);
-    const int64_t strips = (queries + most - 1) / most;
-    strip = round_up((queries + strips - 1) / std::max<int64_t>(1, strips), 2);
-  }
-  int64_t strips() const { return (queries + strip - 1) / strip; }
-};
-
-// rows of dim values: In -> T, packed densely
-template <typename In, typename T>
-void load_rows(const In* from, int64_t stride, int64_t rows, int64_t dim, T* to) {
-  for (int64_t i = 0; i < rows; ++i) {
-    if constexpr (std::is_same_v<In, T>) {
-      std::memcpy(to + i * dim, from + i * stride, dim * sizeof(T));
-    } else {
-      at::vec::convert(from + i * stride, to + i * dim, dim);
-    }
-  }
-}
-
-template <typename T>
-struct Rows {
-  const T* data;
-  int64_t ld;
-};
-
-// Rows of dim values as T: in place, or converted into `to`.
-template <typename In, typename T>
-Rows<T> rows_of(const In* from, int64_t stride, int64_t rows, int64_t dim, T* to) {
-  if constexpr (std::is_same_v<In, T>) {
-    return {from, stride};
-  } else {
-    load_rows(from, stride, rows, dim, to);
-    return {to, dim};
-  }
-}
-
-// float rows of dim values, times a factor each (null: 1) -> In
-template <typename In>
-void store_rows(const float* from, int64_t ld, const float* factors, int64_t rows, int64_t dim, In* to,
-                int64_t stride) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const float* row = from + i * ld;
-    In* out = to + i * stride;
-    const float factor = factors == nullptr ? 1.0f : factors[i];
-    int64_t d = 0;
-    for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
-      store(Vec::loadu(row + d) * Vec(factor), Vec::loadu(row + d + kLanes) * Vec(factor), out + d);
-    }
-    for (; d < dim; ++d) {
-      out[d] = row[d] * factor;
-    }
-  }
-}
+using namespace attention;
 
 // B of A @ B from dense rows [k, n]: itself for float, pairs of rows for bfloat16.
 inline const float* in_pairs(const float* rows, int64_t, int64_t, float*) { return rows; }
@@ -159,25 +65,13 @@ T* beside(float* scores, Arena& arena, int64_t count) {
   }
 }
 
-// Queries [first, first + count) and the keys that any of them sees.
-struct Strip {
-  int64_t first, count, seen;
-  int64_t products;  // columns of scores computed: the vectors that hold what is seen
-  int64_t width;     // of P, zero past what is seen
-  Strip(const Shape& shape, const Masks& masks, int64_t i) : first(i * shape.strip) {
-    count = std::min(shape.strip, shape.queries - first);
-    seen = masks.causal && masks.padded == nullptr ? std::min(shape.keys, first + count) : shape.keys;
-    products = round_up(seen, 16);
-    width = round_up(seen, 32);
-  }
-};
-
 template <typename In, typename T>
 void forward(const Shape& shape, const View<In>& q, const View<In>& k, const View<In>& v, const View<In>& out,
              float* stats, const Masks& masks, float scale) {
   const int64_t strips = shape.strips(), dim = shape.dim, ld = shape.ld, keys = shape.keys;
   const int64_t deep = round_to_pair<T>(keys);
-  at::parallel_for(0, shape.batch * shape.heads * strips, 1, [&](int64_t begin, int64_t end) {
+  const Pieces pieces(shape);
+  crew::share(pieces.count, [&](std::atomic<int64_t>& next) {
     Arena arena((2 * deep + ld + shape.strip) * dim * sizeof(T) + shape.strip * (ld + dim + 1) * (4 + sizeof(T)) +
                 1024);
     T* rows = arena.take<T>(deep * dim);
@@ -190,7 +84,7 @@ void forward(const Shape& shape, const View<In>& q, const View<In>& k, const Vie
     float* inverse = arena.take<float>(shape.strip);
     const T* values = nullptr;
     int64_t packed = -1;
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t i = pieces.first(next); i >= 0; i = pieces.after(i, next)) {
       const int64_t head = i / strips, b = head / shape.heads, h = head % shape.heads;
       if (head != packed) {
         const Rows<T> key_rows = rows_of(k.at(b, 0, h), k.n, keys, dim, rows);
@@ -219,125 +113,8 @@ void forward(const Shape& shape, const View<In>& q, const View<In>& k, const Vie
       store_rows(sums, dim, inverse, at.count, dim, out.at(b, at.first, h), out.n);
     }
     gemm_release<T>();
-  });
+  }, std::is_same_v<T, float> && !has_f32_brgemm());
 }
-
-#if defined(__x86_64__) && defined(CPU_CAPABILITY_AVX512) && defined(LBFAST_KNOWS_AMX_AND_AVX_VNNI)
-#define LBFAST_ATTENTION_ON_AMX
-
-using panels::kColumns;
-using panels::kPanelStep;
-using panels::kRows;
-using panels::kStep;
-using panels::kTileStep;
-constexpr int64_t kDeep = panels::kDepth<at::BFloat16>;
-constexpr int64_t kWords = 16;  // of a step: pairs of numbers that lie beside each other in K
-
-const panels::Kernel* amx() {
-  static const std::vector<panels::Kernel> here = panels::kernels<at::BFloat16>();
-  return !here.empty() && here.front().amx ? &here.front() : nullptr;
-}
-
-// rows of dim values -> tiles of A, in `steps` steps, zeros beyond dim.
-void to_tiles(const at::BFloat16* from, int64_t stride, int64_t rows, int64_t dim, char* to, int64_t steps) {
-  for (int64_t i = 0; i < rows; ++i) {
-    char* row = to + i / kRows * steps * kTileStep + i % kRows * kStep;
-    for (int64_t d = 0; d < dim; d += kDeep) {
-      const auto some = static_cast<__mmask32>((uint64_t{1} << std::min(kDeep, dim - d)) - 1);
-      _mm512_storeu_si512(row + d / kDeep * kTileStep, _mm512_maskz_loadu_epi16(some, from + i * stride + d));
-    }
-  }
-}
-
-// Keys, rows of dim values with an even stride -> panels of B for Q K^T, a column each; what is beyond them stays.
-void keys_to_panels(const at::BFloat16* from, int64_t stride, int64_t keys, int64_t dim, char* to, int64_t steps) {
-  for (int64_t n = 0; n < keys; n += 16) {
-    for (int64_t s = 0; s < steps; ++s) {
-      auto* half = reinterpret_cast<float*>(to + (n / kColumns * steps + s) * kPanelStep + n % kColumns * kStep);
-      at::vec::transpose_mxn<float>(reinterpret_cast<const float*>(from + n * stride + s * kDeep), stride / 2, half, 16,
-                                    static_cast<int>(std::min<int64_t>(16, keys - n)),
-                                    static_cast<int>(std::min(kWords, (dim - s * kDeep) / 2)));
-    }
-  }
-}
-
-// Values, rows of dim numbers -> panels of B for P V, a column for each number; what is beyond them stays.
-void values_to_panels(const at::BFloat16* from, int64_t stride, int64_t keys, int64_t dim, char* to, int64_t steps) {
-  for (int64_t d = 0; d < dim; d += 16) {
-    const auto some = static_cast<__mmask16>((1u << std::min<int64_t>(16, dim - d)) - 1);
-    for (int64_t n = 0; n < keys; n += 2) {
-      const at::BFloat16* row = from + n * stride + d;
-      const __m256i low = _mm256_maskz_loadu_epi16(some, row);
-      const __m256i high = n + 1 < keys ? _mm256_maskz_loadu_epi16(some, row + stride) : _mm256_setzero_si256();
-      const __m512i above = _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
-      char* words = to + (d / kColumns * steps + n / kDeep) * kPanelStep + d % kColumns * kStep + n % kDeep * 32;
-      _mm512_storeu_si512(words, _mm512_or_si512(_mm512_cvtepu16_epi32(low), above));
-    }
-  }
-}
-
-// The same as `forward` on AMX: a strip is two tiles of queries, and P becomes tiles as the softmax writes it.
-void forward_amx(const Shape& shape, const View<at::BFloat16>& q, const View<at::BFloat16>& k,
-                 const View<at::BFloat16>& v, const View<at::BFloat16>& out, float* stats, const Masks& masks,
-                 float scale) {
-  const int64_t dim = shape.dim, keys = shape.keys, strips = shape.strips(), ld = shape.ld;
-  const int64_t dim_steps = (dim + kDeep - 1) / kDeep, key_steps = ld / kDeep, columns = panels::padded(dim);
-  const panels::Multiply multiply = amx()->multiply;
-  at::parallel_for(0, shape.batch * shape.heads * strips, 1, [&](int64_t begin, int64_t end) {
-    const int64_t key_bytes = ld / kColumns * dim_steps * kPanelStep;
-    const int64_t value_bytes = columns / kColumns * key_steps * kPanelStep;
-    Arena arena(key_bytes + value_bytes + 2 * (dim_steps + key_steps) * kTileStep + keys * dim * 2 +
-                2 * kRows * (ld + columns + 1) * 4 + 1024);
-    char* packed_k = arena.take<char>(key_bytes);
-    char* packed_v = arena.take<char>(value_bytes);
-    char* queries = arena.take<char>(2 * dim_steps * kTileStep);
-    char* p = arena.take<char>(2 * key_steps * kTileStep);
-    auto* rows = arena.take<at::BFloat16>(keys * dim);
-    float* scores = arena.take<float>(2 * kRows * ld);
-    float* sums = arena.take<float>(2 * kRows * columns);
-    float* inverse = arena.take<float>(2 * kRows);
-    std::memset(packed_k, 0, p - packed_k);  // with zeros where they have nothing, and are never written
-    panels::ready_tiles();
-    int64_t packed = -1;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t head = i / strips, b = head / shape.heads, h = head % shape.heads;
-      if (head != packed) {
-        Rows<at::BFloat16> key_rows{k.at(b, 0, h), k.n};
-        if (k.n % 2 != 0) {
-          load_rows(k.at(b, 0, h), k.n, keys, dim, rows);
-          key_rows = {rows, dim};
-        }
-        keys_to_panels(key_rows.data, key_rows.ld, keys, dim, packed_k, dim_steps);
-        values_to_panels(v.at(b, 0, h), v.n, keys, dim, packed_v, key_steps);
-        packed = head;
-      }
-      const Strip at(shape, masks, i % strips);
-      const auto product = [&](const char* a, int64_t a_steps, const char* panel, int64_t steps, float* c, int64_t to) {
-        multiply({a, a_steps * kTileStep, at.count, panel, steps, c, false, nullptr, 0, [](void*) {}, nullptr, to});
-      };
-      to_tiles(q.at(b, at.first, h), q.n, at.count, dim, queries, dim_steps);
-      for (int64_t j = 0; j < at.width; j += kColumns) {
-        product(queries, dim_steps, packed_k + j / kColumns * dim_steps * kPanelStep, dim_steps, scores + j, ld);
-      }
-      float* row_stats = stats + (head * shape.queries + at.first) * 2;
-      for (int64_t r = 0; r < at.count; ++r) {
-        float* s = scores + r * ld;
-        auto* row = reinterpret_cast<at::BFloat16*>(p + r / kRows * key_steps * kTileStep + r % kRows * kStep);
-        float row_scale = scale, &shift = row_stats[2 * r], &sum = row_stats[2 * r + 1];
-        const int64_t counted = mask_scores(s, keys, at.first + r, masks, b, row_scale);
-        softmax_row(s, counted, at.width, row_scale, row, shift, sum, kTileStep / 2);
-        inverse[r] = 1.0f / sum;
-      }
-      for (int64_t j = 0; j < columns; j += kColumns) {
-        product(p, key_steps, packed_v + j / kColumns * key_steps * kPanelStep, at.width / kDeep, sums + j, columns);
-      }
-      store_rows(sums, columns, inverse, at.count, dim, out.at(b, at.first, h), out.n);
-    }
-    panels::release_tiles();
-  });
-}
-
-#endif
 
 template <typename In, typename T>
 void backward(const Shape& shape, const View<In>& dout, const View<In>& q, const View<In>& k, const View<In>& v,
@@ -450,7 +227,7 @@ std::tuple<at::Tensor, at::Tensor> fwd(const at::Tensor& q_in, const at::Tensor&
 #if defined(LBFAST_ATTENTION_ON_AMX)
       if constexpr (std::is_same_v<T, at::BFloat16>) {
         if (amx() != nullptr) {
-          shape.strip = 2 * kRows;
+          shape.strip = kStripOfAmx;
           forward_amx(shape, View<In>(q), View<In>(k), View<In>(v), View<In>(out), stats.data_ptr<float>(), masks,
                       static_cast<float>(scale));
           return;

@@ -15,10 +15,12 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <tuple>
 #include <type_traits>
 
 #include "checks.h"
+#include "crew.h"
 #include "vectors.h"
 
 namespace {
@@ -191,10 +193,14 @@ void for_each_tile(const at::Tensor& q, const Body& body) {
   const int64_t frames = q.size(1), positions = q.size(2), heads = q.size(3);
   const int64_t vecs = (q.size(4) + kLanes - 1) / kLanes;
   const auto run = [&](auto tile) {
-    at::parallel_for(0, q.size(0) * positions, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        for (int64_t h = 0; h < heads; ++h) {
-          body(tile, i / positions, i % positions, h);
+    const int64_t count = q.size(0) * positions, threads = std::max<int64_t>(1, at::get_num_threads());
+    const int64_t each = std::max<int64_t>(1, count / (8 * threads)), pieces = (count + each - 1) / each;
+    lbfast::crew::share(pieces, [&](std::atomic<int64_t>& next) {
+      for (int64_t piece = next++; piece < pieces; piece = next++) {
+        for (int64_t i = piece * each; i < std::min(count, (piece + 1) * each); ++i) {
+          for (int64_t h = 0; h < heads; ++h) {
+            body(tile, i / positions, i % positions, h);
+          }
         }
       }
     });

@@ -24,6 +24,7 @@
 #include <string>
 #include <vector>
 
+#include "crew.h"
 #include "pages.h"
 #include "panels.h"
 #include "rows.h"
@@ -265,15 +266,14 @@ void run_all(const panels::Kernel& kernel, const Span& span) {
   const int64_t unit = kernel.amx ? kRows : 1;
   const int64_t units = (span.tokens + unit - 1) / unit, pieces = std::min(units, threads * rounds);
   const int64_t rows = (units + pieces - 1) / pieces * unit;
-  std::atomic<int64_t> taken{0};
-  at::parallel_for(0, std::min(threads, pieces), 1, [&](int64_t, int64_t) {
+  crew::share(pieces, [&](std::atomic<int64_t>& next) {
     Scratch<T> scratch(kernel, rows, span.width);
 #if defined(__x86_64__) && defined(CPU_CAPABILITY_AVX512) && defined(LBFAST_KNOWS_AMX_AND_AVX_VNNI)
     if (kernel.amx) {
       panels::ready_tiles();
     }
 #endif
-    for (int64_t i = taken++; i < pieces; i = taken++) {
+    for (int64_t i = next++; i < pieces; i = next++) {
       const int64_t first = i * units / pieces * unit, end = (i + 1) * units / pieces * unit;
       run<T, Out>(kernel, span, first, std::min(end, span.tokens) - first, scratch);
     }
