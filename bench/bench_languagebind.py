@@ -441,8 +441,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-upstream", action="store_true", help="leave PyPI's languagebind out")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
-    said = "also time each beside N processes that never rest (%(default)s)"
-    parser.add_argument("--busy", type=int, default=0, metavar="N", help=said)
+    said = "also time each beside so many processes that never rest (%(default)s)"
+    parser.add_argument("--busy", type=int, choices=range(9), default=0, metavar="0..8", help=said)
     parser.add_argument("--out", help="JSON file of the results; default: none")
     given = parser.parse_args(argv)
     if unknown := sorted(set(given.modality) - set(MODALITIES)):

@@ -15,7 +15,6 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -65,13 +64,18 @@ class Crew {
   // of them throws, the caller throws, after all are out of it.
   void share(int64_t others, void (*work)(void*), void* state) {
     Job job{work, state, others};
+    int64_t asleep = 0;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       hire(others);
       jobs_.push_back(&job);
+      wanted_.store(others, std::memory_order_relaxed);
       posted_.fetch_add(1, std::memory_order_release);
+      asleep = std::min(asleep_, others - awake_);
     }
-    wake_.notify_all();
+    for (; asleep > 0; --asleep) {
+      wake_.notify_one();
+    }
     job.run();
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -114,25 +118,33 @@ class Crew {
     return crew;
   }
 
-  // Under the mutex: as many threads as that, which leave signals to those that Python knows.
+  // Under the mutex: as many threads as that. Signals are left to threads that Python knows, but for those that a thread's
+  // own faults raise.
   void hire(int64_t threads) {
+    if (hired_ >= threads) {
+      return;
+    }
 #if defined(LBFAST_FORKS)
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    sigset_t others, before;
+    sigfillset(&others);
+    for (const int own : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP, SIGSYS}) {
+      sigdelset(&others, own);
+    }
+    pthread_sigmask(SIG_SETMASK, &others, &before);
 #endif
     try {
       for (; hired_ < threads; ++hired_) {
-        std::thread([this] { serve(); }).detach();
+        std::thread([this, place = hired_] { serve(place); }).detach();
       }
-    } catch (const std::system_error&) {  // the machine has no more: those that there are do it
+    } catch (...) {  // the machine has no more: those that there are do it
     }
 #if defined(LBFAST_FORKS)
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
 #endif
   }
 
-  [[noreturn]] void serve() {
+  // The thread hired as number `place`: it waits awake where the last job wanted as many.
+  [[noreturn]] void serve(int64_t place) {
     for (;;) {
       const uint64_t seen = posted_.load(std::memory_order_acquire);
       if (Job* job = take()) {
@@ -144,9 +156,17 @@ class Crew {
         continue;
       }
       const auto news = [&] { return posted_.load(std::memory_order_acquire) != seen; };
-      if (!crew::soon(news)) {
+      bool told = false;
+      if (place < wanted_.load(std::memory_order_relaxed)) {
+        ++awake_;
+        told = crew::soon(news);
+        --awake_;
+      }
+      if (!told) {
         std::unique_lock<std::mutex> lock(mutex_);
+        ++asleep_;
         wake_.wait(lock, news);
+        --asleep_;
       }
     }
   }
@@ -167,8 +187,11 @@ class Crew {
   std::condition_variable wake_, done_;
   std::vector<Job*> jobs_;
   std::atomic<uint64_t> posted_{0};
-  int64_t hired_ = 0;
+  std::atomic<int64_t> wanted_{0}, awake_{0};
+  int64_t hired_ = 0, asleep_ = 0;
 };
+
+inline const bool ready = (Crew::here(), true);  // when the library is loaded: no fork falls into its making
 
 // work(next) on up to PyTorch's number of threads, each of which takes pieces from 0 to count - 1 as long as there are:
 // for (int64_t i = next++; i < count; i = next++). `blas`: work calls PyTorch's products, which would bring threads of
@@ -177,8 +200,9 @@ template <typename Work>
 void share(int64_t count, const Work& work, bool blas = false) {
   struct State {
     const Work& work;
+    const int64_t count;
     std::atomic<int64_t> next{0};
-  } state{work};
+  } state{work, count};
   const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), count);
   if (threads <= 1) {
     work(state.next);
@@ -187,7 +211,9 @@ void share(int64_t count, const Work& work, bool blas = false) {
   } else {
     const auto call = [](void* of) {
       auto* mine = static_cast<State*>(of);
-      mine->work(mine->next);
+      if (mine->next.load() < mine->count) {  // else it is late
+        mine->work(mine->next);
+      }
     };
     Crew::here().share(threads - 1, call, &state);
   }

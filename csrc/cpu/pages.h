@@ -26,9 +26,11 @@ class Arena {
   static Arena& mine(int64_t bytes) {
     thread_local Arena arena;
     if (arena.size_ < bytes) {
-      arena.size_ = whole_pages(bytes);
-      arena.data_.reset(static_cast<char*>(std::aligned_alloc(kLargePage, arena.size_)));
+      arena.size_ = 0;  // until there is so much
+      arena.data_.reset();
+      arena.data_.reset(static_cast<char*>(std::aligned_alloc(kLargePage, whole_pages(bytes))));
       TORCH_CHECK(arena.data_ != nullptr, "out of memory");
+      arena.size_ = whole_pages(bytes);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
       madvise(arena.data_.get(), arena.size_, MADV_HUGEPAGE);
 #endif
