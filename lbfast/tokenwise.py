@@ -8,6 +8,10 @@
 Weights are laid out in panels of 32 outputs, in steps of 64 bytes of inputs: int8 with a scale for each output, or
 bfloat16, or float32. Inputs of int8 products become 8 bits as they are made, with a scale and an offset for each token
 (inside the MLP for each CHUNK of it). Kernels: AMX, AVX-512 (VNNI, bfloat16), AVX2 (AVX-VNNI).
+
+AMX multiplies float32 as three numbers of bfloat16 each, in six products, with the error of float32's own sums: see
+csrc/cpu/panels.h. Weights take 6 bytes each then; outputs and tokens have a power of two as their scale, so that
+numbers of any size keep their digits (inside the MLP they have none: above 3.3e38 they are infinite there).
 """
 
 from __future__ import annotations
@@ -16,14 +20,20 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from lbfast import dispatch
 
 COLUMNS, STEP, CHUNK = 32, 64, 1024
-"""Outputs of a panel, bytes of a step, the MLP's inner features at a time."""
+"""Outputs of a panel, bytes of a step, the MLP's inner features that share a scale of 8 bits."""
+
+BLOCK = 4 * COLUMNS
+"""Outputs that are laid out at a time: copies of so many stay in the cache."""
 
 Product = list[torch.Tensor]
-"""Panels (panels, steps, 2, 16, 16, 4 bytes) and bias; of int8 also scales, and scale * sum of each chunk of inputs."""
+"""Panels (panels, steps, 2, 16, 16, 4 bytes) and bias; of int8 also scales, and scale * sum of each chunk of inputs.
+
+float32 for AMX: panels (panels, steps, 3, 2, 16, 16, 2) of bfloat16, bias and scales."""
 
 torch.library.define(
     "lbfast::tokenwise",
@@ -77,22 +87,36 @@ class Room:
         return taken
 
 
+def in_thirds(dtype: torch.dtype, kernel: str = "") -> bool:
+    """Whether weights of a dtype are laid out as three bfloat16 each, for a kernel; "": the best."""
+    return dtype == torch.float32 and (kernel or next(iter(kernels(dtype)), "")) == "amx"
+
+
 def panel_bytes(outputs: int, inputs: int, dtype: torch.dtype) -> int:
     """What the panels of a weight (outputs, inputs) take."""
-    return padded(outputs) * -(-inputs * dtype.itemsize // STEP) * STEP
+    thirds = in_thirds(dtype)
+    size = 2 if thirds else dtype.itemsize
+    return padded(outputs) * -(-inputs * size // STEP) * STEP * (3 if thirds else 1)
 
 
-def panels(weight: torch.Tensor, room: Room | None = None) -> torch.Tensor:
-    """weight (N, K), int8, bfloat16 or float32, in panels; the last panel and step filled up with 0."""
+def panels(weight: torch.Tensor, room: Room | None = None, scales: torch.Tensor | None = None) -> torch.Tensor:
+    """weight (N, K), int8, bfloat16 or float32, in panels; the last panel and step filled up with 0.
+
+    With `scales` (N,), powers of two: the thirds of weight / scales.
+    """
     count, width = weight.shape
-    word = 4 // weight.element_size()
-    steps = -(-width * weight.element_size() // STEP)
-    whole = weight.new_zeros(padded(count), steps * 16 * word)
-    whole[:count, :width] = weight
-    laid = whole.view(-1, 2, 16, steps, 16, word).permute(0, 3, 1, 4, 2, 5)  # panel, step, half, word, output, number
-    if room is None:
-        return laid.contiguous()
-    return room.take(tuple(laid.shape), laid.dtype).copy_(laid)
+    dtype, thirds = (weight.dtype, 1) if scales is None else (torch.bfloat16, 3)
+    word = 4 // dtype.itemsize
+    steps = -(-width * dtype.itemsize // STEP)
+    shape = (padded(count) // COLUMNS, steps, thirds, 2, 16, 16, word)
+    laid = torch.empty(shape, dtype=dtype) if room is None else room.take(shape, dtype)
+    for first in range(0, count, BLOCK):
+        rows = weight[first : first + BLOCK]
+        rows = rows[None] if scales is None else to_thirds(rows / scales[first : first + BLOCK, None])
+        whole = F.pad(rows, (0, steps * 16 * word - width, 0, padded(rows.shape[1]) - rows.shape[1])).contiguous()
+        words = whole.view(torch.int32).view(thirds, -1, 2, 16, steps, 16).permute(1, 4, 0, 2, 5, 3)
+        laid[first // COLUMNS :][: len(words)].flatten(-2).view(torch.int32).copy_(words)
+    return laid if scales is not None else laid.squeeze(2)
 
 
 def product(
@@ -101,29 +125,36 @@ def product(
     dtype: torch.dtype,
     chunk: int | None = None,
     room: Room | None = None,
+    kernel: str = "",
 ) -> Product:
     """A linear layer's weight (N, K) and bias (N,), floating point, for products of int8, bfloat16 or float32.
 
     `chunk`: inputs that share a scale; None: all; CHUNK for the second of an MLP. `room`: where the panels go.
+    `kernel`: what they are laid out for; "" the best.
     """
-    ends = weight.new_zeros(padded(len(weight)), dtype=torch.float32)
-    ends[: len(bias)] = bias
-    if dtype != torch.int8:
-        return [panels(weight.to(dtype), room), ends]
-    values, scales = to_int8(weight)
-    factors = torch.zeros_like(ends)
-    factors[: len(scales)] = scales
-    chunks = values.split(chunk or values.shape[1], dim=1)
-    shifts = torch.zeros(len(chunks), len(ends))
-    for row, part in zip(shifts, chunks):
-        row[: len(part)] = scales * torch.sum(part, 1, dtype=torch.int32)
-    return [panels(values, room), ends, factors, shifts]
+
+    def filled_up(values: torch.Tensor) -> torch.Tensor:
+        return F.pad(values.float(), (0, padded(len(weight)) - len(weight)))
+
+    ends = filled_up(bias)
+    if dtype == torch.int8:
+        values, scales = to_int8(weight)
+        chunks = values.split(chunk or values.shape[1], dim=1)
+        shifts = torch.stack([filled_up(scales * torch.sum(part, 1, dtype=torch.int32)) for part in chunks])
+        return [panels(values, room), ends, filled_up(scales), shifts]
+    if in_thirds(dtype, kernel):
+        scales = powers_of_two(weight)
+        return [panels(weight.float(), room, scales), ends, filled_up(scales)]
+    return [panels(weight.to(dtype), room), ends]
 
 
 def weight_of(layer: Product, outputs: int, inputs: int) -> torch.Tensor:
-    """The weight (outputs, inputs) that a product's panels stand for; of int8 in float32."""
-    rows = layer[0].permute(0, 2, 4, 1, 3, 5).reshape(padded(outputs), -1)[:outputs, :inputs]
-    return rows * layer[2][:outputs, None] if len(layer) == 4 else rows
+    """The weight (outputs, inputs) that a product's panels stand for; of int8 and thirds in float32."""
+    laid = layer[0] if layer[0].ndim == 7 else layer[0].unsqueeze(2)
+    rows, *rest = laid.permute(2, 0, 3, 5, 1, 4, 6).reshape(laid.shape[2], padded(outputs), -1)[:, :outputs, :inputs]
+    for part in rest:
+        rows = rows.float() + part
+    return rows * layer[2][:outputs, None] if len(layer) > 2 else rows
 
 
 def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,6 +163,22 @@ def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scales = wide.abs().amax(1) / 127
     scales = torch.where(scales > 0, scales, 1.0)
     return (wide / scales[:, None]).round().to(torch.int8), scales
+
+
+def powers_of_two(weight: torch.Tensor) -> torch.Tensor:
+    """Scales (N,) float32 of weight (N, K), whose largest numbers they leave between 1 and 2; 2^-60 to 2^60."""
+    exponents = torch.frexp(weight.float().abs().amax(1)).exponent - 1
+    return torch.ldexp(torch.ones(len(weight)), exponents.clamp(-60, 60))
+
+
+def to_thirds(x: torch.Tensor) -> torch.Tensor:
+    """x (N, K) float32, below 3.3e38, as three bfloat16 each, (3, N, K), whose sum it is."""
+    thirds = torch.empty(3, *x.shape, dtype=torch.bfloat16)
+    rest = x.clone()
+    for third in thirds:
+        third.copy_(rest)
+        rest -= third
+    return thirds
 
 
 def run(

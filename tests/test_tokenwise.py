@@ -46,8 +46,8 @@ class Case:
         return total, linear(norm(total, *self.norms[2:]), self.reader)
 
     def run(self, dtype, kernel, outside=torch.float32, activation="gelu", rows=slice(None)):
-        products = [tokenwise.product(*layer, dtype) for layer in (self.out, self.fc1, self.reader)]
-        fc2 = tokenwise.product(*self.fc2, dtype, tokenwise.CHUNK)
+        products = [tokenwise.product(*layer, dtype, kernel=kernel) for layer in (self.out, self.fc1, self.reader)]
+        fc2 = tokenwise.product(*self.fc2, dtype, tokenwise.CHUNK, kernel=kernel)
         norms = [norm.float() for norm in self.norms]
         total = self.total[rows].float().contiguous()
         result = torch.full((len(total), len(self.reader[1])), torch.nan, dtype=outside)
@@ -91,7 +91,7 @@ def test_gelu_far_from_zero(dtype, kernel):
     """Phi may be approximate, but not below 0: times -1e19 that would be a large number of the wrong sign."""
     x = torch.tensor([-1e38, -1e19, -1e4, -104, -8, -5, -4.2, -3.8, -1, 0, 1, 3.8, 5, 8, 1e4, 1e38])
     for activation in ("gelu", "quick_gelu"):
-        layer = tokenwise.product(torch.zeros(16, 16), x, dtype)
+        layer = tokenwise.product(torch.zeros(16, 16), x, dtype, kernel=kernel)
         got = tokenwise.linear(torch.zeros(3, 16), layer, 16, activation, kernel)
         want = F.gelu(x) if activation == "gelu" else x * torch.sigmoid(1.702 * x)
         assert (got[:, x < 0] <= 0).all()
@@ -111,7 +111,7 @@ def test_whole_numbers_are_exact(dtype, kernel, shape):
     weight[:, 0] = reach
     bias = torch.randint(-9, 9, (outputs,)).double()
     chunk = tokenwise.CHUNK if inputs > tokenwise.CHUNK else None
-    layer = tokenwise.product(weight, bias, dtype, chunk)
+    layer = tokenwise.product(weight, bias, dtype, chunk, kernel=kernel)
     want = F.linear(x.double(), weight, bias)
     assert torch.equal(tokenwise.linear(x, layer, outputs, kernel=kernel).double(), want)
     assert torch.equal(tokenwise.weight_of(layer, outputs, inputs).double(), weight)
@@ -147,7 +147,7 @@ def test_what_is_no_number_stays_where_it_is(dtype, kernel, value):
 @each_kernel
 def test_rows_of_a_wider_tensor_and_parts_left_out(dtype, kernel):
     case = Case(20, 48, 96)
-    layer, wide = tokenwise.product(*case.out, dtype), torch.randn(20, 200)
+    layer, wide = tokenwise.product(*case.out, dtype, kernel=kernel), torch.randn(20, 200)
     rows = wide[:, 30:78]
     total = torch.zeros(20, 48)
     tokenwise.run(total, attended=rows, out=layer, kernel=kernel)
@@ -155,12 +155,40 @@ def test_rows_of_a_wider_tensor_and_parts_left_out(dtype, kernel):
     same = total.clone()
     norm = [case.norms[0].float(), case.norms[1].float()]
     result = torch.empty(20, 144)
-    tokenwise.run(same, reader=[*norm, *tokenwise.product(*case.reader, dtype)], result=result, kernel=kernel)
+    reader = [*norm, *tokenwise.product(*case.reader, dtype, kernel=kernel)]
+    tokenwise.run(same, reader=reader, result=result, kernel=kernel)
     assert torch.equal(same, total)
     want = F.linear(F.layer_norm(total.double(), (48,), *case.norms[:2]), *case.reader)
     assert testing.relative_error(result, want) <= {torch.float32: 2e-6, torch.bfloat16: 6e-3}.get(dtype, 0.02)
     empty = torch.empty(0, 48)
     tokenwise.run(empty, attended=empty, out=layer, kernel=kernel)
+
+
+@pytest.mark.parametrize("kernel", tokenwise.kernels(torch.float32))
+def test_float32_of_any_size_as_exact_as_its_own_sums(kernel):
+    """Tokens and outputs far from 1, and numbers far below their largest: as near to float64 as PyTorch's products."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 512), torch.randn(64, 512)
+    x[:, :64] *= 1e-6
+    weight[:, 64:128] *= 1e-9
+    one = torch.ones(64)
+    for of_token, of_output in [
+        (one, one),
+        (torch.logspace(-30, 30, 64), one),
+        (one, torch.logspace(-35, 36, 64)),
+        (2e37 * one, 1e-37 * one),
+        (1e-37 * one, 2e37 * one),
+    ]:
+        rows, values = x * of_token[:, None], weight * of_output[:, None]
+        layer = tokenwise.product(values, torch.zeros(64), torch.float32, kernel=kernel)
+        assert torch.equal(tokenwise.weight_of(layer, 64, 512), values)
+        want = F.linear(rows.double(), values.double())
+        size = of_token.double()[:, None] * of_output.double()
+        got, plain = (
+            ((y - want) / size).norm()
+            for y in (tokenwise.linear(rows, layer, 64, kernel=kernel), F.linear(rows, values))
+        )
+        assert got <= 1.25 * plain
 
 
 def test_outliers_leave_the_other_tokens_alone_and_the_rest_of_theirs():
@@ -178,7 +206,7 @@ def test_outliers_leave_the_other_tokens_alone_and_the_rest_of_theirs():
 
 
 def test_wrong_parts_are_refused():
-    layer = tokenwise.product(torch.randn(48, 48), torch.randn(48), torch.float32)
+    layer = tokenwise.product(torch.randn(48, 48), torch.randn(48), torch.float32, kernel="plain")
     total = torch.zeros(4, 48)
     for change, message in [
         ({"total": torch.zeros(4, 48).double()}, "total: expected contiguous float32"),

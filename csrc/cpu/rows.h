@@ -5,6 +5,7 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -16,8 +17,10 @@
 namespace lbfast {
 
 using panels::kDepth;
+using panels::kParts;
 using panels::kRows;
 using panels::kStep;
+using panels::Thirds;
 constexpr int64_t kLanes = Vec::size();
 
 enum class Activation { kNone, kGelu, kQuickGelu };
@@ -53,6 +56,18 @@ inline void store(const Vec& x, uint8_t* to) {
   }
 #endif
 }
+
+#if defined(LBFAST_AMX)
+// x in three parts, `apart` numbers from each other: what one leaves is the next one's.
+__attribute__((target("avx512bf16"))) inline void store(const Vec& x, Thirds* to, int64_t apart) {
+  __m512 rest = x;
+  for (int64_t part = 0; part < 3; ++part) {
+    const __m256i bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(rest));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + part * apart), bits);
+    rest = _mm512_sub_ps(rest, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
+  }
+}
+#endif
 
 // What the next panel's endings need, a row further down than the machine would guess.
 inline void soon(const void* address) {
@@ -131,11 +146,40 @@ struct Tiles {
   void share(int64_t count, int64_t high) {
     tall = high;
     for (int64_t r = 0; r < count; ++r) {
-      rows[r] = data + (r / tall * steps * tall + r % tall) * kDepth<T>;
+      rows[r] = data + (r / tall * steps * kParts<T> * tall + r % tall) * kDepth<T>;
     }
   }
-  T* at(int64_t row, int64_t k) const { return rows[row] + k / kDepth<T> * (tall * kDepth<T>) + k % kDepth<T>; }
+  T* at(int64_t row, int64_t k) const {
+    return rows[row] + k / kDepth<T> * (kParts<T> * tall * kDepth<T>) + k % kDepth<T>;
+  }
+  // kLanes values from column k on.
+  void put(int64_t row, int64_t k, const Vec& x) const {
+    if constexpr (std::is_same_v<T, Thirds>) {
+      store(x, at(row, k), tall * kDepth<T>);
+    } else {
+      store(x, at(row, k));
+    }
+  }
+  // 0 from column k to the end of its step, against weights of 0: what lay here before may be no number.
+  void fill_up(int64_t row, int64_t k) const {
+    if (k % kDepth<T> != 0) {
+      for (int64_t part = 0; part < kParts<T>; ++part) {
+        std::memset(at(row, k) + part * tall * kDepth<T>, 0, (kDepth<T> - k % kDepth<T>) * sizeof(T));
+      }
+    }
+  }
 };
+
+// A power of two that a row is divided by, exactly, so that no part of its numbers is too small for 16 bits or too large:
+// its largest is from 1 to 2 then. Within 2^60 either way, which does, so that a row's and an output's have a product.
+inline float power_below(float largest) {
+  uint32_t bits;
+  std::memcpy(&bits, &largest, 4);
+  bits = std::clamp<uint32_t>(bits >> 23, 127 - 60, 127 + 60) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return power;
+}
 
 // A row of `width` values that read(k) gives, kLanes at a time -> row `r` of the tiles from column `first` on.
 template <typename T, typename Read>
@@ -157,14 +201,22 @@ void write_row(const Tiles<T>& to, int64_t r, int64_t width, const Read& read) {
     for (int64_t k = 0; k < width; k += kLanes) {
       store(at::vec::fmadd(read(k), inverse, offset), to.at(r, k));
     }
+  } else if constexpr (std::is_same_v<T, Thirds>) {
+    Vec largest(0.0f);
+    for (int64_t k = 0; k < width; k += kLanes) {
+      largest = at::vec::maximum(largest, read(k).abs());
+    }
+    to.scales[r] = power_below(most(largest));  // infinities and NaN stay what they are, and leave no number behind
+    const Vec inverse(1.0f / to.scales[r]);
+    for (int64_t k = 0; k < width; k += kLanes) {
+      to.put(r, k, read(k) * inverse);
+    }
   } else {
     for (int64_t k = 0; k < width; k += kLanes) {
-      store(read(k), to.at(r, k));
+      to.put(r, k, read(k));
     }
   }
-  if (width % kDepth<T> != 0) {  // against weights of 0; what lay here before may be no number
-    std::memset(to.at(r, width), 0, (kDepth<T> - width % kDepth<T>) * sizeof(T));
-  }
+  to.fill_up(r, width);
 }
 
 // The norm of rows of total, (rows, width), as A.
@@ -186,7 +238,7 @@ void write_norm(const Tiles<T>& to, const float* total, int64_t rows, int64_t wi
     const auto normed = [&](int64_t k) {
       return at::vec::fmadd((load(row + k) - mean) * rstd, load(norm.weight + k), load(norm.bias + k));
     };
-    if constexpr (std::is_same_v<T, uint8_t>) {
+    if constexpr (std::is_same_v<T, uint8_t> || std::is_same_v<T, Thirds>) {
       for (int64_t k = 0; k < width; k += kLanes) {
         store(normed(k), buffer + k);
       }

@@ -37,9 +37,12 @@ using panels::kPanelStep;
 using panels::Sum;
 
 template <typename T>
-constexpr int64_t kMost = std::is_same_v<T, float> ? 160 : 256;  // tokens of a piece
-constexpr int64_t kChunk = 1024;     // of the MLP's width
-constexpr int64_t kPart = 8;         // steps of K at a time: both operands' parts stay in the first-level cache
+constexpr int64_t kMost = sizeof(T) * kParts<T> > 2 ? 160 : 256;  // tokens of a piece
+constexpr int64_t kScaled = 1024;  // of the MLP's width: inputs that share an 8-bit scale
+template <typename T>
+constexpr int64_t kChunk = kParts<T> > 1 ? 512 : kScaled;  // of the MLP's width at a time
+template <typename T>
+constexpr int64_t kPart = kParts<T> > 1 ? 1 << 20 : 8;  // steps of K at a time: what they read stays in the first-level cache
 static_assert(kColumns % kLanes == 0);
 
 // A frozen linear layer: see lbfast/tokenwise.py.
@@ -83,6 +86,8 @@ class Endings {
         if constexpr (std::is_same_v<T, uint8_t>) {
           const Vec rest = at::vec::fmadd(Vec(-a_.offsets[row_]), load(shifts_ + j), bias);
           x = at::vec::fmadd(x * Vec(a_.scales[row_]), load(w_.scales + j), rest);
+        } else if constexpr (std::is_same_v<T, Thirds>) {
+          x = at::vec::fmadd(x, load(w_.scales + j) * Vec(a_.scales[row_]), bias);
         } else {
           x = x + bias;
         }
@@ -107,8 +112,9 @@ template <typename T, typename Ends>
 void product(const panels::Kernel& kernel, const Tiles<T>& a, int64_t rows, const Linear& w, int64_t chunk,
              int64_t first_column, int64_t columns, Sum<T>* const (&sums)[2], const Ends& ends) {
   const int64_t high = kernel.amx ? 2 * kRows : a.tall, calls = (rows + high - 1) / high;
-  const int64_t first_step = chunk * (kChunk / kDepth<T>);
-  const int64_t lines = (kPanelStep / kStep + calls - 1) / calls;  // of the next panel at each step
+  constexpr int64_t kWhole = kParts<T> * kPanelStep;
+  const int64_t first_step = chunk * (kChunk<T> / kDepth<T>);
+  const int64_t lines = (kPanelStep / kStep + calls - 1) / calls;  // of the next panel at each step, in each part
   const int64_t each = (rows + calls * a.steps - 1) / (calls * a.steps);
   Endings<T, Ends> endings(a, w, chunk, rows, ends);
   int64_t turn = 0;
@@ -117,14 +123,14 @@ void product(const panels::Kernel& kernel, const Tiles<T>& a, int64_t rows, cons
     if (!kernel.amx) {
       endings.begin(sums[turn], j, width, each);
     }
-    const char* b = w.panels + (j / kColumns * w.steps + first_step) * kPanelStep;
-    for (int64_t s = 0; s < a.steps; s += kPart) {
-      const int64_t steps = std::min(kPart, a.steps - s);
+    const char* b = w.panels + (j / kColumns * w.steps + first_step) * kWhole;
+    for (int64_t s = 0; s < a.steps; s += kPart<T>) {
+      const int64_t steps = std::min(kPart<T>, a.steps - s);
       for (int64_t i = 0, asked = 0; i < rows; i += high, asked += lines) {
         const bool more = asked < kPanelStep / kStep;
-        kernel.multiply({reinterpret_cast<const char*>(a.at(i, s * kDepth<T>)), a.steps * a.tall * kStep,
-                         std::min(high, rows - i), b + s * kPanelStep, steps, sums[turn] + i * kColumns, s > 0,
-                         b + (w.steps + s) * kPanelStep + asked * steps * kStep, more ? lines : 0,
+        kernel.multiply({reinterpret_cast<const char*>(a.at(i, s * kDepth<T>)), a.steps * kParts<T> * a.tall * kStep,
+                         std::min(high, rows - i), b + s * kWhole, steps, sums[turn] + i * kColumns, s > 0,
+                         b + (w.steps + s) * kWhole + asked * steps * kParts<T> * kStep, more ? lines : 0,
                          Endings<T, Ends>::step, &endings, kColumns, a.tall});
         if (!kernel.amx && s + steps == a.steps) {
           endings.advance(i + high);
@@ -160,14 +166,14 @@ struct Scratch {
   // For pieces of up to `rows` tokens.
   Scratch(const panels::Kernel& kernel, int64_t rows, int64_t width) {
     const int64_t whole = (rows + kernel.tiles(rows) + kRows - 1) / kRows * kRows;  // tiles are filled up
-    const int64_t steps = (width + kDepth<T> - 1) / kDepth<T>, inner_steps = kChunk / kDepth<T>;
-    const int64_t chunks = std::is_same_v<T, uint8_t> ? rows * kChunk : 0;  // 16 bits until their scale is known
-    Arena& arena = Arena::mine(whole * (steps + inner_steps) * kStep + 2 * rows * sizeof(T*) +
+    const int64_t steps = (width + kDepth<T> - 1) / kDepth<T>, inner_steps = kChunk<T> / kDepth<T>;
+    const int64_t chunks = std::is_same_v<T, uint8_t> ? rows * kChunk<T> : 0;  // 16 bits until their scale is known
+    Arena& arena = Arena::mine(whole * (steps + inner_steps) * kParts<T> * kStep + 2 * rows * sizeof(T*) +
                                (4 * rows + 2 * whole * kColumns + width) * sizeof(float) +
                                chunks * sizeof(at::BFloat16) + 11 * 64);
     for (Tiles<T>* tiles : {&a, &inner}) {
       tiles->steps = tiles == &a ? steps : inner_steps;
-      tiles->data = arena.take<T>(whole * tiles->steps * kDepth<T>);
+      tiles->data = arena.take<T>(whole * tiles->steps * kParts<T> * kDepth<T>);
       tiles->rows = arena.take<T*>(rows);
       tiles->scales = arena.take<float>(rows);
       tiles->offsets = arena.take<float>(rows);
@@ -186,6 +192,7 @@ struct Scratch {
 // Tokens first .. first + rows of a span, in one thread.
 template <typename T, typename Out>
 void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t rows, Scratch<T>& scratch) {
+  using Precision = std::conditional_t<std::is_same_v<T, Thirds>, float, T>;
   const int64_t width = span.width;
   scratch.a.share(rows, kernel.tall(rows));
   const auto read_attended = [&] {
@@ -199,7 +206,7 @@ void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t 
     read_attended();
     product<T>(kernel, scratch.a, rows, span.reader, 0, 0, span.reader.columns, scratch.sums,
                [&](int64_t r, int64_t j, const Vec& x) {
-                 store(activate<T>(x, span.activation), result + r * span.reader.columns + j);
+                 store(activate<Precision>(x, span.activation), result + r * span.reader.columns + j);
                });
     return;
   }
@@ -215,28 +222,29 @@ void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t 
   }
   if (span.fc1.panels != nullptr) {
     write_norm(scratch.a, total, rows, width, span.before_mlp, span.eps, scratch.row);
-    for (int64_t chunk = 0; chunk < span.fc1.columns; chunk += kChunk) {
-      const int64_t wide = std::min(kChunk, span.fc1.columns - chunk);
+    std::fill_n(scratch.inner.scales, rows, 1.0f);
+    for (int64_t chunk = 0; chunk < span.fc1.columns; chunk += kChunk<T>) {
+      const int64_t wide = std::min(kChunk<T>, span.fc1.columns - chunk);
       Tiles<T>& inner = scratch.inner;
       inner.steps = (wide + kDepth<T> - 1) / kDepth<T>;
       inner.share(rows, scratch.a.tall);
       product<T>(kernel, scratch.a, rows, span.fc1, 0, chunk, wide, scratch.sums,
                  [&](int64_t r, int64_t j, const Vec& x) {
-                   const Vec y = activate<T>(x, span.activation);
+                   const Vec y = activate<Precision>(x, span.activation);
                    if constexpr (std::is_same_v<T, uint8_t>) {
-                     at::BFloat16* to = scratch.chunk + r * kChunk + j - chunk;
+                     at::BFloat16* to = scratch.chunk + r * kChunk<T> + j - chunk;
                      soon(to + kColumns);
                      store(y, to);
                    } else {
-                     store(y, inner.at(r, j - chunk));
+                     inner.put(r, j - chunk, y);
                    }
                  });
       if constexpr (std::is_same_v<T, uint8_t>) {
         for (int64_t r = 0; r < rows; ++r) {
-          write_row(inner, r, wide, [&](int64_t k) { return load(scratch.chunk + r * kChunk + k); });
+          write_row(inner, r, wide, [&](int64_t k) { return load(scratch.chunk + r * kChunk<T> + k); });
         }
       }
-      product<T>(kernel, inner, rows, span.fc2, chunk / kChunk, 0, width, scratch.sums, add_to_total);
+      product<T>(kernel, inner, rows, span.fc2, chunk / kChunk<T>, 0, width, scratch.sums, add_to_total);
     }
   }
   if (span.constant != nullptr) {
@@ -268,7 +276,7 @@ void run_all(const panels::Kernel& kernel, const Span& span) {
   const int64_t rows = (units + pieces - 1) / pieces * unit;
   crew::share(pieces, [&](std::atomic<int64_t>& next) {
     Scratch<T> scratch(kernel, rows, span.width);
-#if defined(__x86_64__) && defined(CPU_CAPABILITY_AVX512) && defined(LBFAST_KNOWS_AMX_AND_AVX_VNNI)
+#if defined(LBFAST_AMX)
     if (kernel.amx) {
       panels::ready_tiles();
     }
@@ -277,7 +285,7 @@ void run_all(const panels::Kernel& kernel, const Span& span) {
       const int64_t first = i * units / pieces * unit, end = (i + 1) * units / pieces * unit;
       run<T, Out>(kernel, span, first, std::min(end, span.tokens) - first, scratch);
     }
-#if defined(__x86_64__) && defined(CPU_CAPABILITY_AVX512) && defined(LBFAST_KNOWS_AMX_AND_AVX_VNNI)
+#if defined(LBFAST_AMX)
     if (kernel.amx) {
       panels::release_tiles();
     }
@@ -296,7 +304,21 @@ const panels::Kernel& chosen(const std::string& name) {
   TORCH_CHECK(false, "tokenwise: kernel: this CPU has none of this dtype", name.empty() ? "" : " named ", name);
 }
 
-void run_on(at::ScalarType dtype, at::ScalarType outside, const std::string& kernel, const Span& span) {
+// What frozen weights are laid out as: a dtype, or float32 in thirds, which bfloat16 tensors of 7 dimensions are.
+struct Layout {
+  at::ScalarType dtype;
+  bool thirds;
+  explicit Layout(const at::Tensor& panels) : dtype(panels.scalar_type()), thirds(dtype == at::kBFloat16 && panels.dim() == 7) {
+    TORCH_CHECK(dtype == at::kChar || dtype == at::kBFloat16 || dtype == at::kFloat,
+                "tokenwise: expected weights of int8, bfloat16 or float32, got ", dtype);
+  }
+  size_t tensors() const { return dtype == at::kChar ? 4 : thirds ? 3 : 2; }
+  int64_t depth() const { return kStep / dtype_size(); }
+  int64_t panel_step() const { return (thirds ? kParts<Thirds> : 1) * kPanelStep; }
+  int64_t dtype_size() const { return static_cast<int64_t>(at::elementSize(dtype)); }
+};
+
+void run_on(const Layout& layout, at::ScalarType outside, const std::string& kernel, const Span& span) {
   const auto with = [&](auto in) {
     using T = decltype(in);
     if (outside == at::kFloat) {
@@ -305,12 +327,17 @@ void run_on(at::ScalarType dtype, at::ScalarType outside, const std::string& ker
       run_all<T, at::BFloat16>(chosen<T>(kernel), span);
     }
   };
-  if (dtype == at::kChar) {
+  if (layout.thirds) {
+#if defined(LBFAST_AMX)
+    with(Thirds{});
+#else
+    chosen<Thirds>(kernel);  // there is none
+#endif
+  } else if (layout.dtype == at::kChar) {
     with(uint8_t{});
-  } else if (dtype == at::kBFloat16) {
+  } else if (layout.dtype == at::kBFloat16) {
     with(at::BFloat16{});
   } else {
-    TORCH_CHECK(dtype == at::kFloat, "tokenwise: expected weights of int8, bfloat16 or float32, got ", dtype);
     with(float{});
   }
 }
@@ -327,25 +354,26 @@ const float* floats(const at::Tensor& x, int64_t count, const char* name) {
   return x.const_data_ptr<float>();
 }
 
-// [panels, bias], and of 8 bits [.., scales, shifts], the latter of each chunk of inputs.
-Linear linear_of(const at::TensorList parts, int64_t in, int64_t columns, at::ScalarType dtype, const char* name,
-              int64_t chunks = 1) {
-  TORCH_CHECK(parts.size() == (dtype == at::kChar ? 4u : 2u), "tokenwise: ", name, ": expected 2 tensors, of int8 4, got ",
+// [panels, bias], in thirds [.., scales], and of 8 bits [.., scales, shifts], the latter of each chunk of inputs.
+Linear linear_of(const at::TensorList parts, int64_t in, int64_t columns, const Layout& layout, const char* name,
+                 int64_t chunks = 1) {
+  TORCH_CHECK(parts.size() == layout.tensors(), "tokenwise: ", name, ": expected ", layout.tensors(), " tensors, got ",
               parts.size());
   const at::Tensor& weight = parts[0];
-  const int64_t size = dtype == at::kChar ? 1 : dtype == at::kBFloat16 ? 2 : 4;
   const int64_t padded = panels::padded(columns);
   Linear made;
-  made.steps = (in * size + kStep - 1) / kStep;
+  made.steps = (in + layout.depth() - 1) / layout.depth();
   made.columns = columns;
-  TORCH_CHECK(weight.device().is_cpu() && weight.scalar_type() == dtype && weight.is_contiguous() &&
-                  weight.numel() * size == padded / kColumns * made.steps * kPanelStep,
-              "tokenwise: ", name, ": expected panels of ", columns, " x ", in, " ", dtype, ", got ",
-              weight.scalar_type(), " ", weight.sizes());
+  TORCH_CHECK(weight.device().is_cpu() && weight.scalar_type() == layout.dtype && weight.is_contiguous() &&
+                  weight.numel() * layout.dtype_size() == padded / kColumns * made.steps * layout.panel_step(),
+              "tokenwise: ", name, ": expected panels of ", columns, " x ", in, " ", layout.dtype,
+              layout.thirds ? " in thirds" : "", ", got ", weight.scalar_type(), " ", weight.sizes());
   made.panels = static_cast<const char*>(weight.const_data_ptr());
   made.bias = floats(parts[1], padded, name);
-  if (dtype == at::kChar) {
+  if (parts.size() > 2) {
     made.scales = floats(parts[2], padded, name);
+  }
+  if (parts.size() > 3) {
     made.shifts = floats(parts[3], chunks * padded, name);
   }
   return made;
@@ -366,9 +394,9 @@ void tokenwise(at::Tensor total, const std::optional<at::Tensor>& attended, cons
   span.eps = static_cast<float>(eps);
   span.activation = activation_of(activation);
   TORCH_CHECK(!out.empty() || !mlp.empty() || !reader.empty(), "tokenwise: expected out, mlp or reader, got none");
-  const at::ScalarType dtype = (!out.empty() ? out[0] : !mlp.empty() ? mlp[2] : reader[2]).scalar_type();
-  TORCH_CHECK(dtype == at::kChar || dtype == at::kBFloat16 || dtype == at::kFloat,
-              "tokenwise: expected weights of int8, bfloat16 or float32, got ", dtype);
+  TORCH_CHECK(!out.empty() || (mlp.empty() ? reader : mlp).size() > 2, "tokenwise: ", mlp.empty() ? "reader" : "mlp",
+              ": expected a norm's 2 tensors and a product's, got ", (mlp.empty() ? reader : mlp).size());
+  const Layout layout(!out.empty() ? out[0] : !mlp.empty() ? mlp[2] : reader[2]);
   const at::ScalarType outside = attended.has_value() ? attended->scalar_type()
                                  : result.has_value() ? result->scalar_type()
                                                       : at::kFloat;
@@ -381,17 +409,17 @@ void tokenwise(at::Tensor total, const std::optional<at::Tensor>& attended, cons
                 "tokenwise: attended: expected rows of total's shape ", total.sizes(), ", got ", attended->sizes());
     span.attended = attended->const_data_ptr();
     span.attended_ld = attended->stride(0);
-    span.out = linear_of(out, span.width, span.width, dtype, "out");
+    span.out = linear_of(out, span.width, span.width, layout, "out");
   }
-  const size_t parts = dtype == at::kChar ? 4 : 2;
+  const size_t parts = layout.tensors();
   if (!mlp.empty()) {
     TORCH_CHECK(mlp.size() == 2 + 2 * parts, "tokenwise: mlp: expected a norm's 2 tensors, fc1's and fc2's, got ",
                 mlp.size());
     span.before_mlp = {floats(mlp[0], span.width, "mlp's norm"), floats(mlp[1], span.width, "mlp's norm")};
     const int64_t inner = mlp[3].numel();  // of whole panels, so that fc2's K is theirs
-    span.fc1 = linear_of(mlp.slice(2, parts), span.width, inner, dtype, "fc1");
-    span.fc2 = linear_of(mlp.slice(2 + parts, parts), inner, span.width, dtype, "fc2",
-                      (inner + kChunk - 1) / kChunk);
+    span.fc1 = linear_of(mlp.slice(2, parts), span.width, inner, layout, "fc1");
+    span.fc2 = linear_of(mlp.slice(2 + parts, parts), inner, span.width, layout, "fc2",
+                      (inner + kScaled - 1) / kScaled);
   }
   if (constant.has_value()) {
     TORCH_CHECK(constant->dim() == 2 && constant->size(0) > 0 && per_frame > 0,
@@ -410,19 +438,20 @@ void tokenwise(at::Tensor total, const std::optional<at::Tensor>& attended, cons
                 "tokenwise: result: expected contiguous (tokens, N), N a multiple of 16, of attended's dtype, got ",
                 result->scalar_type(), " ", result->sizes());
     span.before_reader = {floats(reader[0], span.width, "reader's norm"), floats(reader[1], span.width, "reader's norm")};
-    span.reader = linear_of(reader.slice(2, parts), span.width, result->size(1), dtype, "reader");
+    span.reader = linear_of(reader.slice(2, parts), span.width, result->size(1), layout, "reader");
     span.result = result->data_ptr();
   }
   if (span.tokens == 0) {
     return;
   }
-  run_on(dtype, outside, kernel, span);
+  run_on(layout, outside, kernel, span);
 }
 
 void linear(const at::Tensor& x, const at::TensorList product, std::string activation, at::Tensor result,
             std::string kernel) {
   TORCH_CHECK(!product.empty(), "tokenwise_linear: product: expected tensors, got none");
-  const at::ScalarType dtype = product[0].scalar_type(), outside = x.scalar_type();
+  const Layout layout(product[0]);
+  const at::ScalarType outside = x.scalar_type();
   TORCH_CHECK(x.device().is_cpu() && x.dim() == 2 && x.stride(1) == 1 && x.size(1) % 16 == 0 && x.size(1) > 0,
               "tokenwise_linear: x: expected rows (M, K), K a multiple of 16, on the CPU, got ", x.sizes());
   TORCH_CHECK(outside == at::kFloat || outside == at::kBFloat16,
@@ -437,22 +466,28 @@ void linear(const at::Tensor& x, const at::TensorList product, std::string activ
   span.width = x.size(1);
   span.attended = x.const_data_ptr();
   span.attended_ld = x.stride(0);
-  span.reader = linear_of(product, span.width, result.size(1), dtype, "product");
+  span.reader = linear_of(product, span.width, result.size(1), layout, "product");
   span.result = result.data_ptr();
   span.activation = activation == "none" ? Activation::kNone : activation_of(activation);
   if (span.tokens > 0) {
-    run_on(dtype, outside, kernel, span);
+    run_on(layout, outside, kernel, span);
   }
 }
 
 std::vector<std::string> names(at::ScalarType dtype) {
-  const auto found = dtype == at::kChar       ? panels::kernels<uint8_t>()
-                     : dtype == at::kBFloat16 ? panels::kernels<at::BFloat16>()
-                     : dtype == at::kFloat    ? panels::kernels<float>()
-                                              : std::vector<panels::Kernel>();
   std::vector<std::string> out;
-  for (const panels::Kernel& kernel : found) {
-    out.emplace_back(kernel.name);
+  const auto add = [&](auto in) {
+    for (const panels::Kernel& kernel : panels::kernels<decltype(in)>()) {
+      out.emplace_back(kernel.name);
+    }
+  };
+  if (dtype == at::kChar) {
+    add(uint8_t{});
+  } else if (dtype == at::kBFloat16) {
+    add(at::BFloat16{});
+  } else if (dtype == at::kFloat) {
+    add(Thirds{});
+    add(float{});
   }
   return out;
 }
