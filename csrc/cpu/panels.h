@@ -136,75 +136,42 @@ LBFAST_AMX inline void ready_tiles() {
 
 LBFAST_AMX inline void release_tiles() { _tile_release(); }
 
-#define LBFAST_DOT(c, a, b)              \
+#define LBFAST_DOT(c, a, b)                   \
   if constexpr (std::is_same_v<T, uint8_t>) { \
-    _tile_dpbusd(c, a, b);               \
-  } else {                               \
-    _tile_dpbf16ps(c, a, b);             \
+    _tile_dpbusd(c, a, b);                    \
+  } else {                                    \
+    _tile_dpbf16ps(c, a, b);                  \
   }
 
-// Loads stand between the products: in front of them they would wait for each other.
+// The four products of a part of A, tiles 4 and 5, and one of B, 6 and 7. Loads stand between products, where they can:
+// in front of them they would wait for each other.
+#define LBFAST_DOTS     \
+  LBFAST_DOT(0, 4, 6)   \
+  LBFAST_DOT(1, 4, 7)   \
+  if (two) {            \
+    LBFAST_DOT(2, 5, 6) \
+    LBFAST_DOT(3, 5, 7) \
+  }
+#define LBFAST_LOAD_A(part)                         \
+  _tile_loadd(4, a + (part) * kTileStep, 64);       \
+  if (two) {                                        \
+    _tile_loadd(5, below + (part) * kTileStep, 64); \
+  }
+#define LBFAST_LOAD_B(part)                    \
+  _tile_loadd(6, b + (part) * kPanelStep, 64); \
+  _tile_loadd(7, b + (part) * kPanelStep + 1024, 64);
+
 template <typename T>
 LBFAST_AMX void multiply_amx(const Call& call) {
   const int64_t ld = call.ld * 4;
   auto* c = static_cast<char*>(call.c);
   const char *a = call.a, *below = call.a + call.a_tile, *b = call.b, *next = call.next;
   const bool two = call.rows > kRows;
-  if (call.add) {
-    _tile_loadd(0, c, ld);
-    _tile_loadd(1, c + 64, ld);
-    if (two) {
-      _tile_loadd(2, c + 16 * ld, ld);
-      _tile_loadd(3, c + 16 * ld + 64, ld);
-    }
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (int64_t s = 0; s < call.steps; ++s) {
-    _tile_loadd(6, b, 64);
-    _tile_loadd(4, a, 64);
-    LBFAST_DOT(0, 4, 6)
-    _tile_loadd(7, b + 1024, 64);
-    LBFAST_DOT(1, 4, 7)
-    if (two) {
-      _tile_loadd(5, below, 64);
-      LBFAST_DOT(2, 5, 6)
-      LBFAST_DOT(3, 5, 7)
-    }
+  const auto ask = [&] {
     for (int64_t i = 0; i < call.lines; ++i, next += 64) {
       _mm_prefetch(next, _MM_HINT_T1);
     }
-    call.work(call.state);
-    a += kTileStep;
-    below += kTileStep;
-    b += kPanelStep;
-  }
-  _tile_stored(0, c, ld);
-  _tile_stored(1, c + 64, ld);
-  if (two) {
-    _tile_stored(2, c + 16 * ld, ld);
-    _tile_stored(3, c + 16 * ld + 64, ld);
-  }
-}
-
-#undef LBFAST_DOT
-
-#define LBFAST_DOTS              \
-  _tile_dpbf16ps(0, 4, 6);       \
-  _tile_dpbf16ps(1, 4, 7);       \
-  if (two) {                     \
-    _tile_dpbf16ps(2, 5, 6);     \
-    _tile_dpbf16ps(3, 5, 7);     \
-  }
-// Each load stands where one of its operands changes; the least products first.
-LBFAST_AMX inline void multiply_thirds_amx(const Call& call) {
-  const int64_t ld = call.ld * 4;
-  auto* c = static_cast<char*>(call.c);
-  const char *a = call.a, *below = call.a + call.a_tile, *b = call.b, *next = call.next;
-  const bool two = call.rows > kRows;
+  };
   if (call.add) {
     _tile_loadd(0, c, ld);
     _tile_loadd(1, c + 64, ld);
@@ -218,42 +185,40 @@ LBFAST_AMX inline void multiply_thirds_amx(const Call& call) {
     _tile_zero(2);
     _tile_zero(3);
   }
-  const auto load_a = [&](int64_t part) LBFAST_AMX {
-    _tile_loadd(4, a + part * kTileStep, 64);
-    if (two) {
-      _tile_loadd(5, below + part * kTileStep, 64);
-    }
-  };
-  const auto load_b = [&](int64_t part) LBFAST_AMX {
-    _tile_loadd(6, b + part * kPanelStep, 64);
-    _tile_loadd(7, b + part * kPanelStep + 1024, 64);
-  };
   for (int64_t s = 0; s < call.steps; ++s) {
-    const auto ask = [&] {
-      for (int64_t i = 0; i < call.lines; ++i, next += 64) {
-        _mm_prefetch(next, _MM_HINT_T1);
+    if constexpr (std::is_same_v<T, Thirds>) {  // the least first; of the six, one operand changes at a time
+      LBFAST_LOAD_B(2)
+      LBFAST_LOAD_A(0)
+      LBFAST_DOTS
+      ask();
+      LBFAST_LOAD_B(1)
+      LBFAST_DOTS
+      LBFAST_LOAD_B(0)
+      LBFAST_DOTS
+      ask();
+      LBFAST_LOAD_A(2)
+      LBFAST_DOTS
+      LBFAST_LOAD_A(1)
+      LBFAST_DOTS
+      LBFAST_LOAD_B(1)
+      LBFAST_DOTS
+    } else {
+      _tile_loadd(6, b, 64);
+      _tile_loadd(4, a, 64);
+      LBFAST_DOT(0, 4, 6)
+      _tile_loadd(7, b + 1024, 64);
+      LBFAST_DOT(1, 4, 7)
+      if (two) {
+        _tile_loadd(5, below, 64);
+        LBFAST_DOT(2, 5, 6)
+        LBFAST_DOT(3, 5, 7)
       }
-    };
-    load_b(2);
-    load_a(0);
-    LBFAST_DOTS
+    }
     ask();
-    load_b(1);
-    LBFAST_DOTS
-    load_b(0);
-    LBFAST_DOTS
-    ask();
-    load_a(2);
-    LBFAST_DOTS
-    load_a(1);
-    LBFAST_DOTS
-    ask();
-    load_b(1);
-    LBFAST_DOTS
     call.work(call.state);
-    a += 3 * kTileStep;
-    below += 3 * kTileStep;
-    b += 3 * kPanelStep;
+    a += kParts<T> * kTileStep;
+    below += kParts<T> * kTileStep;
+    b += kParts<T> * kPanelStep;
   }
   _tile_stored(0, c, ld);
   _tile_stored(1, c + 64, ld);
@@ -262,7 +227,11 @@ LBFAST_AMX inline void multiply_thirds_amx(const Call& call) {
     _tile_stored(3, c + 16 * ld + 64, ld);
   }
 }
+
+#undef LBFAST_LOAD_B
+#undef LBFAST_LOAD_A
 #undef LBFAST_DOTS
+#undef LBFAST_DOT
 
 #endif
 
@@ -431,11 +400,7 @@ std::vector<Kernel> kernels() {
   __builtin_cpu_init();
 #endif
 #if defined(LBFAST_AMX)
-  if constexpr (std::is_same_v<T, Thirds>) {
-    if (has_amx()) {
-      found.push_back({"amx", multiply_thirds_amx, kRows, true});
-    }
-  } else if constexpr (!std::is_same_v<T, float>) {
+  if constexpr (!std::is_same_v<T, float>) {
     if (has_amx()) {
       found.push_back({"amx", multiply_amx<T>, kRows, true});
     }
