@@ -8,6 +8,7 @@ compiler's options, for sanitizers; a library is compiled for each.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -104,6 +105,7 @@ def compile_library(target: Path) -> None:
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        sources.sort(key=lambda source: -source.stat().st_size)  # no core waits for a long one at the end
         objects = [Path(folder, f"{source.stem}.o") for source in sources]
         _run_all([[compiler, *common, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects)])
         library = Path(folder, target.name)
@@ -142,24 +144,29 @@ def is_whole(library: Path) -> bool:
 
 
 def _run_all(commands: list[list[str]]) -> None:
-    """Runs compiler commands, as many at once as there are cores."""
-    width = max(1, os.cpu_count() or 1)
-    for start in range(0, len(commands), width):
-        running = [
-            subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for c in commands[start : start + width]
-        ]
+    """Runs compiler commands, as many at once as there are cores; where one fails, the others are given up."""
+    running: set[subprocess.Popen[str]] = set()
+
+    def run(command: list[str]) -> None:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        running.add(process)
         try:
-            outputs = [process.communicate(timeout=_BUILD_TIMEOUT_S)[0] for process in running]
+            output = process.communicate(timeout=_BUILD_TIMEOUT_S)[0]
         except subprocess.TimeoutExpired as error:
             raise BuildError(f"the compiler did not end within {_BUILD_TIMEOUT_S} s") from error
-        finally:
-            for process in running:
-                if process.poll() is None:
-                    process.kill()
-        for command, process, output in zip(commands[start:], running, outputs):
-            if process.returncode:
-                raise BuildError(f"{command[0]} failed: {output[-2000:]}")
+        if process.returncode:
+            raise BuildError(f"{command[0]} failed: {output[-2000:]}")
+        running.discard(process)
+
+    pool = concurrent.futures.ThreadPoolExecutor(max(1, os.cpu_count() or 1))
+    try:
+        for done in concurrent.futures.as_completed([pool.submit(run, command) for command in commands]):
+            done.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in tuple(running):
+            process.kill()
+        pool.shutdown()
 
 
 @contextlib.contextmanager

@@ -8,23 +8,24 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
-import torch
-import typer.testing
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-from lbfast import testing
-from lbfast.processing import text
 
-if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    from tests import interpreter
+def pytest_sessionstart(session):
+    """Before any kernel is decorated. xdist's first process runs no test, and all wait for it: it imports nothing."""
+    if session.config.pluginmanager.hasplugin("dsession"):
+        return
+    gc.disable()  # imports make next to no garbage
+    import torch
 
-    interpreter.install()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        from tests import interpreter
 
-_CUDA = torch.cuda.is_available, os.environ.get("CUDA_VISIBLE_DEVICES")
+        interpreter.install()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -38,6 +39,10 @@ def _nobody_pulls_the_plug():
 @pytest.fixture(autouse=True, scope="session")
 def _made_once():
     """What every run of a command makes anew, always the same: its parser, and CLIP's vocabulary."""
+    import typer.testing
+
+    from lbfast.processing import text
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.testing, "_get_command", functools.cache(typer.main.get_command))
         patch.setattr(text, "clip_vocabulary", functools.cache(text.clip_vocabulary))
@@ -47,25 +52,33 @@ def _made_once():
 @pytest.fixture(autouse=True, scope="module")
 def _on_the_cpu(request):
     """Where there is a GPU, only tests that are marked "gpu" or "any_device" use it."""
+    import torch
+
+    there = torch.cuda.is_available, os.environ.get("CUDA_VISIBLE_DEVICES")
     with pytest.MonkeyPatch.context() as patch:
         if not request.node.get_closest_marker("any_device"):
             patch.setattr(torch.cuda, "is_available", lambda: False)
             patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for their processes
-        yield
+        yield there
 
 
 @pytest.fixture(autouse=True)
 def _on_the_gpu(_on_the_cpu, request, monkeypatch):
+    import torch
+
     if {"gpu", "any_device"} & set(request.keywords):
-        monkeypatch.setattr(torch.cuda, "is_available", _CUDA[0])
-        if _CUDA[1] is None:
+        is_available, visible = _on_the_cpu
+        monkeypatch.setattr(torch.cuda, "is_available", is_available)
+        if visible is None:
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         else:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", _CUDA[1])
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
 
 
 @pytest.fixture(autouse=True)
 def _poisoned_empty():
+    from lbfast import testing
+
     with testing.poisoned_empty():
         yield
 
@@ -75,7 +88,7 @@ def _fresh_dynamo():
     """torch.compile recompiles a function eight times at most: cases of one test must not add up."""
     yield
     if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
+        sys.modules["torch._dynamo"].reset()
 
 
 @pytest.fixture
@@ -106,6 +119,7 @@ def _forked_from_one():
 
 def pytest_collection_finish():
     gc.freeze()  # a million objects of libraries that no collection need look at
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):
@@ -115,6 +129,8 @@ def pytest_collection_modifyitems(items):
         if item.nodeid.partition("[")[0] in slow:
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # no process waits for a long one at the end
+    import torch
+
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no GPU")
