@@ -123,12 +123,18 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(items):
-    """tests/slow.txt names what takes more than a second, cases together: `make test-fast` does without."""
-    slow = set(Path(__file__).with_name("slow.txt").read_text(encoding="utf-8").split())
+    """tests/slow.txt names what takes more than a second, cases together: `make test-fast` does without.
+
+    They come first, those above its empty line, a case of which may take five, before the others: no process waits for
+    a long one at the end.
+    """
+    longest, slow = Path(__file__).with_name("slow.txt").read_text(encoding="utf-8").split("\n\n")
+    order = dict.fromkeys(slow.split(), 1) | dict.fromkeys(longest.split(), 0)
     for item in items:
-        if item.nodeid.partition("[")[0] in slow:
+        if item.nodeid.partition("[")[0] in order:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # no process waits for a long one at the end
+    marked = [(order.get(i.nodeid.partition("[")[0], 1) if i.get_closest_marker("slow") else 2) for i in items]
+    items[:] = [item for _, item in sorted(zip(marked, items), key=lambda pair: pair[0])]
     import torch
 
     if torch.cuda.is_available():
