@@ -189,9 +189,10 @@ struct Scratch {
   float* row;
 };
 
-// Tokens first .. first + rows of a span, in one thread.
+// Tokens first .. first + rows of a span, in one thread; of a plain one `columns` from first_column on.
 template <typename T, typename Out>
-void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t rows, Scratch<T>& scratch) {
+void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t rows, int64_t first_column,
+         int64_t columns, Scratch<T>& scratch) {
   using Precision = std::conditional_t<std::is_same_v<T, Thirds>, float, T>;
   const int64_t width = span.width;
   scratch.a.share(rows, kernel.tall(rows));
@@ -204,7 +205,7 @@ void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t 
   Out* result = static_cast<Out*>(span.result) + first * span.reader.columns;
   if (span.plain) {
     read_attended();
-    product<T>(kernel, scratch.a, rows, span.reader, 0, 0, span.reader.columns, scratch.sums,
+    product<T>(kernel, scratch.a, rows, span.reader, 0, first_column, columns, scratch.sums,
                [&](int64_t r, int64_t j, const Vec& x) {
                  store(activate<Precision>(x, span.activation), result + r * span.reader.columns + j);
                });
@@ -274,16 +275,22 @@ void run_all(const panels::Kernel& kernel, const Span& span) {
   const int64_t unit = kernel.amx ? kRows : 1;
   const int64_t units = (span.tokens + unit - 1) / unit, pieces = std::min(units, threads * rounds);
   const int64_t rows = (units + pieces - 1) / pieces * unit;
-  crew::share(pieces, [&](std::atomic<int64_t>& next) {
+  // of few tokens, whose time the weights take, threads share these
+  const int64_t panels = panels::padded(span.reader.columns) / kColumns;
+  const int64_t across = span.plain && pieces < threads ? std::min(panels, 2 * threads / pieces) : 1;
+  crew::share(pieces * across, [&](std::atomic<int64_t>& next) {
     Scratch<T> scratch(kernel, rows, span.width);
 #if defined(LBFAST_AMX)
     if (kernel.amx) {
       panels::ready_tiles();
     }
 #endif
-    for (int64_t i = next++; i < pieces; i = next++) {
-      const int64_t first = i * units / pieces * unit, end = (i + 1) * units / pieces * unit;
-      run<T, Out>(kernel, span, first, std::min(end, span.tokens) - first, scratch);
+    for (int64_t i = next++; i < pieces * across; i = next++) {
+      const int64_t piece = i / across, part = i % across;
+      const int64_t first = piece * units / pieces * unit, end = (piece + 1) * units / pieces * unit;
+      const int64_t left = part * panels / across * kColumns, right = (part + 1) * panels / across * kColumns;
+      run<T, Out>(kernel, span, first, std::min(end, span.tokens) - first, left,
+                  std::min(right, span.reader.columns) - left, scratch);
     }
 #if defined(LBFAST_AMX)
     if (kernel.amx) {

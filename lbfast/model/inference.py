@@ -207,12 +207,16 @@ def _replace_products(encoder: Encoder, layer: nn.Module, kind: Callable[..., Fr
     """The plain Linears of a layer by kind(name, *linears)."""
     last = cast(EncoderLayer, encoder.layers[-1])
     for module in layer.modules():
-        if isinstance(module, Attention) and module is not last.self_attn:  # of the last, only one query is wanted
+        if isinstance(module, Attention):
             if not plain(module) or not are_linear(*module.products):
                 continue
-            _fold_scale(module)
-            module.qkv = kind("qkv", module.q_proj, module.k_proj, module.v_proj)
-            del module.q_proj, module.k_proj, module.v_proj
+            if module is last.self_attn:  # only one query is wanted
+                module.kv = kind("kv", module.k_proj, module.v_proj)
+            else:
+                _fold_scale(module)
+                module.qkv = kind("qkv", module.q_proj, module.k_proj, module.v_proj)
+                del module.q_proj
+            del module.k_proj, module.v_proj
         if isinstance(module, (Attention, MLP)):
             for name, child in list(module.named_children()):
                 if are_linear(child):

@@ -123,26 +123,29 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
         self.scale = (width // heads) ** -0.5
-        self.qkv: FrozenLinear | None = None  # in place of q_proj, k_proj and v_proj, by optimize_for_inference
+        self.qkv: FrozenLinear | None = None  # in place of q_proj, k_proj and v_proj, by optimize_for_inference;
+        self.kv: FrozenLinear | None = None  # of the last layer, where only the pooled tokens ask, of the latter two
 
     @property
     def products(self) -> tuple[nn.Linear, ...]:
         """What reads the input in training; none, once optimized for inference."""
-        return () if self.qkv is not None else (self.q_proj, self.k_proj, self.v_proj)
+        frozen = self.qkv is not None or self.kv is not None
+        return () if frozen else (self.q_proj, self.k_proj, self.v_proj)
 
     def project(self, x: torch.Tensor | PreNorm | Float8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (..., D) -> q, k, v, each a view (..., H, D / H)."""
         if self.qkv is not None:
-            return self._split(self.qkv(x))
+            return self.split(self.qkv(x))
+        if self.kv is not None:
+            return (*self.split(self.q_proj(x)), *self.split(self.kv(x)))
         layers = self.products
         outs = x.linears(*layers) if isinstance(x, PreNorm) else products(layers, cast(torch.Tensor, x))
         q, k, v = (out.unflatten(-1, (self.heads, -1)) for out in outs)
         return q, k, v
 
-    def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(..., 3 * D) -> q, k, v, each a view (..., H, D / H)."""
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        return q, k, v
+    def split(self, projected: torch.Tensor) -> Any:
+        """(..., 3 * D) -> q, k, v, each a view (..., H, D / H); or fewer of them of fewer D."""
+        return projected.unflatten(-1, (-1, self.heads, self.config.hidden_size // self.heads)).unbind(-3)
 
     def forward(
         self,
@@ -178,15 +181,25 @@ class Attention(nn.Module):
     def attend(self, qkv: torch.Tensor, packing: Packing | Padded | None = None) -> torch.Tensor:
         """The same of the projections (..., 3 * D), as `qkv` makes them: (..., D)."""
         if packing is None:
-            return ops.attention(*self._split(qkv), scale=self.scale).flatten(-2)
-        q, k, v = self._split(packing.pad(qkv))
+            return self.over(*self.split(qkv))
+        q, k, v = self.split(packing.pad(qkv))
         return packing.pack(ops.attention(q, k, v, causal=True, scale=self.scale).flatten(-2))
+
+    def over(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The same of its views, as `split` makes them."""
+        return ops.attention(q, k, v, scale=self.scale).flatten(-2)
 
     def mix_pooled(self, x: torch.Tensor, packing: Packing | Padded | None = None) -> torch.Tensor:
         """What `pooled` projects, (B, 1, D)."""
-        heads = (self.heads, -1)
-        q = product(self.q_proj, pooled_tokens(x, packing)).unflatten(-1, heads)
-        k, v = (out.unflatten(-1, heads) for out in products((self.k_proj, self.v_proj), x))
+        q = product(self.q_proj, pooled_tokens(x, packing))
+        kv = products((self.k_proj, self.v_proj), x) if self.kv is None else [self.kv(x)]
+        return self.attend_pooled(q, *(part for out in kv for part in self.split(out)), packing)
+
+    def attend_pooled(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing | Padded | None = None
+    ) -> torch.Tensor:
+        """The same of the pooled tokens' queries (B, 1, D), and keys and values as `split` makes them."""
+        (q,) = self.split(q)
         padding = None
         if packing is not None:
             k, v, padding = packing.pad(k), packing.pad(v), packing.padding
@@ -207,7 +220,10 @@ class TemporalAttention(Attention):
 
     def attend(self, qkv: torch.Tensor, packing: Any = None) -> torch.Tensor:
         """The same of the projections (B, T, N, 3 * D): (B, T, N, D)."""
-        return ops.temporal_attention(*self._split(qkv)).flatten(-2)
+        return self.over(*self.split(qkv))
+
+    def over(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return ops.temporal_attention(q, k, v).flatten(-2)
 
 
 @dataclass(frozen=True)
