@@ -57,7 +57,7 @@ inline void transpose(const at::BFloat16* from, int64_t ld, int64_t rows, int64_
 
 // A buffer for P beside the scores: the scores' own where both are float.
 template <typename T>
-T* beside(float* scores, Arena& arena, int64_t count) {
+T* beside(float* scores, Buffers& arena, int64_t count) {
   if constexpr (std::is_same_v<T, float>) {
     return scores;
   } else {
@@ -72,7 +72,7 @@ void forward(const Shape& shape, const View<In>& q, const View<In>& k, const Vie
   const int64_t deep = round_to_pair<T>(keys);
   const Pieces pieces(shape);
   crew::share(pieces.count, [&](std::atomic<int64_t>& next) {
-    Arena arena((2 * deep + ld + shape.strip) * dim * sizeof(T) + shape.strip * (ld + dim + 1) * (4 + sizeof(T)) +
+    Buffers arena((2 * deep + ld + shape.strip) * dim * sizeof(T) + shape.strip * (ld + dim + 1) * (4 + sizeof(T)) +
                 1024);
     T* rows = arena.take<T>(deep * dim);
     T* packed_v = arena.take<T>(deep * dim);
@@ -123,7 +123,7 @@ void backward(const Shape& shape, const View<In>& dout, const View<In>& q, const
   const int64_t strips = shape.strips(), dim = shape.dim, ld = shape.ld, keys = shape.keys, strip = shape.strip;
   const int64_t deep = round_to_pair<T>(keys);
   at::parallel_for(0, shape.batch * shape.heads, 1, [&](int64_t begin, int64_t end) {
-    Arena arena((2 * deep + 2 * ld + 4 * strip) * dim * sizeof(T) + (2 * keys + strip) * dim * 4 +
+    Buffers arena((2 * deep + 2 * ld + 4 * strip) * dim * sizeof(T) + (2 * keys + strip) * dim * 4 +
                 strip * ld * (8 + 4 * sizeof(T)) + 2048);
     T* rows = arena.take<T>(deep * dim);
     T* paired_k = arena.take<T>(deep * dim);

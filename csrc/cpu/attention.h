@@ -24,9 +24,9 @@ constexpr int64_t kFewest = 16;
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // One thread's buffers, one after another, each on a cache line of its own.
-class Arena {
+class Buffers {
  public:
-  explicit Arena(int64_t bytes) : size_(bytes + 64), data_(new char[size_]) {
+  explicit Buffers(int64_t bytes) : size_(bytes + 64), data_(new char[size_]) {
     next_ = data_.get() + (64 - reinterpret_cast<uintptr_t>(data_.get()) % 64) % 64;
   }
   template <typename T>
@@ -126,13 +126,12 @@ struct Strip {
   }
 };
 
-// Strips of all heads in pieces that threads take, two each where nobody is late: whole heads, whose keys are packed once,
-// or less where heads are few.
+// Strips of all heads in pieces that threads take: a head each, whose keys are packed once, or less where heads are few.
 struct Pieces {
   int64_t strips, each, count;
   explicit Pieces(const Shape& shape) : strips(shape.batch * shape.heads * shape.strips()) {
     const int64_t fair = strips / (2 * std::max<int64_t>(1, at::get_num_threads())), head = shape.strips();
-    each = std::max<int64_t>(1, fair < head ? fair : fair / head * head);
+    each = std::clamp<int64_t>(fair, 1, std::max<int64_t>(1, head));
     count = (strips + each - 1) / each;
   }
   // The first strip of the next piece that nobody has, -1 where none is left.

@@ -34,32 +34,93 @@ inline int64_t mask_scores(float* s, int64_t keys, int64_t query, const Masks& m
   return keys;
 }
 
-// Within 3e-7 of exp(x) for what becomes bfloat16, x not above 0 by much.
+#if defined(CPU_CAPABILITY_AVX512)
+// Within 4e-6 of exp(x), x not above 0 by much, for what becomes bfloat16: 2^y = 2^floor(y) 2^(y - floor(y)).
+inline __m512 exponential_of_short(__m512 x) {
+  const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
+  const __m512 f = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 p = _mm512_set1_ps(0.0135341678f);  // 2^f on [0, 1)
+  for (const float c : {0.0520114601f, 0.241442755f, 0.693003833f, 1.00000262f}) {
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
+  }
+  return _mm512_scalef_ps(p, y);
+}
+#endif
+
+// exp(x), x not above 0 by much; within 4e-6 of it for what becomes bfloat16.
 template <typename T>
 Vec exponential(const Vec& x) {
   if constexpr (std::is_same_v<T, float>) {
     return exponential_of(x);
   } else {
 #if defined(CPU_CAPABILITY_AVX512)
-    const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
-    const __m512 whole = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 f = _mm512_sub_ps(y, whole);
-    __m512 p = _mm512_set1_ps(1.34004e-3f);  // 2^f on [-1/2, 1/2]
-    for (const float c : {9.67604e-3f, 5.550327e-2f, 0.24022107f, 0.69314721f, 1.00000008f}) {
-      p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
-    }
-    return _mm512_scalef_ps(p, whole);
+    return exponential_of_short(x);
 #else
     return x.exp_u20();
 #endif
   }
 }
 
+#if defined(CPU_CAPABILITY_AVX512)
+// As below for P of bfloat16: the largest of what is scaled is the largest that is scaled, or the least; a score that is
+// no number makes the sum none, whatever the shift.
+inline void softmax_row_short(const float* s, int64_t count, int64_t ld, float scale, at::BFloat16* p, float& shift,
+                              float& sum, int64_t step) {
+  const auto some = [&](int64_t j) {
+    return static_cast<__mmask16>((1u << std::clamp<int64_t>(count - j, 0, 16)) - 1);
+  };
+  const auto outermost = [&](float none, auto further) {
+    __m512 top = _mm512_set1_ps(none), beside = top;
+    int64_t j = 0;
+    for (; j + 32 <= count; j += 32) {
+      top = further(top, _mm512_loadu_ps(s + j));
+      beside = further(beside, _mm512_loadu_ps(s + j + 16));
+    }
+    for (; j < count; j += 16) {
+      top = further(top, _mm512_mask_loadu_ps(top, some(j), s + j));
+    }
+    return further(top, beside);
+  };
+  constexpr float kInfinite = std::numeric_limits<float>::infinity();
+  shift = scale * (scale < 0.0f
+                       ? _mm512_reduce_min_ps(outermost(
+                             kInfinite, [](__m512 a, __m512 b) { return _mm512_min_ps(a, b); }))
+                       : _mm512_reduce_max_ps(outermost(
+                             -kInfinite, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); })));
+  const __m512 factor = _mm512_set1_ps(scale), negative = _mm512_set1_ps(-shift);
+  __m512 total = _mm512_setzero_ps(), other = total;
+  int64_t j = 0;
+  for (; j + 32 <= count; j += 32, p += step) {
+    const __m512 a = exponential_of_short(_mm512_fmadd_ps(_mm512_loadu_ps(s + j), factor, negative));
+    const __m512 b = exponential_of_short(_mm512_fmadd_ps(_mm512_loadu_ps(s + j + 16), factor, negative));
+    total = _mm512_add_ps(total, a);
+    other = _mm512_add_ps(other, b);
+    store(Vec(a), Vec(b), p);
+  }
+  for (; j < ld; j += 32, p += step) {
+    const auto part = [&](int64_t k) {
+      const __m512 x = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(some(k), s + k), factor, negative);
+      return _mm512_maskz_mov_ps(some(k), exponential_of_short(x));
+    };
+    const __m512 a = part(j), b = part(j + 16);
+    total = _mm512_add_ps(total, a);
+    other = _mm512_add_ps(other, b);
+    store(Vec(a), Vec(b), p);
+  }
+  sum = _mm512_reduce_add_ps(_mm512_add_ps(total, other));
+}
+#endif
+
 // exp(scale s - shift) of one row -> p, zeros up to ld; s has ld values and p may be s. Of p two vectors lie together,
 // and the next two `step` values further.
 template <typename T>
 void softmax_row(const float* s, int64_t count, int64_t ld, float scale, T* p, float& shift, float& sum,
                  int64_t step = 2 * kLanes) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    return softmax_row_short(s, count, ld, scale, p, shift, sum, step);
+  }
+#endif
   const Vec factor(scale);
   Vec top(-std::numeric_limits<float>::infinity()), beside = top;
   int64_t j = 0;

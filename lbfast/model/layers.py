@@ -192,8 +192,11 @@ class Attention(nn.Module):
     def mix_pooled(self, x: torch.Tensor, packing: Packing | Padded | None = None) -> torch.Tensor:
         """What `pooled` projects, (B, 1, D)."""
         q = product(self.q_proj, pooled_tokens(x, packing))
-        kv = products((self.k_proj, self.v_proj), x) if self.kv is None else [self.kv(x)]
-        return self.attend_pooled(q, *(part for out in kv for part in self.split(out)), packing)
+        if self.kv is not None:
+            k, v = self.split(self.kv(x))
+        else:
+            k, v = (out.unflatten(-1, (self.heads, -1)) for out in products((self.k_proj, self.v_proj), x))
+        return self.attend_pooled(q, k, v, packing)
 
     def attend_pooled(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing | Padded | None = None

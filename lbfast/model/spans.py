@@ -114,13 +114,15 @@ class Spans:
         attention, mlp = self.last.self_attn, self.last.mlp
         query, up, down = (cast(PanelLinear, layer) for layer in (attention.q_proj, mlp.fc1, mlp.fc2))
         q = query(self._norm(self.last.layer_norm1, x))
-        a = attention.attend_pooled(q, *attention.split(kv), packing)
+        k, v = attention.split(kv)
+        a = attention.attend_pooled(q, k, v, packing)
         x, _ = cast(PanelLinear, attention.out_proj).add_to(x, a)
         inner = up.activated(self._norm(self.last.layer_norm2, x), self.config.hidden_act)
         return down.add_to(x, inner)[0]
 
     def _norm(self, norm: LayerNorm, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, norm.weight.shape, *_floats(norm), self.config.layer_norm_eps)
+        weight, bias = _floats(norm)
+        return F.layer_norm(x, weight.shape, weight, bias, self.config.layer_norm_eps)
 
 
 def _spans(layers: Sequence[EncoderLayer], frames: int, last: EncoderLayer) -> Iterator[Span]:
