@@ -14,12 +14,12 @@ arithmetic, in float32 and under autocast of float32 weights, which is how upstr
 `languagebind` where it can be imported; the latter two under torch.compile (--compile layers: layer by layer, which
 compiles one of them; whole: the encoder at once, minutes; max-autotune: that, with its products tuned); what a user
 can have of PyTorch alone, the reference with SDPA and weights in the shorter dtype under torch.compile; and on a CPU
-torchao's int8 under torch.compile, OpenVINO and ONNX Runtime (bench/exported.py), where they are installed. They take
-turns, in one run.
+torchao's int8 under torch.compile, OpenVINO and ONNX Runtime (bench/exported.py), where they are installed. Those of
+one precision take turns, one precision after the other, in one run.
 MFU: FLOP that the embeddings need (no padding, the last layer for the pooled token) over time, as a part of the rate of
 the library's matrix product, measured in the same run. --busy: each again, while other processes take the cores. Peak
-memory: on a CPU the resident size of a process that does nothing else, libraries and weights included; on a GPU weights
-and what the call allocates.
+memory: on a CPU the resident size of a process that does nothing else, libraries and weights included, and that without
+libraries ("own"); on a GPU weights and what the call allocates.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Subject:
 
     Attributes:
         modality: "image", "video", "audio" or "text".
-        model: in float32, in eval mode; the tower that is not looked at has one layer.
+        model: in float32, in eval mode; the tower that is not looked at has one layer, and few words.
         short: the shorter dtype.
         compile: how torch.compile is used: one of COMPILED.
         tokens: what captions are padded to.
@@ -115,7 +115,10 @@ def subject(modality: str, arch: str, layers: int | None, short: str, device: st
     towers = {"text": config.text_config, "vision": config.vision_config}
     looked_at = towers.pop("text" if modality == "text" else "vision")
     looked_at.num_hidden_layers = layers or looked_at.num_hidden_layers
-    next(iter(towers.values())).num_hidden_layers = 1
+    (other,) = towers.values()
+    other.num_hidden_layers = 1
+    if modality != "text":
+        other.vocab_size = 320
     with torch.device("meta"):
         model = model_dict[name](config)
     checkpoint.assign(model, _random(model.state_dict(), device), torch.float32)
@@ -315,61 +318,80 @@ def measure(modality: str, batch: int, record: harness.Record, given: argparse.N
         "layers": layers,
     }
     work = flops(about, fields)
+    rows: list[dict[str, Any]] = []
+    expected: list[torch.Tensor] = []
+    for names in groups(chosen(given), short):
+        for row in _measure_group(names, about, fields, case, expected, record, given):
+            row["items_s"] = round(1e3 * batch / row["median_ms"], 2)
+            row["tflops"] = round(work / row["median_ms"] / 1e9, 3)
+            dtype = about.short if row["dtype"] in ("fp8", "int8") else getattr(torch, row["dtype"])
+            row["mfu"] = round(work / (row["median_ms"] / 1e3) / record.rates(dtype).flops, 3)
+            record.add([row])
+            rows.append(record.rows[-1])
+    if given.no_memory or device == "cuda":
+        return
+    del about, expected
+    gc.collect()
+    for row in rows:
+        name = row["name"].replace(f" {short}", " short")
+        if "torch.compile" not in name:  # whose compiler would be counted
+            arguments = (name, modality, given.arch, given.layers, short, given.tokens, batch)
+            memory = harness.cpu_memory(once, *arguments)
+            row |= {"peak_MiB": round(memory.peak), "own_MiB": round(memory.own)}
+    record.write()
+
+
+def groups(names: Sequence[str], short: str) -> list[list[str]]:
+    """Candidates of one precision each: all of them at once would take more memory than many machines have."""
+    dtypes = dict.fromkeys(dtype_of(name, short) for name in names)
+    return [[name for name in names if dtype_of(name, short) == dtype] for dtype in dtypes]
+
+
+def _measure_group(
+    names: Sequence[str],
+    about: Subject,
+    fields: Inputs,
+    case: Mapping[str, Any],
+    expected: list[torch.Tensor],
+    record: harness.Record,
+    given: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Rows of candidates that take turns, with times and cosines to what is expected, which the first of all gives."""
+    device = record.device
     able: dict[str, Callable[[], torch.Tensor]] = {}
-    cosines: dict[str, float] = {}
-    peaks: dict[str, float] = {}
-    expected = None
+    found: dict[str, dict[str, Any]] = {}
     torch.compiler.reset()
-    for name in chosen(given):
+    for name in names:
         row = _row(case, name, given)
         try:
             before = torch.cuda.memory_allocated() if device == "cuda" else 0
             embed = CANDIDATES[name](about)
             call = torch.inference_mode()(functools.partial(embed, fields))
             out = normalised(call().double())
-            if device == "cuda":
-                peaks[name] = _gpu_peak(
-                    call, before, about, own=name.startswith(("lbfast", "sdpa")) and "drop-in" not in name
-                )
+            if device == "cuda" and not given.no_memory:
+                own = name.startswith(("lbfast", "sdpa")) and "drop-in" not in name
+                row["peak_MiB"] = round(_gpu_peak(call, before, about, own=own))
         except Exception as error:  # absent, or not able to
             record.add([{**row, "note": contest.reason(error)}])
             continue
-        expected = out if expected is None else expected
-        cosines[name] = float((out * expected).sum(-1).min())
-        if cosines[name] >= LEAST_COSINE[row["dtype"]]:
+        expected.append(out)
+        del expected[1:]
+        cosine = float((out * expected[0]).sum(-1).min())
+        if cosine >= LEAST_COSINE[row["dtype"]]:
             able[name] = call
+            found[name] = {**row, "cosine": round(cosine, 6)}
         else:
-            record.add([{**row, "note": f"wrong: a cosine of {cosines[name]:.5f} to float32: not timed"}])
-    rows = []
+            record.add([{**row, "note": f"wrong: a cosine of {cosine:.5f} to float32: not timed"}])
     quiet = harness.interleaved(able, device, given.seconds, warm=False)
     with harness.busy(given.busy):
         beside = harness.interleaved(able, device, given.seconds, warm=False) if given.busy else {}
     for name, timing in quiet.items():
-        row = {**_row(case, name, given), **dataclasses.asdict(timing)}
+        found[name] |= dataclasses.asdict(timing)
         if name in beside:
-            row |= {"busy": given.busy, "busy_ms": beside[name].median_ms}
-        dtype = row["dtype"]
-        row["items_s"] = round(1e3 * batch / timing.median_ms, 2)
-        row["tflops"] = round(work / timing.median_ms / 1e9, 3)
-        rate = record.rates(about.short if dtype in ("fp8", "int8") else getattr(torch, dtype)).flops
-        row["mfu"] = round(work / (timing.median_ms / 1e3) / rate, 3)
-        row["cosine"] = round(cosines[name], 6)
-        rows.append(row)
-    record.add(rows)
-    if given.no_memory:
-        return
-    timed = list(able)
+            found[name] |= {"busy": given.busy, "busy_ms": beside[name].median_ms}
     able.clear()
-    del about, expected
     gc.collect()
-    for name, row in zip(timed, rows):
-        if device == "cuda":
-            row["peak_MiB"] = round(peaks[name])
-        elif "torch.compile" not in name:  # whose compiler would be counted
-            arguments = (name, modality, given.arch, given.layers, short, given.tokens, batch)
-            row["peak_MiB"] = round(harness.cpu_memory(once, *arguments).peak)
-    record.rows[-len(rows) :] = rows
-    record.write()
+    return list(found.values())
 
 
 def _row(case: Mapping[str, Any], name: str, given: argparse.Namespace) -> dict[str, Any]:
@@ -400,13 +422,16 @@ def chosen(given: argparse.Namespace) -> list[str]:
 def show(record: harness.Record) -> int:
     harness.say(harness.describe(record.header))
     columns = ("case", "layers", "name", "dtype", "median ms", "p20", "p80", "items/s", "MFU", "cosine", "peak MiB")
+    columns += ("own MiB",) * any("own_MiB" in row for row in record.rows)
     columns += ("busy ms",) * any("busy" in row for row in record.rows)
     rows = []
     for row in record.rows:
         if "median_ms" in row:
             times = [f"{row[key]:.1f}" for key in ("median_ms", "p20_ms", "p80_ms")]
             numbers = [f"{row['items_s']:.2f}", f"{row['mfu']:.0%}", f"{row['cosine']:.6f}", row.get("peak_MiB", "")]
-            if len(columns) > 11:
+            if "own MiB" in columns:
+                numbers.append(row.get("own_MiB", ""))
+            if "busy ms" in columns:
                 numbers.append(f"{row['busy_ms']:.1f}" if "busy" in row else "")
             rows.append((row["case"], row["layers"], row["name"], row["dtype"], *times, *numbers))
     print(f"\n{record.title}\n\n{harness.table(columns, rows, left=4)}\n")

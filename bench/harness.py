@@ -254,10 +254,12 @@ def gpu_extra_mib(run: Callable[[], Any], warm: bool = True) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """MiB. extra: peak resident size above what was resident before the call. peak: all of it, libraries too."""
+    """MiB. extra: peak resident size above what was resident before the call. peak: all of it, libraries too. own: of a
+    process of its own, without libraries: what it held when its imports were done, and what files are mapped."""
 
     extra: float
     peak: float
+    own: float = 0.0
 
 
 def cpu_memory(make: Callable[..., Callable[[], Any]], *arguments: Any, warm: tuple[Any, ...] | None = None) -> Memory:
@@ -280,9 +282,12 @@ def cpu_memory(make: Callable[..., Callable[[], Any]], *arguments: Any, warm: tu
 
 
 def _measure(pipe: Any, make: Callable[..., Callable[[], Any]], arguments: Any, warm: Any) -> None:
+    imported = _resident_kib("RssAnon")
     if warm is not None:
         make(*warm)()
-    pipe.send(cpu_memory_here(make(*arguments)))
+    found = cpu_memory_here(make(*arguments))
+    libraries = imported + _resident_kib("RssFile")  # of which code is read as it is wanted
+    pipe.send(dataclasses.replace(found, own=found.peak - libraries / 1024))
 
 
 def cpu_memory_here(run: Callable[[], Any]) -> Memory:

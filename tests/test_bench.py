@@ -187,7 +187,7 @@ def test_every_way_of_a_training_step_gives_the_same_gradient(tuned, modality):
 
 def test_memory_of_a_process_of_its_own():
     found = harness.cpu_memory(workers.allocates, 64)
-    assert 60 < found.extra < 80 and found.peak > found.extra
+    assert 60 < found.extra < 80 and found.peak > found.own > found.extra - 4
     with pytest.raises(RuntimeError, match="ended early"):
         harness.cpu_memory(workers.dies)
 

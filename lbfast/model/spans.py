@@ -83,7 +83,7 @@ class Spans:
         for span in self.spans:
             tokenwise.run(
                 total,
-                attended=attended if span.out else None,
+                attended=attended,
                 out=span.out,
                 mlp=span.mlp,
                 constant=span.constant,
@@ -93,6 +93,7 @@ class Spans:
                 activation=self.config.hidden_act,
                 eps=self.config.layer_norm_eps,
             )
+            attended = None  # before there is another
             if span.attention is None or span.attention is self.last.self_attn:
                 continue
             kind = type(span.attention)
