@@ -247,6 +247,17 @@ def test_whole_encoders(tiny_archs, tmp_path, capsys):
     assert "items/s" in capsys.readouterr().out
 
 
+def test_candidates_of_one_precision_take_turns():
+    groups = bench_languagebind.groups(list(bench_languagebind.CANDIDATES), "bfloat16")
+    assert sorted(name for group in groups for name in group) == sorted(bench_languagebind.CANDIDATES)
+    assert groups[0][0] == "reference float32"  # what all are compared with
+    assert [name for name in groups[-1] if name.split()[0] in ("lbfast", "openvino")] == [
+        "lbfast int8",
+        "openvino int8",
+    ]
+    assert {"lbfast short", "openvino short"} <= set(groups[1])
+
+
 @pytest.mark.parametrize("modality", bench_languagebind.MODALITIES)
 def test_plain_torchs_best_is_the_same_model(tiny_archs, modality):
     """SDPA and weights in bfloat16, which torch.compile then has to beat."""

@@ -132,6 +132,25 @@ def test_a_token_depends_on_no_other_and_on_no_thread(dtype, kernel, threads=(1,
     assert all(torch.equal(a[some], b) for a, b in zip(made[0], case.run(dtype, kernel, rows=some)))
 
 
+@each_kernel
+def test_threads_share_the_columns_of_few_tokens(dtype, kernel, threads=(1, 2, 8)):
+    """Of more panels than threads and of fewer, the last one not whole."""
+    before, x = torch.get_num_threads(), torch.randn(3, 80)
+    try:
+        for outputs in (16, 48, 304):
+            weight, bias = torch.randn(outputs, 80), torch.randn(outputs)
+            layer, made = tokenwise.product(weight, bias, dtype, kernel=kernel), []
+            for count in threads:
+                torch.set_num_threads(count)
+                made += [
+                    tokenwise.linear(x, layer, outputs, "gelu", kernel),
+                    tokenwise.linear(x[:1], layer, outputs, "gelu", kernel),
+                ]
+            assert all(torch.equal(other, made[0][: len(other)]) for other in made)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @each_kernel
 def test_what_is_no_number_stays_where_it_is(dtype, kernel, value):
