@@ -9,7 +9,8 @@ import torch
 from lbfast import dispatch, testing
 from lbfast.model import inference
 from lbfast.model.frozen import FrozenLinear
-from lbfast.model.layers import Encoder, Packing, Padded
+from lbfast.model.layers import Encoder
+from lbfast.model.packing import Packing, Padded
 from tests.counted import launches
 
 FRAMES, WIDTH = 8, 128

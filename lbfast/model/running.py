@@ -25,11 +25,9 @@ from lbfast.model.layers import (
     Encoder,
     EncoderLayer,
     LayerNorm,
-    Packing,
-    Padded,
     TemporalAttention,
-    pooled_tokens,
 )
+from lbfast.model.packing import Packing, Padded, pooled_tokens
 from lbfast.ops.layer_norm import layer_norm_float8
 
 SETTLING = 4

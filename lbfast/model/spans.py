@@ -21,12 +21,13 @@ from lbfast.model.layers import (
     Encoder,
     EncoderLayer,
     LayerNorm,
-    Packing,
-    Padded,
     TemporalAttention,
-    pooled_tokens,
 )
+from lbfast.model.packing import Packing, Padded, pooled_tokens
 from lbfast.model.running import Running, steps_of
+
+Layout = tuple[torch.dtype, int]
+"""A dtype, and how many dimensions panels have of it: float32 in thirds has one more than bfloat16."""
 
 
 @dataclass
@@ -49,10 +50,10 @@ class Span:
     columns: int = 0
 
     @property
-    def dtype(self) -> torch.dtype | None:
+    def layout(self) -> Layout | None:
         """Of the weights; None where there are none."""
         product = self.out or self.mlp[2:] or self.reader[2:]
-        return product[0].dtype if product else None
+        return _layout(product) if product else None
 
 
 class Spans:
@@ -135,7 +136,7 @@ def _spans(layers: Sequence[EncoderLayer], frames: int, last: EncoderLayer) -> I
                 span.mlp = [*_floats(step.norm), *_parts(step.reader.fc1), *_parts(step.reader.fc2)]
                 continue
             projection = cast(PanelLinear, step.reader.kv if step.reader is last.self_attn else step.reader.qkv)
-            if span.dtype not in (None, projection.parts[0].dtype):
+            if span.layout not in (None, _layout(projection.parts)):
                 yield span
                 span = Span()
             if isinstance(step.reader, TemporalAttention) and frames > 1:
@@ -152,6 +153,10 @@ def _spans(layers: Sequence[EncoderLayer], frames: int, last: EncoderLayer) -> I
 def _rows(room: torch.Tensor, count: int, columns: int) -> torch.Tensor:
     """(count, columns) at the beginning of a room."""
     return room[: count * columns].view(count, columns)
+
+
+def _layout(product: Sequence[torch.Tensor]) -> Layout:
+    return product[0].dtype, product[0].ndim
 
 
 def _floats(norm: LayerNorm) -> list[torch.Tensor]:

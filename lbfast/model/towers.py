@@ -15,7 +15,8 @@ from lbfast.model import checkpoint
 from lbfast.model.config import Modality
 from lbfast.model.frozen import Freezable
 from lbfast.model.graphs import Graphs
-from lbfast.model.layers import Encoder, LayerNorm, Packing, Padded
+from lbfast.model.layers import Encoder, LayerNorm
+from lbfast.model.packing import Packing, Padded
 from lbfast.model.plain import ours, plain, plain_parts
 from lbfast.model.tokens import PatchDropout, TextEmbeddings, VisionEmbeddings
 
