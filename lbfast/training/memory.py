@@ -140,7 +140,14 @@ def activations(towers: Any, recipe: Recipe, device: torch.device, arithmetic: C
     offloaded = recipe.offload and device.type != "cpu"
     if recipe.checkpointing != "none" or offloaded:
         recompute(encoder, "none")
-        layer = (measure(2) - measure(1)) // len(encoder.layers)
+        layers = encoder.layers
+        try:  # of few layers: all of them may be more than there is memory for
+            encoder.layers = layers[:1]
+            first = measure(1)
+            encoder.layers = layers[:2]
+            layer = (measure(1) - first) if len(layers) > 1 else first
+        finally:
+            encoder.layers = layers
         recompute(encoder, recipe.checkpointing)
         one, two = (0, 0) if offloaded else (one, two)
         one, two = one + layer, two + 2 * layer
