@@ -46,6 +46,17 @@ def test_nested_matches_float64(dtype, scale):
                 assert_matches(nested, plain, tensors)
 
 
+@pytest.mark.skipif("native" not in IMPLS, reason="the native kernels are not built")
+def test_rows_of_any_length():
+    """Each row times a power of two of its own, in float32: the same loss, and gradients divided by it, to the bit."""
+    x, y, s = randn(200, 72), randn(210, 72, seed=1), torch.tensor(20.0)
+    powers = torch.exp2(torch.arange(210) % 41 - 20.0)[:, None]
+    loss, dx, dy, ds = run(info_nce, x, y, s, impl="native", dims=(72, 40))
+    scaled = run(info_nce, x * powers[:200], y / powers, s, impl="native", dims=(72, 40))
+    for a, b in zip(scaled, (loss, dx / powers[:200], dy * powers, ds)):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("impl", [name for name in IMPLS if name != "triton"])
 def test_nested_is_the_mean_of_plain_calls(impl, monkeypatch):
     """One way, with more texts than images, one gradient alone, in tight memory and the same bits every time."""

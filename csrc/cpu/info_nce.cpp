@@ -146,10 +146,9 @@ void tile_stats(const float* z, int64_t rows, int64_t cols, bool own, TileStats&
   }
 }
 
-template <typename T>
-void stats_kernel(const T* x, const T* y, int64_t m, int64_t n, int64_t d, const Block& block, float* rows,
-                  float* cols, float* positives, float* logits) {
-  const int64_t groups = pairs::groups_of(n);
+template <typename Operands>
+void stats_kernel(const Operands& of, const Block& block, float* rows, float* cols, float* positives, float* logits) {
+  const int64_t m = of.m, n = of.n, groups = pairs::groups_of(n);
   std::vector<float> part_shift(groups * m, kNone), part_sum(groups * m, 0.0f);
   const auto finish = [&](int64_t g, int64_t, float* z, int64_t height, int64_t width, int64_t i, int64_t j) {
     TileStats stats;
@@ -164,7 +163,7 @@ void stats_kernel(const T* x, const T* y, int64_t m, int64_t n, int64_t d, const
     merge(&part_shift[g * m + i], &part_sum[g * m + i], stats.row_shift, stats.row_sum, height);
     merge(cols + j, cols + n + j, stats.col_shift, stats.col_sum, width);
   };
-  pairs::products(x, y, m, n, {d}, logits, finish);
+  pairs::products(of, {of.d}, logits, finish);
   for (int64_t g = 0; g < groups; ++g) {
     merge(rows, rows + m, &part_shift[g * m], &part_sum[g * m], m);
   }
@@ -238,10 +237,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_stats(const at::Tensor& 
   rows[0].fill_(kNone);
   cols[0].fill_(kNone);
   if (m > 0 && n > 0) {
-    pairs::with_operand_type(x, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      stats_kernel<T>(x.const_data_ptr<T>(), y.const_data_ptr<T>(), m, n, d, block, rows.mutable_data_ptr<float>(),
-                      cols.mutable_data_ptr<float>(), positives.mutable_data_ptr<float>(), kept);
+    pairs::with_operands(x, y, [&](const auto& of) {
+      stats_kernel(of, block, rows.mutable_data_ptr<float>(), cols.mutable_data_ptr<float>(),
+                   positives.mutable_data_ptr<float>(), kept);
     });
   }
   return {rows, cols, positives};
@@ -262,8 +260,7 @@ void info_nce_grads(const at::Tensor& x, const at::Tensor& y, double scale, cons
   }
   const pairs::Sums sums = pairs::checked_sums("info_nce", x, y, dx, dy, {x, y, rows, cols});
   if (m > 0 && n > 0) {
-    pairs::with_operand_type(x, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
+    pairs::with_operands(x, y, [&](const auto& of) {
       const float *row_stats = rows.const_data_ptr<float>(), *col_stats = cols.const_data_ptr<float>();
       const auto finish = [&](int64_t, float* z, float*, int64_t height, int64_t width, int64_t i, int64_t j) {
         if (kept == nullptr) {
@@ -271,8 +268,7 @@ void info_nce_grads(const at::Tensor& x, const at::Tensor& y, double scale, cons
         }
         tile_grads(z, height, width, i, j, block, row_stats + i, row_stats + m + i, col_stats + j, col_stats + n + j);
       };
-      pairs::gradients(x.const_data_ptr<T>(), y.const_data_ptr<T>(), m, n, {d}, workspace, kept, sums.dx, sums.dy,
-                       finish);
+      pairs::gradients(of, {d}, workspace, kept, sums.dx, sums.dy, finish);
     });
   }
 }

@@ -191,17 +191,17 @@ void tile_grads(const float* tile, float* out, int64_t rows, int64_t cols, int64
   }
 }
 
-template <typename T>
-void sums_kernel(const T* x, const T* y, int64_t m, int64_t n, const std::vector<int64_t>& ends,
-                 const std::vector<Block>& blocks, float* rows, float* cols, float* positives) {
-  const int64_t prefixes = static_cast<int64_t>(ends.size()), groups = pairs::groups_of(n);
+template <typename Operands>
+void sums_kernel(const Operands& of, const std::vector<int64_t>& ends, const std::vector<Block>& blocks, float* rows,
+                 float* cols, float* positives) {
+  const int64_t m = of.m, n = of.n, prefixes = static_cast<int64_t>(ends.size()), groups = pairs::groups_of(n);
   std::vector<float> parts(groups * prefixes * m, 0.0f);
   const auto finish = [&](int64_t g, int64_t p, float* tile, int64_t height, int64_t width, int64_t i, int64_t j) {
     const auto sums = blocks[p].whole(height, width, i, j) ? tile_sums<true> : tile_sums<false>;
     sums(tile, height, width, i, j, blocks[p], &parts[(g * prefixes + p) * m + i], cols + p * n + j,
          positives + p * m + i);
   };
-  pairs::products(x, y, m, n, ends, nullptr, finish);
+  pairs::products(of, ends, nullptr, finish);
   for (int64_t g = 0; g < groups; ++g) {
     for (int64_t k = 0; k < prefixes * m; ++k) {
       rows[k] += parts[g * prefixes * m + k];
@@ -283,10 +283,14 @@ at::Tensor info_nce_nested_norms(const at::Tensor& x, at::IntArrayRef ends) {
   expect_dense("info_nce: x", x, x.scalar_type(), x.sizes());
   check_ends(ends, x);
   at::Tensor out = at::zeros({static_cast<int64_t>(ends.size()), x.size(0)}, x.options().dtype(at::kFloat));
-  pairs::with_operand_type(x, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    norms_kernel(x.const_data_ptr<T>(), x.size(0), ends.vec(), out.mutable_data_ptr<float>());
-  });
+  const auto norms = [&](const auto* rows) {
+    norms_kernel(rows, x.size(0), ends.vec(), out.mutable_data_ptr<float>());
+  };
+  if (x.scalar_type() == at::kFloat) {
+    norms(x.const_data_ptr<float>());
+  } else {
+    norms(x.const_data_ptr<at::BFloat16>());
+  }
   return out;
 }
 
@@ -301,10 +305,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_nested_sums(
   at::Tensor rows = at::zeros({prefixes, m}, options), cols = at::zeros({prefixes, n}, options);
   at::Tensor positives = at::zeros({prefixes, m}, options);
   if (m > 0 && n > 0) {
-    pairs::with_operand_type(x, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      sums_kernel(x.const_data_ptr<T>(), y.const_data_ptr<T>(), m, n, ends.vec(), blocks,
-                  rows.mutable_data_ptr<float>(), cols.mutable_data_ptr<float>(), positives.mutable_data_ptr<float>());
+    pairs::with_operands(x, y, [&](const auto& of) {
+      sums_kernel(of, ends.vec(), blocks, rows.mutable_data_ptr<float>(), cols.mutable_data_ptr<float>(),
+                  positives.mutable_data_ptr<float>());
     });
   }
   return {rows, cols, positives};
@@ -326,10 +329,8 @@ std::tuple<at::Tensor, at::Tensor> info_nce_nested_grads(
   const auto options = x.options().dtype(at::kFloat);
   at::Tensor row_dots = at::zeros({prefixes, m}, options), col_dots = at::zeros({prefixes, n}, options);
   if (m > 0 && n > 0) {
-    pairs::with_operand_type(x, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      const auto [high, wide] = pairs::rectangle(m, n, x.size(1), prefixes, workspace / static_cast<int64_t>(sizeof(T)),
-                                                 into.dx != nullptr);
+    pairs::with_operands(x, y, [&](const auto& of) {
+      const auto [high, wide] = of.rectangle(prefixes, workspace, into.dx != nullptr);
       const int64_t tiles = ceil_div(wide, kCols), rectangle = high;
       pairs::Scratch<float> scratch(tiles * prefixes * rectangle);  // row sums of tiles of columns, which threads own
       float *parts = scratch.data(), *sums = row_dots.mutable_data_ptr<float>();
@@ -355,8 +356,7 @@ std::tuple<at::Tensor, at::Tensor> info_nce_nested_grads(
           }
         }
       };
-      pairs::gradients(x.const_data_ptr<T>(), y.const_data_ptr<T>(), m, n, ends.vec(), workspace, nullptr, into.dx,
-                       into.dy, finish, join);
+      pairs::gradients(of, ends.vec(), workspace, nullptr, into.dx, into.dy, finish, join);
     });
   }
   return {row_dots, col_dots};

@@ -9,12 +9,7 @@
 #include <ATen/cpu/vec/vec.h>
 #include <torch/library.h>
 
-#if defined(__unix__) || defined(__APPLE__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <optional>
 #include <string>
@@ -23,70 +18,20 @@
 #include "checks.h"
 #include "gemm.h"
 #include "packed.h"
+#include "pairs_amx.h"
+#include "pairs_base.h"
 #include "vectors.h"
 
 namespace lbfast::pairs {
 
-constexpr int64_t kRows = 192;        // rows of a tile
-constexpr int64_t kCols = 96;         // columns of a tile
-constexpr int64_t kEvenRows = 8 * kRows, kEvenCols = 16 * kCols;  // what some threads share evenly
-constexpr int64_t kDepth = 4 * kCols;  // of dS that lie together, in blocks [kRows, kDepth]
-constexpr int64_t kSlice = 256;       // numbers of a row whose gradient lies in cache while dS and y go by
-constexpr int64_t kMaxGroups = 64;    // of columns in the forward: bounds partial statistics of rows
-constexpr int64_t kLanes = Vec::size();
-static_assert(kRows % packed::kHigh == 0 && kCols % packed::kHigh == 0 && kCols % packed::kWide == 0);
-static_assert(kCols % kLanes == 0);
-
-using packed::ceil_div;
-
-// Items of `work` multiply-adds each that are worth a thread's while.
-inline int64_t grain(int64_t work) { return std::max<int64_t>(1, (int64_t{1} << 22) / std::max<int64_t>(1, work)); }
-
-// Zeroed scratch that goes back to the system at once: a heap would keep it while the results are being written.
+// Of one call: x [m, D] and y [n, D], contiguous.
 template <typename T>
-class Scratch {
- public:
-#if defined(__unix__) || defined(__APPLE__)
-  explicit Scratch(int64_t size) : bytes_(size * sizeof(T)) {
-    if (bytes_ > 0) {
-      data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-      TORCH_CHECK_WITH(OutOfMemoryError, data_ != MAP_FAILED, "no memory for ", bytes_, " bytes of scratch");
-#if defined(MADV_HUGEPAGE)
-      madvise(data_, bytes_, MADV_HUGEPAGE);  // rows of a tile lie on many pages; without large ones it is slower
-#endif
-    }
-  }
-  ~Scratch() {
-    if (bytes_ > 0) {
-      munmap(data_, bytes_);
-    }
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  T* data() { return static_cast<T*>(data_); }
+struct Operands {
+  const T *x, *y;
+  int64_t m, n, d;
 
- private:
-  size_t bytes_;
-  void* data_ = nullptr;
-#else
-  explicit Scratch(int64_t size) : values_(size) {}
-  T* data() { return values_.data(); }
-
- private:
-  std::vector<T> values_;
-#endif
-};
-
-// What describes a rectangle of pairs beside its operands.
-struct Block {
-  int64_t diag;  // column of row 0's positive; negative: no positives here
-  const int32_t* row_labels;
-  const int32_t* col_labels;
-
-  // Column, within a tile whose first column is col0, of a row's positive; negative where it lies in another tile.
-  int64_t positive(int64_t row, int64_t col0, int64_t cols) const {
-    const int64_t column = diag < 0 ? -1 : diag + row - col0;
-    return column >= 0 && column < cols ? column : -1;
+  std::pair<int64_t, int64_t> rectangle(int64_t prefixes, int64_t workspace, bool dx) const {
+    return pairs::rectangle(m, n, {prefixes, d, d}, workspace / static_cast<int64_t>(sizeof(T)), dx);
   }
 };
 
@@ -107,20 +52,6 @@ inline void convert(const float* src, at::BFloat16* dst, int64_t n) {  // n a mu
   for (int64_t k = 0; k < n; k += 2 * kLanes) {
     store(Vec::loadu(src + k), Vec::loadu(src + k + kLanes), dst + k);
   }
-}
-
-// A part of the D numbers, from one prefix's end to the next.
-struct Section {
-  int64_t from, size;
-};
-
-inline std::vector<Section> sections_of(const std::vector<int64_t>& ends) {
-  std::vector<Section> sections;
-  for (size_t p = 0; p < ends.size(); ++p) {
-    const int64_t from = p == 0 ? 0 : ends[p - 1];
-    sections.push_back({from, ends[p] - from});
-  }
-  return sections;
 }
 
 // Rows of an operand, packed section by section.
@@ -154,21 +85,14 @@ class PackedRows {
   std::vector<packed::Right<T>> parts_;
 };
 
-// Tiles of columns that one thread of the forward takes together, for their rows of x are read once.
-inline int64_t tiles_in_group(int64_t n) {
-  const int64_t tiles = ceil_div(n, kCols);
-  return ceil_div(tiles, std::clamp<int64_t>(tiles, 1, kMaxGroups));
-}
-inline int64_t groups_of(int64_t n) { return ceil_div(ceil_div(n, kCols), tiles_in_group(n)); }
-
 // Threads own groups of columns: x @ y^T of a tile [rows, kCols], row0 and col0 its first row and column, to
 // `finish(group, p, products, rows, cols, row0, col0)`. `kept`, or null: where the products go and stay, [tile of
 // columns][m][kCols]; with one prefix. `ends`: as below.
 template <typename T, typename Finish>
-void products(const T* x, const T* y, int64_t m, int64_t n, const std::vector<int64_t>& ends, float* kept,
-              const Finish& finish) {
+void products(const Operands<T>& of, const std::vector<int64_t>& ends, float* kept, const Finish& finish) {
   const std::vector<Section> sections = sections_of(ends);
-  const int64_t d = ends.back(), tiles = ceil_div(n, kCols), wide = tiles_in_group(n);
+  const auto [x, y, m, n, d] = of;
+  const int64_t tiles = ceil_div(n, kCols), wide = tiles_in_group(n);
   at::parallel_for(0, groups_of(n), grain(wide * kCols * m * d), [&](int64_t begin, int64_t end) {
     std::vector<T> columns(wide * kCols * d);
     std::vector<float> scratch(kept == nullptr ? kRows * kCols : 0);
@@ -197,22 +121,6 @@ void products(const T* x, const T* y, int64_t m, int64_t n, const std::vector<in
   });
 }
 
-// Rows and columns of the rectangle whose dS lies in scratch, with its rows of x and y packed beside it.
-inline std::pair<int64_t, int64_t> rectangle(int64_t m, int64_t n, int64_t d, int64_t prefixes, int64_t numbers,
-                                             bool dx) {
-  const auto fitting = [](int64_t size, int64_t all, int64_t step, int64_t even) {
-    const int64_t fit = size / (size < even ? step : even) * (size < even ? step : even);
-    return std::min(std::max(fit, step), ceil_div(all, step) * step);
-  };
-  if (!dx) {
-    return {fitting(numbers / d, m, kRows, kEvenRows), ceil_div(n, kCols) * kCols};
-  }
-  const double p = static_cast<double>(prefixes), wide = static_cast<double>(d);
-  const auto side = static_cast<int64_t>((std::sqrt(wide * wide + p * static_cast<double>(numbers)) - wide) / p);
-  const int64_t cols = fitting(side, n, kCols, kEvenCols);
-  return {fitting((numbers - cols * d) / (prefixes * cols + d), m, kRows, kEvenRows), cols};
-}
-
 // For each rectangle of pairs: (1) threads own tiles of columns: x @ y^T of a tile to `finish(p, products, ds, rows,
 // cols, row0, col0)`, which leaves dS in ds, its columns past `cols` 0; dS goes to the scratch, and dY_tile += dS^T X;
 // then one thread does `join(row0, rows, col0, cols)`; (2) threads own slices of rows: dX_rows += dS Y. dx or dy may be
@@ -222,12 +130,13 @@ inline std::pair<int64_t, int64_t> rectangle(int64_t m, int64_t n, int64_t d, in
 // one after another, p = 0, 1, ...; numbers that several prefixes have are multiplied by the sum of these prefixes' dS.
 // With one prefix, ds is where the products are.
 template <typename T, typename Finish, typename Join>
-void gradients(const T* x, const T* y, int64_t m, int64_t n, const std::vector<int64_t>& ends, int64_t workspace,
-               const float* kept, float* dx, float* dy, const Finish& finish, const Join& join) {
+void gradients(const Operands<T>& of, const std::vector<int64_t>& ends, int64_t workspace, const float* kept, float* dx,
+               float* dy, const Finish& finish, const Join& join) {
   constexpr bool kFloat = std::is_same_v<T, float>;
   const std::vector<Section> sections = sections_of(ends);
-  const int64_t d = ends.back(), prefixes = static_cast<int64_t>(ends.size()), kTile = kRows * kCols;
-  const auto [high, wide] = rectangle(m, n, d, prefixes, workspace / static_cast<int64_t>(sizeof(T)), dx != nullptr);
+  const T *x = of.x, *y = of.y;
+  const int64_t m = of.m, n = of.n, d = of.d, prefixes = static_cast<int64_t>(ends.size()), kTile = kRows * kCols;
+  const auto [high, wide] = of.rectangle(prefixes, workspace, dx != nullptr);
   const int64_t blocks = ceil_div(wide, kDepth);
   Scratch<T> ds_scratch(dx != nullptr ? prefixes * high * blocks * kDepth : 0);
   T* ds = ds_scratch.data();  // [prefixes, high / kRows, blocks, kRows, kDepth]
@@ -360,10 +269,10 @@ void gradients(const T* x, const T* y, int64_t m, int64_t n, const std::vector<i
   }
 }
 
-template <typename T, typename Finish>
-void gradients(const T* x, const T* y, int64_t m, int64_t n, const std::vector<int64_t>& ends, int64_t workspace,
-               const float* kept, float* dx, float* dy, const Finish& finish) {
-  gradients(x, y, m, n, ends, workspace, kept, dx, dy, finish, [](auto...) {});
+template <typename Operands, typename Finish>
+void gradients(const Operands& of, const std::vector<int64_t>& ends, int64_t workspace, const float* kept, float* dx,
+               float* dy, const Finish& finish) {
+  gradients(of, ends, workspace, kept, dx, dy, finish, [](auto...) {});
 }
 
 using MaybeTensor = std::optional<at::Tensor>;
@@ -422,13 +331,22 @@ inline Sums checked_sums(const std::string& op, const at::Tensor& x, const at::T
   return sums;
 }
 
+// function(operands), of what serves x and y best here; neither is empty.
 template <typename Function>
-void with_operand_type(const at::Tensor& x, Function function) {
-  if (x.scalar_type() == at::kFloat) {
-    function(static_cast<float*>(nullptr));
-  } else {
-    function(static_cast<at::BFloat16*>(nullptr));
+void with_operands(const at::Tensor& x, const at::Tensor& y, const Function& function) {
+  const int64_t m = x.size(0), n = y.size(0), d = x.size(1);
+  if (x.scalar_type() == at::kBFloat16) {
+    function(Operands<at::BFloat16>{x.const_data_ptr<at::BFloat16>(), y.const_data_ptr<at::BFloat16>(), m, n, d});
+    return;
   }
+  const float *rows_of_x = x.const_data_ptr<float>(), *rows_of_y = y.const_data_ptr<float>();
+#if defined(LBFAST_AMX)
+  if (const std::optional<OnAmx> of = OnAmx::made(rows_of_x, rows_of_y, m, n, d)) {
+    function(*of);
+    return;
+  }
+#endif
+  function(Operands<float>{rows_of_x, rows_of_y, m, n, d});
 }
 
 }  // namespace lbfast::pairs

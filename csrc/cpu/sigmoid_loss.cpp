@@ -150,17 +150,15 @@ at::Tensor sigmoid_loss_pass(const at::Tensor& x, const at::Tensor& y, double sc
   at::Tensor sums = at::zeros({ceil_div(n, kCols), kSums}, x.options().dtype(at::kDouble));  // of tiles of columns
   double* of_tiles = sums.mutable_data_ptr<double>();
   if (m > 0 && n > 0) {
-    pairs::with_operand_type(x, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      const T *rows_of_x = x.const_data_ptr<T>(), *rows_of_y = y.const_data_ptr<T>();
+    pairs::with_operands(x, y, [&](const auto& of) {
       const auto finish = [&](float* tile, int64_t rows, int64_t cols, int64_t i, int64_t j) {
         finish_tile(tile, rows, cols, i, j, block, of_tiles + j / kCols * kSums);
       };
       if (into.dx == nullptr && into.dy == nullptr) {
-        pairs::products(rows_of_x, rows_of_y, m, n, {d}, nullptr,
+        pairs::products(of, {d}, nullptr,
                         [&](int64_t, int64_t, float* tile, auto... where) { finish(tile, where...); });
       } else {
-        pairs::gradients(rows_of_x, rows_of_y, m, n, {d}, workspace, nullptr, into.dx, into.dy,
+        pairs::gradients(of, {d}, workspace, nullptr, into.dx, into.dy,
                          [&](int64_t, float* tile, float*, auto... where) { finish(tile, where...); });
       }
     });
