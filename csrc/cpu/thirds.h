@@ -1,9 +1,6 @@
-// Products of float32 on AMX, which multiplies bfloat16: sums [32, 32] of A @ B, in one thread.
-//
-// x = x0 + x1 + x2, each of bfloat16's 8 bits: of 24 nothing is left. x y = x0 y0 + x0 y1 + x1 y0 + x1 y1 + x0 y2 +
-// x2 y0, less what is below 2^-24 of it, as much as a rounding. AMX does 16 times the work of float32's vectors: six
-// products take 0.375 of the time of one. AMX takes what is below 2^-126 for 0: rows are divided by a power of two
-// first, so that their largest number is from 1 to 2, and what is lost is below 2^-100 of it.
+// Products of float32 on AMX in thirds, as csrc/cpu/panels.h has them, of operands that are split here: sums [32, 32] of
+// A @ B, in one thread. AMX takes what is below 2^-126 for 0: rows are divided by a power of two first, so that their
+// largest number is from 1 to 2, and what is lost is below 2^-100 of it.
 //
 // Numbers are the 16 bits of each part, in steps of 32 of K:
 //   A  strips of 16 rows, [strip][step][3 parts][16 rows][32]
@@ -162,47 +159,13 @@ LBFAST_THIRDS inline void left_to_right(int64_t rows, const uint16_t* from, int6
   }
 }
 
-// sums [32][32] of two strips and a panel. The least products first; a load stands where an operand changes.
-LBFAST_AMX inline void sum(int64_t steps, const uint16_t* a, int64_t strip, const uint16_t* b, float* sums) {
-  constexpr int64_t kStride = 64, kLine = kWide * 4;
-  const uint16_t* below = a + strip;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-#define LBFAST_A(part)                         \
-  _tile_loadd(4, a + (part) * kTile, kStride); \
-  _tile_loadd(5, below + (part) * kTile, kStride);
-#define LBFAST_B(part)                             \
-  _tile_loadd(6, b + 2 * (part) * kTile, kStride); \
-  _tile_loadd(7, b + (2 * (part) + 1) * kTile, kStride);
-#define LBFAST_DOTS        \
-  _tile_dpbf16ps(0, 4, 6); \
-  _tile_dpbf16ps(2, 5, 6); \
-  _tile_dpbf16ps(1, 4, 7); \
-  _tile_dpbf16ps(3, 5, 7);
-  for (int64_t s = 0; s < steps; ++s, a += kLeft, below += kLeft, b += kRight) {
-    LBFAST_B(2)
-    LBFAST_A(0)
-    LBFAST_DOTS
-    LBFAST_B(1)
-    LBFAST_DOTS
-    LBFAST_A(1)
-    LBFAST_DOTS
-    LBFAST_B(0)
-    LBFAST_DOTS
-    LBFAST_A(2)
-    LBFAST_DOTS
-    LBFAST_A(0)
-    LBFAST_DOTS
-  }
-#undef LBFAST_A
-#undef LBFAST_B
-#undef LBFAST_DOTS
-  _tile_stored(0, sums, kLine);
-  _tile_stored(1, sums + 16, kLine);
-  _tile_stored(2, sums + 16 * kWide, kLine);
-  _tile_stored(3, sums + 16 * kWide + 16, kLine);
+inline void nothing(void*) {}
+
+// sums [32][32] of two strips and a panel.
+inline void sum(int64_t steps, const uint16_t* a, int64_t strip, const uint16_t* b, float* sums) {
+  panels::multiply_amx<panels::Thirds>({reinterpret_cast<const char*>(a), strip * 2, kHigh,
+                                        reinterpret_cast<const char*>(b), steps, sums, false, nullptr, 0, nothing,
+                                        nullptr});
 }
 
 // The same for one panel of B, to ends(i, sums).
