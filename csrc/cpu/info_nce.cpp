@@ -229,7 +229,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_stats(const at::Tensor& 
                                                               const pairs::MaybeTensor& col_labels,
                                                               const pairs::MaybeTensor& logits) {
   const Block block = checked_block(x, y, scale, diag, row_labels, col_labels, 2);
-  const int64_t m = x.size(0), n = y.size(0), d = x.size(1);
+  const int64_t m = x.size(0), n = y.size(0);
   float* kept = pairs::pointer("info_nce: logits", logits, {m * ld_of(n)}, {x, y});
   const auto options = x.options().dtype(at::kFloat);
   at::Tensor rows = at::zeros({2, m}, options), cols = at::zeros({2, n}, options);
