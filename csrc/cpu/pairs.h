@@ -197,12 +197,7 @@ void gradients(const Operands<T>& of, const std::vector<int64_t>& ends, int64_t 
               }
               finish(p, tile, of_prefix, height, width, i, j);
             }
-            for (int64_t p = prefixes - 2; p >= 0; --p) {
-              float* less = &z[p * kTile];
-              for (int64_t k = 0; k < height * kCols; k += kLanes) {
-                (Vec::loadu(less + k) + Vec::loadu(less + kTile + k)).store(less + k);
-              }
-            }
+            add_longer(z.data(), prefixes, height);
             for (int64_t p = 0; p < prefixes; ++p) {
               float* of_prefix = &z[p * kTile];
               const int64_t depth = round_to_pair<T>(height);

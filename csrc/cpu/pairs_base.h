@@ -98,6 +98,17 @@ inline std::vector<Section> sections_of(const std::vector<int64_t>& ends) {
   return sections;
 }
 
+// Slopes z [prefixes][kRows][kCols], `height` rows of them: what a section takes is its prefix's and each longer one's.
+inline void add_longer(float* z, int64_t prefixes, int64_t height) {
+  constexpr int64_t kApart = kRows * kCols;
+  for (int64_t p = prefixes - 2; p >= 0; --p) {
+    float* less = z + p * kApart;
+    for (int64_t k = 0; k < height * kCols; k += kLanes) {
+      (Vec::loadu(less + k) + Vec::loadu(less + kApart + k)).store(less + k);
+    }
+  }
+}
+
 // Tiles of columns that one thread of the forward takes together, for their rows of x are read once.
 inline int64_t tiles_in_group(int64_t n) {
   const int64_t tiles = ceil_div(n, kCols);
