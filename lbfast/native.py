@@ -8,18 +8,20 @@ compiler's options, for sanitizers; a library is compiled for each.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import functools
 import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -126,6 +128,8 @@ def compile_library(target: Path) -> None:
                 ]
             ]
         )
+        if not library.is_file() or not library.stat().st_size:
+            raise BuildError(f"{compiler} made no library, and said nothing")
         with open(library, "ab") as file:
             file.write(_SEAL + hashlib.sha256(library.read_bytes()).digest())
         files.flush(library)
@@ -144,29 +148,46 @@ def is_whole(library: Path) -> bool:
 
 
 def _run_all(commands: list[list[str]]) -> None:
-    """Runs compiler commands, as many at once as there are cores; where one fails, the others are given up."""
-    running: set[subprocess.Popen[str]] = set()
+    """Runs compiler commands, as many at once as there are cores.
 
-    def run(command: list[str]) -> None:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        running.add(process)
+    Where one fails, hangs or is interrupted, the others end with it, and what these have started.
+    """
+    waiting, running = list(reversed(commands)), list[_Compiling]()
+    with contextlib.ExitStack() as files_open:
         try:
-            output = process.communicate(timeout=_BUILD_TIMEOUT_S)[0]
-        except subprocess.TimeoutExpired as error:
-            raise BuildError(f"the compiler did not end within {_BUILD_TIMEOUT_S} s") from error
-        if process.returncode:
-            raise BuildError(f"{command[0]} failed: {output[-2000:]}")
-        running.discard(process)
+            while waiting or running:
+                while waiting and len(running) < (os.cpu_count() or 1):
+                    running.append(_Compiling(waiting.pop(), files_open.enter_context(tempfile.TemporaryFile())))
+                running = [one for one in running if not one.ended()]
+                time.sleep(0.01)
+        finally:
+            for one in running:
+                one.give_up()
 
-    pool = concurrent.futures.ThreadPoolExecutor(max(1, os.cpu_count() or 1))
-    try:
-        for done in concurrent.futures.as_completed([pool.submit(run, command) for command in commands]):
-            done.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in tuple(running):
-            process.kill()
-        pool.shutdown()
+
+class _Compiling:
+    """A compiler's process, in a group of its own with its children. What they say goes to a file, never waited for."""
+
+    def __init__(self, command: list[str], output: IO[bytes]):
+        self.name, self.output, self.end = command[0], output, time.monotonic() + _BUILD_TIMEOUT_S
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def ended(self) -> bool:
+        if self.process.poll() is None:
+            if time.monotonic() > self.end:
+                raise BuildError(f"the compiler did not end within {_BUILD_TIMEOUT_S} s")
+            return False
+        if self.process.returncode:
+            self.output.seek(max(0, self.output.seek(0, os.SEEK_END) - 2000))
+            raise BuildError(f"{self.name} failed: {self.output.read().decode(errors='replace')}")
+        return True
+
+    def give_up(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 @contextlib.contextmanager

@@ -414,3 +414,22 @@ def test_impl_that_cannot_says_why():
             with pytest.raises(RuntimeError, match="cannot take these inputs"):
                 info_nce(x, x, 1.0, impl=name)
     assert dispatch.explain(IMPLEMENTATIONS, x, x)["torch"] == []
+
+
+@pytest.mark.parametrize("e", [40, 58])
+def test_a_long_row_among_short_ones(e):
+    """Its gradients are 0 here, and take no digits from the others'."""
+    x, y = unit(64, 64), unit(64, 64, seed=1)
+    x[0], x[:, 0] = 0, 0
+    x *= 2.0**-e
+    x[0, 0] = 2.0**e
+    y[:, 0] = -y[:, 0].abs() - 0.1
+    y[0, 0] = 1
+    for left, right, others in ((x, y, 2), (y, x, 1)):
+        s = torch.tensor(1.0, device=DEVICE)
+        exact = run(reference, left.double(), right.double(), s.double())[others][1:]
+        size = exact.norm()
+        plain = (run(reference, left, right, s)[others][1:].double() - exact).norm() / size
+        for impl in IMPLS:
+            got = run(info_nce, left, right, s, impl=impl)[others][1:].double()
+            assert (got - exact).norm() / size <= 4 * plain + 1e-7, impl

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from lbfast import native
@@ -75,3 +77,23 @@ def test_the_real_library_is_sealed_and_loads():
     if native.why_not():
         pytest.skip(native.why_not()[0])
     assert native.is_whole(native.build())
+
+
+@pytest.mark.parametrize("fails", ["printf '\\377\\376 no'; exit 1", "sleep 0.1; echo no; exit 1"])
+def test_where_a_compiler_fails_the_others_end_with_their_children(fails, monkeypatch):
+    """Also those that nobody has begun, and a driver's own processes, which hold what it writes to."""
+    monkeypatch.setattr(native.os, "cpu_count", lambda: 2)
+    begun = time.monotonic()
+    with pytest.raises(native.BuildError, match=r"sh failed: .*no"):
+        native._run_all([["sh", "-c", "sleep 60 & wait"], ["sh", "-c", fails], *[["sleep", "60"]] * 3])
+    assert time.monotonic() - begun < 30
+
+
+def test_a_compiler_that_hangs_or_makes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "_BUILD_TIMEOUT_S", 0.2)
+    with pytest.raises(native.BuildError, match=r"did not end within 0.2 s"):
+        native._run_all([["sh", "-c", "sleep 60 & wait"]])
+    monkeypatch.setattr(native, "_compiler", lambda: "true")
+    with pytest.raises(native.BuildError, match="true made no library"):
+        native.compile_library(tmp_path / "library.so")
+    assert not list(tmp_path.iterdir())

@@ -210,6 +210,15 @@ def test_float32_of_any_size_as_exact_as_its_own_sums(kernel):
         assert got <= 1.25 * plain
 
 
+@pytest.mark.parametrize("kernel", tokenwise.kernels(torch.float32))
+def test_float32_sums_of_many_numbers_of_one_sign(kernel):
+    torch.manual_seed(0)
+    x, weight = torch.rand(17, 8192), torch.rand(64, 8192)
+    layer = tokenwise.product(weight, torch.zeros(64), torch.float32, kernel=kernel)
+    want = F.linear(x.double(), weight.double())
+    testing.assert_within_budget(tokenwise.linear(x, layer, 64, kernel=kernel), want, F.linear(x, weight))
+
+
 def test_outliers_leave_the_other_tokens_alone_and_the_rest_of_theirs():
     """A value 100 times the rest costs its own token its steps, no other."""
     if not tokenwise.kernels(torch.int8):

@@ -119,14 +119,18 @@ struct Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// The largest of a tile's numbers, or what is none.
-inline float largest_of(const float* tile, int64_t count) {
+// The largest number of a tile, rows `ld` apart, each times power(r, k, lanes); or what is none.
+template <typename Power>
+float largest_of(const float* tile, int64_t rows, int64_t columns, int64_t ld, const Power& power) {
   __m512 most = _mm512_setzero_ps();
   __mmask16 none = 0;
-  for (int64_t k = 0; k < count; k += kLanes) {
-    const __m512 size = _mm512_abs_ps(_mm512_loadu_ps(tile + k));
-    none |= _mm512_cmp_ps_mask(size, size, _CMP_UNORD_Q);
-    most = _mm512_max_ps(most, size);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t k = 0; k < columns; k += kLanes) {
+      const __mmask16 lanes = thirds::first_lanes(columns - k);
+      const __m512 size = _mm512_mul_ps(_mm512_abs_ps(_mm512_maskz_loadu_ps(lanes, tile + r * ld + k)), power(r, k, lanes));
+      none |= _mm512_cmp_ps_mask(size, size, _CMP_UNORD_Q);
+      most = _mm512_max_ps(most, size);
+    }
   }
   return none ? std::nanf("") : _mm512_reduce_max_ps(most);
 }
@@ -305,8 +309,8 @@ void gradients(const OnAmx& of, const std::vector<int64_t>& ends, int64_t worksp
               }
               // rows of x count as they were divided
               const float* powers = row_powers + i - c;
-              const float power = thirds::power_below(largest_of(slopes, height * kCols) *
-                                                      *std::max_element(powers, powers + height));
+              const auto of_row = [&](int64_t r, int64_t, __mmask16) { return _mm512_set1_ps(powers[r]); };
+              const float power = thirds::power_below(largest_of(slopes, height, kCols, kCols, of_row));
               const __m512 inverse = _mm512_set1_ps(1.0f / power);
               thirds::to_left_turned(height, kCols, turned.data(), kStrip, [&](int64_t r, int64_t k, __mmask16 lanes) {
                 const __m512 values = _mm512_maskz_loadu_ps(lanes, slopes + r * kCols + k);
@@ -345,8 +349,10 @@ void gradients(const OnAmx& of, const std::vector<int64_t>& ends, int64_t worksp
           for (int64_t j = 0; j < cols; j += kDepth) {
             const int64_t depth = std::min(kDepth, cols - j);
             const float *block = ds_of(p, i, j), *powers = col_powers + j;
-            const float power = thirds::power_below(largest_of(block, height * kDepth) *
-                                                    *std::max_element(powers, powers + depth));
+            const auto of_column = [&](int64_t, int64_t k, __mmask16 lanes) {
+              return _mm512_maskz_loadu_ps(lanes, powers + k);
+            };
+            const float power = thirds::power_below(largest_of(block, height, depth, kDepth, of_column));
             const __m512 inverse = _mm512_set1_ps(1.0f / power);
             thirds::to_left(height, depth, left.data(), kStrip, [&](int64_t r, int64_t k, __mmask16 lanes) {
               const __m512 values = _mm512_maskz_loadu_ps(lanes, block + r * kDepth + k);

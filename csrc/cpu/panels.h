@@ -172,7 +172,8 @@ LBFAST_AMX void multiply_amx(const Call& call) {
       _mm_prefetch(next, _MM_HINT_T1);
     }
   };
-  if (call.add) {
+  const bool apart = call.add && std::is_same_v<T, Thirds>;  // six sums a number: of many, in parts, as others' are few
+  if (call.add && !apart) {
     _tile_loadd(0, c, ld);
     _tile_loadd(1, c + 64, ld);
     if (two) {
@@ -220,11 +221,22 @@ LBFAST_AMX void multiply_amx(const Call& call) {
     below += kParts<T> * kTileStep;
     b += kParts<T> * kPanelStep;
   }
-  _tile_stored(0, c, ld);
-  _tile_stored(1, c + 64, ld);
+  alignas(64) float part[2 * kRows * kColumns];
+  char* to = apart ? reinterpret_cast<char*>(part) : c;
+  const int64_t to_ld = apart ? kColumns * 4 : ld;
+  _tile_stored(0, to, to_ld);
+  _tile_stored(1, to + 64, to_ld);
   if (two) {
-    _tile_stored(2, c + 16 * ld, ld);
-    _tile_stored(3, c + 16 * ld + 64, ld);
+    _tile_stored(2, to + 16 * to_ld, to_ld);
+    _tile_stored(3, to + 16 * to_ld + 64, to_ld);
+  }
+  if (apart) {
+    for (int64_t r = 0; r < (two ? 2 : 1) * kRows; ++r) {
+      auto* row = reinterpret_cast<float*>(c + r * ld);
+      for (int64_t i = 0; i < kColumns; i += 16) {
+        _mm512_storeu_ps(row + i, _mm512_add_ps(_mm512_loadu_ps(row + i), _mm512_load_ps(part + r * kColumns + i)));
+      }
+    }
   }
 }
 

@@ -161,11 +161,14 @@ LBFAST_THIRDS inline void left_to_right(int64_t rows, const uint16_t* from, int6
 
 inline void nothing(void*) {}
 
-// sums [32][32] of two strips and a panel.
+// sums [32][32] of two strips and a panel, of 1,024 of K at a time: of many numbers a sum in one go loses digits.
 inline void sum(int64_t steps, const uint16_t* a, int64_t strip, const uint16_t* b, float* sums) {
-  panels::multiply_amx<panels::Thirds>({reinterpret_cast<const char*>(a), strip * 2, kHigh,
-                                        reinterpret_cast<const char*>(b), steps, sums, false, nullptr, 0, nothing,
-                                        nullptr});
+  constexpr int64_t kAtOnce = 32;
+  for (int64_t s = 0; s == 0 || s < steps; s += kAtOnce) {
+    panels::multiply_amx<panels::Thirds>({reinterpret_cast<const char*>(a + s * kLeft), strip * 2, kHigh,
+                                          reinterpret_cast<const char*>(b + s * kRight), std::min(kAtOnce, steps - s),
+                                          sums, s > 0, nullptr, 0, nothing, nullptr});
+  }
 }
 
 // The same for one panel of B, to ends(i, sums).

@@ -39,7 +39,7 @@ constexpr int64_t kScaled = 1024;  // of the MLP's width: inputs that share an 8
 template <typename T>
 constexpr int64_t kChunk = kParts<T> > 1 ? 512 : kScaled;  // of the MLP's width at a time
 template <typename T>
-constexpr int64_t kPart = kParts<T> > 1 ? 1 << 20 : 8;  // steps of K at a time: what they read stays in the first-level cache
+constexpr int64_t kPart = kParts<T> > 1 ? 32 : 8;  // steps of K at a time: of few, what they read stays in the cache
 static_assert(kColumns % kLanes == 0);
 
 // A frozen linear layer: see lbfast/tokenwise.py.
