@@ -8,24 +8,23 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
+import torch
+import typer.testing
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+from lbfast import testing
+from lbfast.processing import text
 
-def pytest_sessionstart(session):
-    """Before any kernel is decorated. xdist's first process runs no test, and all wait for it: it imports nothing."""
-    if session.config.pluginmanager.hasplugin("dsession"):
-        return
-    gc.disable()  # imports make next to no garbage
-    import torch
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from tests import interpreter
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
-    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-        from tests import interpreter
+    interpreter.install()
 
-        interpreter.install()
+_CUDA = torch.cuda.is_available, os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -39,10 +38,6 @@ def _nobody_pulls_the_plug():
 @pytest.fixture(autouse=True, scope="session")
 def _made_once():
     """What every run of a command makes anew, always the same: its parser, and CLIP's vocabulary."""
-    import typer.testing
-
-    from lbfast.processing import text
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.testing, "_get_command", functools.cache(typer.main.get_command))
         patch.setattr(text, "clip_vocabulary", functools.cache(text.clip_vocabulary))
@@ -52,33 +47,25 @@ def _made_once():
 @pytest.fixture(autouse=True, scope="module")
 def _on_the_cpu(request):
     """Where there is a GPU, only tests that are marked "gpu" or "any_device" use it."""
-    import torch
-
-    there = torch.cuda.is_available, os.environ.get("CUDA_VISIBLE_DEVICES")
     with pytest.MonkeyPatch.context() as patch:
         if not request.node.get_closest_marker("any_device"):
             patch.setattr(torch.cuda, "is_available", lambda: False)
             patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for their processes
-        yield there
+        yield
 
 
 @pytest.fixture(autouse=True)
 def _on_the_gpu(_on_the_cpu, request, monkeypatch):
-    import torch
-
     if {"gpu", "any_device"} & set(request.keywords):
-        is_available, visible = _on_the_cpu
-        monkeypatch.setattr(torch.cuda, "is_available", is_available)
-        if visible is None:
+        monkeypatch.setattr(torch.cuda, "is_available", _CUDA[0])
+        if _CUDA[1] is None:
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         else:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", _CUDA[1])
 
 
 @pytest.fixture(autouse=True)
 def _poisoned_empty():
-    from lbfast import testing
-
     with testing.poisoned_empty():
         yield
 
@@ -88,7 +75,7 @@ def _fresh_dynamo():
     """torch.compile recompiles a function eight times at most: cases of one test must not add up."""
     yield
     if "torch._dynamo" in sys.modules:
-        sys.modules["torch._dynamo"].reset()
+        torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -119,24 +106,15 @@ def _forked_from_one():
 
 def pytest_collection_finish():
     gc.freeze()  # a million objects of libraries that no collection need look at
-    gc.enable()
 
 
 def pytest_collection_modifyitems(items):
-    """tests/slow.txt names what takes more than a second, cases together: `make test-fast` does without.
-
-    They come first, those above its empty line, a case of which may take five, before the others: no process waits for
-    a long one at the end.
-    """
-    longest, slow = Path(__file__).with_name("slow.txt").read_text(encoding="utf-8").split("\n\n")
-    order = dict.fromkeys(slow.split(), 1) | dict.fromkeys(longest.split(), 0)
+    """tests/slow.txt names what takes more than a second, cases together: `make test-fast` does without."""
+    slow = set(Path(__file__).with_name("slow.txt").read_text(encoding="utf-8").split())
     for item in items:
-        if item.nodeid.partition("[")[0] in order:
+        if item.nodeid.partition("[")[0] in slow:
             item.add_marker(pytest.mark.slow)
-    marked = [(order.get(i.nodeid.partition("[")[0], 1) if i.get_closest_marker("slow") else 2) for i in items]
-    items[:] = [item for _, item in sorted(zip(marked, items), key=lambda pair: pair[0])]
-    import torch
-
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # no process waits for a long one at the end
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no GPU")

@@ -64,19 +64,6 @@ def lbfast_command(folder: Path, *arguments: object) -> None:
     lbfast.__main__.main()
 
 
-def command_of_a_session(folder: Path, *arguments: object) -> None:
-    """As `lbfast arguments` in a session of its own, with the signals' ordinary effects."""
-    os.setsid()
-    heed()
-    lbfast_command(folder, *arguments)
-
-
-def heed() -> None:
-    """A shell starts what it puts in the background deaf to SIGINT, and its children with it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
 def _lbfast_of_rank(folder: Path, *arguments: object) -> None:
     mine = folder / os.environ["RANK"]
     mine.mkdir()

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lbfast.embedding.journal import partial_path
-from tests import runs, tiny
+from tests import tiny
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 ROOT = Path(__file__).resolve().parents[1]
 LINE = "interrupted; what is finished is kept: the same command goes on from here\n"
+
+
+def heeding():
+    """A shell starts what it puts in the background deaf to SIGINT, and its children with it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def of_session(session: int) -> list[str]:
@@ -34,83 +38,46 @@ def of_session(session: int) -> list[str]:
     return found
 
 
-def left_after(session: int, seconds: float = 1) -> list[str]:
-    """The processes of a session that live for longer than that."""
+def left_after(run: subprocess.Popen[str], seconds: float = 1) -> list[str]:
+    """The processes of its session that live for longer than that."""
     end = time.monotonic() + seconds
-    while (left := of_session(session)) and time.monotonic() < end:
+    while (left := of_session(run.pid)) and time.monotonic() < end:
         time.sleep(0.01)
     return left
 
 
-class Command:
-    """`lbfast arguments` in a session of its own: started, or forked from a process that has its imports done."""
-
-    def __init__(self, folder: Path, arguments: list[object], processes: multiprocessing.context.BaseContext | None):
-        self._folder = folder
-        if processes is None:
-            command = [sys.executable, "-m", "lbfast", *map(str, arguments)]
-            with open(folder / "stdout", "wb") as out, open(folder / "stderr", "wb") as said:
-                streams = {"stdout": out, "stderr": said, "preexec_fn": runs.heed, "start_new_session": True}
-                process = subprocess.Popen(command, **streams)
-            self.status, self._wait = process.poll, process.wait
-        else:
-            process = processes.Process(target=runs.command_of_a_session, args=(folder, *arguments))
-            process.start()
-            self.status, self._wait = lambda: process.exitcode, process.join
-        self.pid, self.kill = process.pid, process.kill
-
-    def ended(self, seconds: float = 60) -> tuple[int | None, str, str]:
-        """The status, and what it said, when it has ended."""
-        self._wait(seconds)
-        return self.status(), (self._folder / "stdout").read_text(), (self._folder / "stderr").read_text()
-
-
-def until(command: Command, done: Callable[[], bool]) -> None:
-    """Not by the clock: all may be stopped from outside for a while."""
-    for _ in range(6000):
-        if command.status() is not None or done():
-            return
-        time.sleep(0.01)
-
-
 @pytest.fixture
-def run(tmp_path, processes):
-    """Starts a run, or forks it, and waits until it has finished rows with two workers."""
+def run(tmp_path):
+    """Starts a run in a session of its own, and waits until it has finished rows with two workers."""
     source, model = tiny.picture(tmp_path / "in" / "000.png"), tiny.checkpoint(tmp_path, "image")
     for i in range(1, 3000):
         os.link(source, tmp_path / "in" / f"{i:04}.png")
     out = tmp_path / "out.parquet"
-    arguments = ["embed", tmp_path / "in", "--model", model, "--out", out, "--batch-size", "2", "--workers", "2"]
-    running = []
-
-    def begin(forked: bool = True) -> Command:
-        running.append(Command(tmp_path, arguments, processes if forked else None))
-        until(running[0], lambda: partial_path(out).exists() and partial_path(out).stat().st_size > 3000)
-        assert running[0].status() is None and partial_path(out).exists(), running[0].ended(1)
-        return running[0]
-
-    yield begin
-    for command in running:
-        command.kill()
-        command.ended()
+    command = [sys.executable, "-m", "lbfast", "embed", str(tmp_path / "in"), "--model", str(model)]
+    command += ["--out", str(out), "--batch-size", "2", "--workers", "2"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeding, start_new_session=True
+    )
+    for _ in range(6000):  # not by the clock: all may be stopped from outside for a while
+        if process.poll() is not None or (partial_path(out).exists() and partial_path(out).stat().st_size > 3000):
+            break
+        time.sleep(0.01)
+    assert process.poll() is None and partial_path(out).exists(), process.communicate()
+    yield process
+    process.kill()
+    process.wait()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "group", "forked"),
-    [
-        (signal.SIGTERM, False, False),
-        (signal.SIGTERM, True, True),
-        (signal.SIGHUP, True, True),
-        (signal.SIGINT, True, True),
-    ],
+    ("number", "group"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGHUP, True), (signal.SIGINT, True)]
 )
-def test_a_line_and_the_status(run, number, group, forked):
+def test_a_line_and_the_status(run, number, group):
     """Sent to the process alone, or as a closed terminal and Ctrl-C do to all of its group."""
-    command = run(forked)
-    (os.killpg if group else os.kill)(command.pid, number)
-    assert command.ended() == (128 + number, "", LINE)
-    assert not left_after(command.pid)
+    (os.killpg if group else os.kill)(run.pid, number)
+    out, said = run.communicate()
+    assert (run.returncode, out, said) == (128 + number, "", LINE)
+    assert not left_after(run)
 
 
 MOMENTS = ("lbfast.cli", "typer.core", "rich.console", "torch._C", "transformers")
@@ -132,7 +99,7 @@ sys.meta_path.insert(0, Finder())
 sys.argv = ["lbfast", "eval", "zero-shot", "--model", "lbfast-mini/image", "--data", {str(tmp_path)!r}]
 main()
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, preexec_fn=runs.heed)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, preexec_fn=heeding)
     assert (ended.returncode, ended.stdout, ended.stderr) == (128 + number, "", "interrupted\n")
 
 
@@ -205,18 +172,23 @@ process.kill()
 
 @pytest.mark.slow
 def test_nobody_lives_on_after_a_kill(run):
-    command = run()
-    assert len(of_session(command.pid)) > 2
-    command.kill()
-    assert command.ended() == (-signal.SIGKILL, "", "")
-    assert not left_after(command.pid)
+    run.kill()
+    out, said = run.communicate(timeout=30)
+    assert not left_after(run)
+    assert (out, said) == ("", "")
 
 
 @pytest.mark.slow
-def test_mini_while_its_files_are_made(tmp_path, processes):
+def test_mini_while_its_files_are_made(tmp_path):
     """Ctrl-C reaches the processes that write as well."""
-    command = Command(tmp_path, ["mini", "train", "--out", tmp_path], processes)
-    until(command, lambda: any(tmp_path.glob("data/image/image/*.jpg")))
-    os.killpg(command.pid, signal.SIGINT)
-    assert command.ended()[::2] == (130, "interrupted\n")
-    assert not left_after(command.pid)
+    command = [sys.executable, "-m", "lbfast", "mini", "train", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeding, start_new_session=True)
+    for _ in range(6000):
+        if process.poll() is not None or any(tmp_path.glob("data/image/image/*.jpg")):
+            break
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "interrupted\n"
+    assert process.returncode == 130
+    time.sleep(1)
+    assert not of_session(process.pid)

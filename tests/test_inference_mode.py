@@ -1,6 +1,9 @@
 """What a call under torch.inference_mode leaves behind, in a cache or an attribute, serves a training later on."""
 
 import gc
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from lbfast.processing.audio import resample
 from lbfast.processing.processor import transform_dict
 from tests import tiny
 
+ROOT = Path(__file__).resolve().parent.parent
 MEDIA = {
     "image": (tiny.picture, "png"),
     "thermal": (tiny.picture, "png"),
@@ -95,19 +99,11 @@ def first_inference_then_training():
         assert missing in ([], ["logit_scale"]), f"{name}: {missing}"
 
 
-def test_training_after_inference_mode(processes, tmp_path):
+def test_training_after_inference_mode():
     """In a process of its own, whose caches are empty."""
-    from tests import runs
-
-    code = """
-import os
-os.environ["TRITON_INTERPRET"] = "1"
-from tests import interpreter
-interpreter.install()
-from tests.test_inference_mode import first_inference_then_training
-first_inference_then_training()
-"""
-    process = processes.Process(target=runs.script, args=(tmp_path, code))
-    process.start()
-    process.join(300)
-    assert process.exitcode == 0, (tmp_path / "stderr").read_text()[-3000:]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    code = "from tests.test_inference_mode import first_inference_then_training as run; run()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,7 +1,6 @@
 """The losses over process groups of 1 to 4 ranks (gloo): equal to one process with the whole batch."""
 
 import datetime
-import functools
 import multiprocessing
 import os
 import time
@@ -37,20 +36,13 @@ def grads_of(x, y, s, needs=(True, True, True), **options):
     return loss.detach(), x.grad, y.grad, s.grad
 
 
-@functools.cache  # for each way to gather
-def of_one_process(total, impl, dtype, needs, smoothing, groups, dims):
-    x, y, s, ids = batch(total, dtype)
-    options = {"impl": impl, "label_smoothing": smoothing, "dims": dims}
-    return grads_of(x, y, s, needs, ids=ids if groups else None, **options)
-
-
 def equals_one_process(
     group, rank, sizes, gather, impl, dtype, needs=(True, True, True), smoothing=0.0, groups=False, dims=None
 ):
     x, y, s, ids = batch(sum(sizes), dtype)
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     options = {"impl": impl, "label_smoothing": smoothing, "dims": dims}
-    one = of_one_process(sum(sizes), impl, dtype, needs, smoothing, groups, dims)
+    one = grads_of(x, y, s, needs, ids=ids if groups else None, **options)
     ours = grads_of(x[own], y[own], s, needs, ids=ids[own] if groups else None, group=group, gather=gather, **options)
     for what, a, b in zip(("loss", "image", "text", "scale"), ours, one):
         if what in ("image", "text") and b is not None:

@@ -18,7 +18,7 @@ from PIL import Image
 import lbfast
 from lbfast import languagebind, paths
 from lbfast.languagebind import functions
-from tests import runs, tiny
+from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -69,7 +69,7 @@ def test_the_same_paths_are_here(root, modality):
 
 
 SCRIPT = """
-import json, multiprocessing, sys
+import json, multiprocessing, subprocess, sys
 import torch
 from safetensors.torch import load_file
 import languagebind
@@ -105,6 +105,8 @@ if __name__ == "__main__":
     process.start()
     found["spawned"] = queue.get()
     process.join()
+    line = "import languagebind; print(languagebind.LanguageBind.__module__)"
+    found["started"] = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True).stdout.strip()
     print(json.dumps(found))
 """
 
@@ -134,7 +136,7 @@ def test_modules_run_too_and_what_is_started_inherits(tmp_path):
     assert "usage: " in run(cwd=tmp_path, code=2)
 
 
-def test_install_as_languagebind(tmp_path, processes):
+def test_install_as_languagebind(tmp_path):
     """In a process of its own, as it is for good; and never in the place of what is there already."""
     program = """
 import sys, lbfast
@@ -150,11 +152,11 @@ try:
 except AttributeError as error:
     print(error)
 """
-    process = processes.Process(target=runs.script, args=(tmp_path, program))
-    process.start()
-    process.join()
-    said = (tmp_path / "stdout").read_text().strip()
-    assert said == "module 'languagebind' has no attribute 'nothing'", (tmp_path / "stderr").read_text()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout.strip() == "module 'languagebind' has no attribute 'nothing'", done.stderr
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "languagebind", SimpleNamespace(__file__="theirs.py"))
         with pytest.raises(RuntimeError, match=r"languagebind: expected .* before it is imported, got theirs\.py"):

@@ -124,8 +124,9 @@ def _heads_first_bwd(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *rest
 
 
 def _panels(rows: torch.Tensor, *rest: Any, out: Any) -> float:
-    """Weights of `lbfast.tokenwise`, in 6 dimensions, that each row is multiplied by."""
-    return 2 * len(rows) * sum(t.numel() for t in _tensors(rest) if t.dim() == 6)
+    """Weights of `lbfast.tokenwise` that each row is multiplied by: in 6 dimensions, or 7 where three are one."""
+    weights = sum(t.numel() // (3 if t.dim() == 7 else 1) for t in _tensors(rest) if t.dim() >= 6)
+    return 2 * len(rows) * weights
 
 
 def _after_grad(count: Callable[..., float]) -> Callable[..., float]:
