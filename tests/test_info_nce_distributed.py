@@ -4,6 +4,7 @@ import datetime
 import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,6 +180,9 @@ def every_check(rank, folder):
 def one_dies(rank, folder, gather, when):
     """Rank 1 ends without a word before its forward or its backward; the others must raise."""
     start(rank, 3, folder, PATIENCE)
+    (Path(folder) / f"started_{rank}").touch()
+    while rank == 1 and len(list(Path(folder).glob("started_*"))) < 3:  # the others are still connecting
+        time.sleep(0.01)
     x, y = randn(4, 8, seed=rank).requires_grad_(), randn(4, 8, seed=rank + 9).requires_grad_()
     if rank == 1 and when == "forward":
         os._exit(0)
