@@ -70,7 +70,7 @@ struct OnAmx {
 
   // None where the machine or the numbers are not fit for it.
   static std::optional<OnAmx> made(const float* x, const float* y, int64_t m, int64_t n, int64_t d) {
-    if (!thirds::has_amx()) {
+    if (!panels::has_amx()) {
       return std::nullopt;
     }
     auto x_powers = powers_of(x, m, d), y_powers = powers_of(y, n, d);

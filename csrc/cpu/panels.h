@@ -396,9 +396,11 @@ inline bool within(std::initializer_list<const char*> names) {
 
 inline bool has_amx() {
 #if defined(LBFAST_AMX)
-  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") &&
-         at::cpu::init_amx() &&
-         within({"AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16", "AVX10_1_512_AMX", "AVX10_1_512_AMX_FP16"});
+  static const bool answer =
+      __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") &&
+      at::cpu::init_amx() &&
+      within({"AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16", "AVX10_1_512_AMX", "AVX10_1_512_AMX_FP16"});
+  return answer;
 #else
   return false;
 #endif

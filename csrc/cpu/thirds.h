@@ -30,14 +30,6 @@ static_assert(kWide == panels::kColumns && kHigh == 2 * panels::kRows);
 
 inline int64_t steps_of(int64_t k) { return (k + kDeep - 1) / kDeep; }
 
-inline bool has_amx() {
-  static const bool answer = [] {
-    const auto kernels = panels::kernels<at::BFloat16>();
-    return !kernels.empty() && kernels.front().amx;
-  }();
-  return answer;
-}
-
 // The power of two at or below `largest`, 2^-126 at least; 1 where it is no number.
 inline float power_below(float largest) {
   if (!std::isfinite(largest)) {
