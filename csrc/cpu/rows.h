@@ -152,12 +152,20 @@ struct Tiles {
   T* at(int64_t row, int64_t k) const {
     return rows[row] + k / kDepth<T> * (kParts<T> * tall * kDepth<T>) + k % kDepth<T>;
   }
-  // kLanes values from column k on.
+  // One or two vectors of values from column k on, a multiple of theirs.
   void put(int64_t row, int64_t k, const Vec& x) const {
     if constexpr (std::is_same_v<T, Thirds>) {
       store(x, at(row, k), tall * kDepth<T>);
     } else {
       store(x, at(row, k));
+    }
+  }
+  void put(int64_t row, int64_t k, const Vec& x, const Vec& y) const {
+    if constexpr (std::is_same_v<T, at::BFloat16>) {
+      store(x, y, at(row, k));
+    } else {
+      put(row, k, x);
+      put(row, k + kLanes, y);
     }
   }
   // 0 from column k to the end of its step, against weights of 0: what lay here before may be no number.
@@ -181,26 +189,46 @@ inline float power_below(float largest) {
   return power;
 }
 
-// A row of `width` values that read(k) gives, kLanes at a time -> row `r` of the tiles from column `first` on.
+// The least and the largest of 0 and some numbers; where one of them is infinite or no number, `span` is neither.
+struct Range {
+  Vec low{0.0f}, high{0.0f}, strange{0.0f};
+  void take(const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+    low = _mm512_min_ps(x, low);
+    high = _mm512_max_ps(x, high);
+    strange = at::vec::fmadd(x, Vec(0.0f), strange);
+#else
+    low = at::vec::minimum(low, x);
+    high = at::vec::maximum(high, x);
+#endif
+  }
+  float bottom() const { return least(low); }
+  float span() const { return most(high) - bottom() + sum_of(strange); }
+};
+
+// A row of `width` values that read(k) gives, kLanes at a time, and their range -> row `r` of the tiles.
+template <typename Read>
+void write_within(const Tiles<uint8_t>& to, int64_t r, int64_t width, const Range& range, const Read& read) {
+  const float bottom = range.bottom(), span = range.span();
+  const float scale = span == 0.0f ? 1.0f : span / 255.0f;
+  const float zero = std::nearbyint(-bottom / scale);
+  to.scales[r] = scale;  // infinite or no number where the span is, and leaves no number behind
+  to.offsets[r] = zero * scale;
+  const Vec inverse(1.0f / scale), offset(zero);
+  for (int64_t k = 0; k < width; k += kLanes) {
+    store(at::vec::fmadd(read(k), inverse, offset), to.at(r, k));
+  }
+}
+
+// A row of `width` values that read(k) gives, kLanes at a time -> row `r` of the tiles.
 template <typename T, typename Read>
 void write_row(const Tiles<T>& to, int64_t r, int64_t width, const Read& read) {
   if constexpr (std::is_same_v<T, uint8_t>) {
-    Vec low(0.0f), high(0.0f);
+    Range range;
     for (int64_t k = 0; k < width; k += kLanes) {
-      const Vec x = read(k);
-      low = at::vec::minimum(low, x);
-      high = at::vec::maximum(high, x);
+      range.take(read(k));
     }
-    // at::vec's minimum and maximum pass NaN on; infinities make the scale infinite, and what it scales NaN
-    const float bottom = least(low), range = most(high) - bottom;
-    const float scale = range == 0.0f ? 1.0f : range / 255.0f;
-    const float zero = std::nearbyint(-bottom / scale);
-    to.scales[r] = scale;
-    to.offsets[r] = zero * scale;
-    const Vec inverse(1.0f / scale), offset(zero);
-    for (int64_t k = 0; k < width; k += kLanes) {
-      store(at::vec::fmadd(read(k), inverse, offset), to.at(r, k));
-    }
+    write_within(to, r, width, range, read);
   } else if constexpr (std::is_same_v<T, Thirds>) {
     Vec largest(0.0f);
     for (int64_t k = 0; k < width; k += kLanes) {
@@ -238,11 +266,21 @@ void write_norm(const Tiles<T>& to, const float* total, int64_t rows, int64_t wi
     const auto normed = [&](int64_t k) {
       return at::vec::fmadd((load(row + k) - mean) * rstd, load(norm.weight + k), load(norm.bias + k));
     };
-    if constexpr (std::is_same_v<T, uint8_t> || std::is_same_v<T, Thirds>) {
+    const auto kept = [&](int64_t k) { return load(buffer + k); };
+    if constexpr (std::is_same_v<T, uint8_t>) {
+      Range range;
+      for (int64_t k = 0; k < width; k += kLanes) {
+        const Vec x = normed(k);
+        range.take(x);
+        store(x, buffer + k);
+      }
+      write_within(to, r, width, range, kept);
+      to.fill_up(r, width);
+    } else if constexpr (std::is_same_v<T, Thirds>) {
       for (int64_t k = 0; k < width; k += kLanes) {
         store(normed(k), buffer + k);
       }
-      write_row(to, r, width, [&](int64_t k) { return load(buffer + k); });
+      write_row(to, r, width, kept);
     } else {
       write_row(to, r, width, normed);
     }

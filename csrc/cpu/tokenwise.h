@@ -35,6 +35,7 @@ using panels::Sum;
 
 template <typename T>
 constexpr int64_t kMost = sizeof(T) * kParts<T> > 2 ? 160 : 256;  // tokens of a piece
+constexpr int64_t kLeast = 48;  // and of two that one could be
 constexpr int64_t kScaled = 1024;  // of the MLP's width: inputs that share an 8-bit scale
 template <typename T>
 constexpr int64_t kChunk = kParts<T> > 1 ? 512 : kScaled;  // of the MLP's width at a time
@@ -51,8 +52,9 @@ struct Linear {
   int64_t steps = 0, columns = 0;
 };
 
-// What becomes of a panel's sums: ends(r, j, x) takes kLanes values of row r from column j on. A row at a time, so that
-// AMX can do it while the next panel is multiplied; others do it while the sums are in the first-level cache.
+// What becomes of a panel's sums: ends(r, j, x...) takes one or two vectors of row r's values from column j on. Some rows
+// at a time, so that AMX can do it while the next panel is multiplied; others do it while the sums are in the first-level
+// cache.
 template <typename T, typename Ends>
 class Endings {
  public:
@@ -75,25 +77,51 @@ class Endings {
   void finish() { advance(rows_); }
   // Rows up to `end`, of those that there are.
   void advance(int64_t end) {
-    for (end = std::min(end, rows_); row_ < end; ++row_) {
-      for (int64_t i = 0; i < width_; i += kLanes) {
-        const int64_t j = column_ + i;
-        Vec x = load(sums_ + row_ * kColumns + i);
-        const Vec bias = biased_ ? load(w_.bias + j) : Vec(0.0f);
-        if constexpr (std::is_same_v<T, uint8_t>) {
-          const Vec rest = at::vec::fmadd(Vec(-a_.offsets[row_]), load(shifts_ + j), bias);
-          x = at::vec::fmadd(x * Vec(a_.scales[row_]), load(w_.scales + j), rest);
-        } else if constexpr (std::is_same_v<T, Thirds>) {
-          x = at::vec::fmadd(x, load(w_.scales + j) * Vec(a_.scales[row_]), bias);
-        } else {
-          x = x + bias;
-        }
-        ends_(row_, j, x);
+    end = std::min(end, rows_);
+    if (row_ >= end) {
+      return;
+    }
+    const Ends ends = ends_;  // a copy that no store can change
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= width_; i += 2 * kLanes) {
+      const Columns first(*this, column_ + i), second(*this, column_ + i + kLanes);
+      for (int64_t r = row_; r < end; ++r) {
+        const Sum<T>* sums = sums_ + r * kColumns + i;
+        ends(r, column_ + i, first.of(load(sums), a_, r), second.of(load(sums + kLanes), a_, r));
       }
     }
+    for (; i < width_; i += kLanes) {
+      const Columns only(*this, column_ + i);
+      for (int64_t r = row_; r < end; ++r) {
+        ends(r, column_ + i, only.of(load(sums_ + r * kColumns + i), a_, r));
+      }
+    }
+    row_ = end;
   }
 
  private:
+  // kLanes columns: what their sums are scaled by and what is added to them.
+  struct Columns {
+    Vec bias, scales, shifts;
+    Columns(const Endings& of, int64_t j) : bias(of.biased_ ? load(of.w_.bias + j) : Vec(0.0f)) {
+      if constexpr (std::is_same_v<T, uint8_t> || std::is_same_v<T, Thirds>) {
+        scales = load(of.w_.scales + j);
+      }
+      if constexpr (std::is_same_v<T, uint8_t>) {
+        shifts = load(of.shifts_ + j);
+      }
+    }
+    Vec of(const Vec& sum, const Tiles<T>& a, int64_t r) const {
+      if constexpr (std::is_same_v<T, uint8_t>) {
+        return at::vec::fmadd(sum * Vec(a.scales[r]), scales, at::vec::fmadd(Vec(-a.offsets[r]), shifts, bias));
+      } else if constexpr (std::is_same_v<T, Thirds>) {
+        return at::vec::fmadd(sum, scales * Vec(a.scales[r]), bias);
+      } else {
+        return sum + bias;
+      }
+    }
+  };
+
   const Tiles<T>& a_;
   const Linear& w_;
   const float* shifts_;
@@ -203,16 +231,19 @@ void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t 
   if (span.plain) {
     read_attended();
     product<T>(kernel, scratch.a, rows, span.reader, 0, first_column, columns, scratch.sums,
-               [&](int64_t r, int64_t j, const Vec& x) {
-                 store(activate<Precision>(x, span.activation), result + r * span.reader.columns + j);
+               [result, ld = span.reader.columns, by = span.activation](int64_t r, int64_t j, const auto&... x) {
+                 store(activate<Precision>(x, by)..., result + r * ld + j);
                });
     return;
   }
   float* total = span.total + first * width;
-  const auto add_to_total = [&](int64_t r, int64_t j, const Vec& x) {
+  const auto add_to_total = [total, width](int64_t r, int64_t j, const auto&... x) {
     float* to = total + r * width + j;
     soon(to + kColumns);
-    store(load(to) + x, to);
+    for (const Vec& one : {x...}) {
+      store(load(to) + one, to);
+      to += kLanes;
+    }
   };
   if (span.attended != nullptr) {
     read_attended();
@@ -227,14 +258,14 @@ void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t 
       inner.steps = (wide + kDepth<T> - 1) / kDepth<T>;
       inner.share(rows, scratch.a.tall);
       product<T>(kernel, scratch.a, rows, span.fc1, 0, chunk, wide, scratch.sums,
-                 [&](int64_t r, int64_t j, const Vec& x) {
-                   const Vec y = activate<Precision>(x, span.activation);
+                 [inner, chunk, by = span.activation, short_lived = scratch.chunk](int64_t r, int64_t j,
+                                                                                   const auto&... x) {
                    if constexpr (std::is_same_v<T, uint8_t>) {
-                     at::BFloat16* to = scratch.chunk + r * kChunk<T> + j - chunk;
+                     at::BFloat16* to = short_lived + r * kChunk<T> + j - chunk;
                      soon(to + kColumns);
-                     store(y, to);
+                     store(activate<Precision>(x, by)..., to);
                    } else {
-                     inner.put(r, j - chunk, y);
+                     inner.put(r, j - chunk, activate<Precision>(x, by)...);
                    }
                  });
       if constexpr (std::is_same_v<T, uint8_t>) {
@@ -256,10 +287,10 @@ void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t 
   if (span.reader.panels != nullptr) {
     write_norm(scratch.a, total, rows, width, span.before_reader, span.eps, scratch.row);
     product<T>(kernel, scratch.a, rows, span.reader, 0, 0, span.reader.columns, scratch.sums,
-               [&](int64_t r, int64_t j, const Vec& x) {
-                 Out* to = result + r * span.reader.columns + j;
+               [result, ld = span.reader.columns](int64_t r, int64_t j, const auto&... x) {
+                 Out* to = result + r * ld + j;
                  soon(to + kColumns);
-                 store(x, to);
+                 store(x..., to);
                });
   }
 }
@@ -267,8 +298,10 @@ void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t 
 template <typename T, typename Out>
 void run_all(const panels::Kernel& kernel, const Span& span) {
   const int64_t threads = std::max<int64_t>(1, at::get_num_threads());
-  // pieces of nearly one size, as many to each thread
-  const int64_t rounds = (span.tokens + threads * kMost<T> - 1) / (threads * kMost<T>);
+  // pieces of nearly one size, as many to each thread; without AMX, whose products outrun the weights, two at least, so
+  // that a thread that has a core for itself can take more
+  const int64_t least = kernel.amx || span.tokens < 2 * threads * kLeast ? 1 : 2;
+  const int64_t rounds = std::max(least, (span.tokens + threads * kMost<T> - 1) / (threads * kMost<T>));
   const int64_t unit = kernel.amx ? kRows : 1;
   const int64_t units = (span.tokens + unit - 1) / unit, pieces = std::min(units, threads * rounds);
   const int64_t rows = (units + pieces - 1) / pieces * unit;
