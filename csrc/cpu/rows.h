@@ -247,12 +247,12 @@ void write_row(const Tiles<T>& to, int64_t r, int64_t width, const Read& read) {
   to.fill_up(r, width);
 }
 
-// The norm of rows of total, (rows, width), as A.
+// The norm of `rows` rows of total, ld apart, as A.
 template <typename T>
-void write_norm(const Tiles<T>& to, const float* total, int64_t rows, int64_t width, const Norm& norm, float eps,
+void write_norm(const Tiles<T>& to, const float* total, int64_t ld, int64_t rows, int64_t width, const Norm& norm, float eps,
                 float* buffer) {
   for (int64_t r = 0; r < rows; ++r) {
-    const float* row = total + r * width;
+    const float* row = total + r * ld;
     Vec sum(0.0f), squares(0.0f);
     for (int64_t k = 0; k < width; k += kLanes) {
       sum = sum + load(row + k);

@@ -189,13 +189,13 @@ struct Span {
 template <typename T>
 struct Scratch {
   // For pieces of up to `rows` tokens.
-  Scratch(const panels::Kernel& kernel, int64_t rows, int64_t width) {
+  Scratch(const panels::Kernel& kernel, int64_t rows, int64_t width) : ld(width + 16) {
     const int64_t whole = (rows + kernel.tiles(rows) + kRows - 1) / kRows * kRows;  // tiles are filled up
     const int64_t steps = (width + kDepth<T> - 1) / kDepth<T>, inner_steps = kChunk<T> / kDepth<T>;
     const int64_t chunks = std::is_same_v<T, uint8_t> ? rows * kChunk<T> : 0;  // 16 bits until their scale is known
     Arena& arena = Arena::mine(whole * (steps + inner_steps) * kParts<T> * kStep + 2 * rows * sizeof(T*) +
-                               (4 * rows + 2 * whole * kColumns + width) * sizeof(float) +
-                               chunks * sizeof(at::BFloat16) + 11 * 64);
+                               (4 * rows + 2 * whole * kColumns + width + rows * ld) * sizeof(float) +
+                               chunks * sizeof(at::BFloat16) + 12 * 64);
     for (Tiles<T>* tiles : {&a, &inner}) {
       tiles->steps = tiles == &a ? steps : inner_steps;
       tiles->data = arena.take<T>(whole * tiles->steps * kParts<T> * kDepth<T>);
@@ -207,11 +207,13 @@ struct Scratch {
     sums[1] = arena.take<Sum<T>>(whole * kColumns);
     chunk = arena.take<at::BFloat16>(chunks);
     row = arena.take<float>(width);
+    total = arena.take<float>(rows * ld);
   }
   Tiles<T> a, inner;
   Sum<T>* sums[2];
   at::BFloat16* chunk;
-  float* row;
+  float *row, *total;
+  int64_t ld;  // of total's rows, which begin in other sets of the cache each
 };
 
 // Tokens first .. first + rows of a span, in one thread; of a plain one `columns` from first_column on.
@@ -236,10 +238,13 @@ void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t 
                });
     return;
   }
-  float* total = span.total + first * width;
-  const auto add_to_total = [total, width](int64_t r, int64_t j, const auto&... x) {
-    float* to = total + r * width + j;
-    soon(to + kColumns);
+  float *const whole = span.total + first * width, *const total = scratch.total;
+  const int64_t ld = scratch.ld;
+  for (int64_t r = 0; r < rows; ++r) {
+    std::copy_n(whole + r * width, width, total + r * ld);
+  }
+  const auto add_to_total = [total, ld](int64_t r, int64_t j, const auto&... x) {
+    float* to = total + r * ld + j;
     for (const Vec& one : {x...}) {
       store(load(to) + one, to);
       to += kLanes;
@@ -250,7 +255,7 @@ void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t 
     product<T>(kernel, scratch.a, rows, span.out, 0, 0, width, scratch.sums, add_to_total);
   }
   if (span.fc1.panels != nullptr) {
-    write_norm(scratch.a, total, rows, width, span.before_mlp, span.eps, scratch.row);
+    write_norm(scratch.a, total, ld, rows, width, span.before_mlp, span.eps, scratch.row);
     std::fill_n(scratch.inner.scales, rows, 1.0f);
     for (int64_t chunk = 0; chunk < span.fc1.columns; chunk += kChunk<T>) {
       const int64_t wide = std::min(kChunk<T>, span.fc1.columns - chunk);
@@ -280,12 +285,15 @@ void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t 
     for (int64_t r = 0; r < rows; ++r) {
       const float* constant = span.constant + (first + r) / span.per_frame % span.frames * width;
       for (int64_t k = 0; k < width; k += kLanes) {
-        store(load(total + r * width + k) + load(constant + k), total + r * width + k);
+        store(load(total + r * ld + k) + load(constant + k), total + r * ld + k);
       }
     }
   }
+  for (int64_t r = 0; r < rows; ++r) {
+    std::copy_n(total + r * ld, width, whole + r * width);
+  }
   if (span.reader.panels != nullptr) {
-    write_norm(scratch.a, total, rows, width, span.before_reader, span.eps, scratch.row);
+    write_norm(scratch.a, total, ld, rows, width, span.before_reader, span.eps, scratch.row);
     product<T>(kernel, scratch.a, rows, span.reader, 0, 0, span.reader.columns, scratch.sums,
                [result, ld = span.reader.columns](int64_t r, int64_t j, const auto&... x) {
                  Out* to = result + r * ld + j;
