@@ -65,6 +65,18 @@ T* beside(float* scores, Buffers& arena, int64_t count) {
   }
 }
 
+// Rows first .. end of a head, which lie apart in a fused projection: the machine does not ask for them by itself.
+template <typename In>
+void ask_for(const View<In>& x, int64_t b, int64_t h, int64_t first, int64_t end, int64_t dim) {
+#if defined(__x86_64__)
+  for (int64_t n = first; n < end; ++n) {
+    for (int64_t d = 0; d < dim; d += 64 / sizeof(In)) {
+      _mm_prefetch(reinterpret_cast<const char*>(x.at(b, n, h) + d), _MM_HINT_T1);
+    }
+  }
+#endif
+}
+
 template <typename In, typename T>
 void forward(const Shape& shape, const View<In>& q, const View<In>& k, const View<In>& v, const View<In>& out,
              float* stats, const Masks& masks, float scale) {
@@ -84,7 +96,7 @@ void forward(const Shape& shape, const View<In>& q, const View<In>& k, const Vie
     float* inverse = arena.take<float>(shape.strip);
     const T* values = nullptr;
     int64_t packed = -1;
-    for (int64_t i = pieces.first(next); i >= 0; i = pieces.after(i, next)) {
+    for (int64_t i = pieces.first(next), then; i >= 0; i = then) {
       const int64_t head = i / strips, b = head / shape.heads, h = head % shape.heads;
       if (head != packed) {
         const Rows<T> key_rows = rows_of(k.at(b, 0, h), k.n, keys, dim, rows);
@@ -102,7 +114,14 @@ void forward(const Shape& shape, const View<In>& q, const View<In>& k, const Vie
       const Rows<T> query_rows = rows_of(q.at(b, at.first, h), q.n, at.count, dim, queries);
       gemm(at.count, at.products, dim, query_rows.data, query_rows.ld, packed_k, ld, scores, ld, false);
       float* row_stats = stats + (head * shape.queries + at.first) * 2;
+      then = pieces.after(i, next);
+      const int64_t other = then < 0 ? head : then / strips;
       for (int64_t r = 0; r < at.count; ++r) {
+        if (other != head) {
+          const int64_t first = r * keys / at.count, end = (r + 1) * keys / at.count;
+          ask_for(k, other / shape.heads, other % shape.heads, first, end, dim);
+          ask_for(v, other / shape.heads, other % shape.heads, first, end, dim);
+        }
         float* s = scores + r * ld;
         float row_scale = scale, &shift = row_stats[2 * r], &sum = row_stats[2 * r + 1];
         const int64_t counted = mask_scores(s, keys, at.first + r, masks, b, row_scale);
