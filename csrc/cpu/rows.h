@@ -115,7 +115,12 @@ inline Vec gelu(const Vec& x) {
         p = at::vec::fmadd(p, t, Vec(c));
       }
     }
-    return x * at::vec::maximum(at::vec::fmadd(near, p, Vec(0.5f)), Vec(0.0f));
+    const Vec phi = at::vec::fmadd(near, p, Vec(0.5f));
+#if defined(CPU_CAPABILITY_AVX512)
+    return x * Vec(_mm512_max_ps(phi, _mm512_setzero_ps()));  // of no number 0, which times it is none
+#else
+    return x * at::vec::maximum(phi, Vec(0.0f));
+#endif
   }
 }
 

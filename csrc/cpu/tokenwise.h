@@ -39,8 +39,11 @@ constexpr int64_t kLeast = 48;  // and of two that one could be
 constexpr int64_t kScaled = 1024;  // of the MLP's width: inputs that share an 8-bit scale
 template <typename T>
 constexpr int64_t kChunk = kParts<T> > 1 ? 512 : kScaled;  // of the MLP's width at a time
+// Steps of K at a time. AMX: of few, what they read stays in the cache. Others: as many as leave the first-level cache room.
 template <typename T>
-constexpr int64_t kPart = kParts<T> > 1 ? 32 : 8;  // steps of K at a time: of few, what they read stays in the cache
+int64_t part_of(const panels::Kernel& kernel) {
+  return kParts<T> > 1 ? 32 : kernel.amx || sizeof(T) > 1 ? 8 : 16;
+}
 static_assert(kColumns % kLanes == 0);
 
 // A frozen linear layer: see lbfast/tokenwise.py.
@@ -138,7 +141,7 @@ void product(const panels::Kernel& kernel, const Tiles<T>& a, int64_t rows, cons
              int64_t first_column, int64_t columns, Sum<T>* const (&sums)[2], const Ends& ends) {
   const int64_t high = kernel.amx ? 2 * kRows : a.tall, calls = (rows + high - 1) / high;
   constexpr int64_t kWhole = kParts<T> * kPanelStep;
-  const int64_t first_step = chunk * (kChunk<T> / kDepth<T>);
+  const int64_t first_step = chunk * (kChunk<T> / kDepth<T>), part = part_of<T>(kernel);
   const int64_t lines = (kPanelStep / kStep + calls - 1) / calls;  // of the next panel at each step, in each part
   const int64_t each = (rows + calls * a.steps - 1) / (calls * a.steps);
   Endings<T, Ends> endings(a, w, chunk, rows, ends);
@@ -149,8 +152,8 @@ void product(const panels::Kernel& kernel, const Tiles<T>& a, int64_t rows, cons
       endings.begin(sums[turn], j, width, each);
     }
     const char* b = w.panels + (j / kColumns * w.steps + first_step) * kWhole;
-    for (int64_t s = 0; s < a.steps; s += kPart<T>) {
-      const int64_t steps = std::min(kPart<T>, a.steps - s);
+    for (int64_t s = 0; s < a.steps; s += part) {
+      const int64_t steps = std::min(part, a.steps - s);
       for (int64_t i = 0, asked = 0; i < rows; i += high, asked += lines) {
         const bool more = asked < kPanelStep / kStep;
         kernel.multiply({reinterpret_cast<const char*>(a.at(i, s * kDepth<T>)), a.steps * kParts<T> * a.tall * kStep,

@@ -43,10 +43,13 @@ inline void store(const Vec& a, const Vec& b, float* to) {
   b.store(to + a.size());
 }
 
+#if defined(CPU_CAPABILITY_AVX512)
+inline const bool has_rounding = (__builtin_cpu_init(), __builtin_cpu_supports("avx512bf16"));
+#endif
+
 inline void store(const Vec& a, const Vec& b, at::BFloat16* to) {
 #if defined(CPU_CAPABILITY_AVX512)
-  static const bool has_instruction = __builtin_cpu_supports("avx512bf16");
-  if (has_instruction) {
+  if (has_rounding) {
     __m512i rounded;
     asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(rounded) : "v"(static_cast<__m512>(a)), "v"(static_cast<__m512>(b)));
     _mm512_storeu_si512(to, rounded);
