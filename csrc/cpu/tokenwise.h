@@ -309,9 +309,9 @@ void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t 
 template <typename T, typename Out>
 void run_all(const panels::Kernel& kernel, const Span& span) {
   const int64_t threads = std::max<int64_t>(1, at::get_num_threads());
-  // pieces of nearly one size, as many to each thread; without AMX, whose products outrun the weights, two at least, so
-  // that a thread that has a core for itself can take more
-  const int64_t least = kernel.amx || span.tokens < 2 * threads * kLeast ? 1 : 2;
+  // pieces of nearly one size, as many to each thread: two at least where reading the weights again costs little, so that
+  // a thread that has a core for itself can take more
+  const int64_t least = kernel.amx || sizeof(T) > 2 || span.tokens < 2 * threads * kLeast ? 1 : 2;
   const int64_t rounds = std::max(least, (span.tokens + threads * kMost<T> - 1) / (threads * kMost<T>));
   const int64_t unit = kernel.amx ? kRows : 1;
   const int64_t units = (span.tokens + unit - 1) / unit, pieces = std::min(units, threads * rounds);
