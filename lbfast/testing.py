@@ -110,6 +110,7 @@ def assert_matches(
     tensors: Sequence[torch.Tensor],
     wanted: Sequence[bool] = (),
     plain: Callable[..., Any] | None = None,
+    others: Sequence[Sequence[torch.Tensor]] = (),
 ) -> None:
     """Fails unless op(*tensors) and its gradients are within the budget that plain torch's errors give.
 
@@ -122,12 +123,17 @@ def assert_matches(
         tensors: inputs; those that are not floating point get no gradient.
         wanted: whose gradients to take; default all of them.
         plain: the same function in plain torch, run in the inputs' dtype; default the reference.
+        others: more draws of `tensors`, whose errors are taken together with theirs. A single number, such as a scale's
+            gradient, may be what little is left of terms that happen to cancel: each order of its sum then errs by
+            another large share of it. Over draws it is as large as such sums are, which `order_of_sums` is about.
     """
     exact_sums = any(t.dtype == torch.float64 for t in tensors)  # whose order is below their rounding
     order = 0.0 if exact_sums else order_of_sums(_terms(tensors))
     mask = [t.is_floating_point() and (not wanted or wanted[i]) for i, t in enumerate(tensors)]
 
-    def run(function: Callable[..., Any], dtype: torch.dtype | None = None) -> tuple[list[Any], list[torch.Tensor]]:
+    def drawn(
+        function: Callable[..., Any], tensors: Sequence[torch.Tensor], dtype: torch.dtype | None
+    ) -> tuple[list[Any], list[torch.Tensor]]:
         given = [t.detach().to(dtype) if dtype and t.is_floating_point() else t.detach() for t in tensors]
         given = [t.requires_grad_(need) for t, need in zip(given, mask)]
         outs = function(*given)
@@ -136,6 +142,11 @@ def assert_matches(
             return outs, []
         live, along = zip(*((o, randn(*o.shape, seed=7 + i).to(o)) for i, o in enumerate(outs) if o.requires_grad))
         return outs, list(torch.autograd.grad(live, [t for t, need in zip(given, mask) if need], along))
+
+    def run(function: Callable[..., Any], dtype: torch.dtype | None = None) -> tuple[list[Any], list[torch.Tensor]]:
+        """Outputs and gradients, each of all draws."""
+        outs, grads = zip(*(drawn(function, each, dtype) for each in (tensors, *others)))
+        return [torch.stack(each) for each in zip(*outs)], [torch.stack(each) for each in zip(*grads)]
 
     (actual, grads), (exact, exact_grads), (near, near_grads) = (
         run(op),

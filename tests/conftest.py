@@ -109,12 +109,21 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(items):
-    """tests/slow.txt names what takes more than a second, cases together: `make test-fast` does without."""
-    slow = set(Path(__file__).with_name("slow.txt").read_text(encoding="utf-8").split())
+    """tests/slow.txt names what takes more than a second, cases together: `make test-fast` does without.
+
+    They come first, and before the others those above its empty line, a case of which may take five: no process waits
+    for a long one at the end.
+    """
+    longest, slow = Path(__file__).with_name("slow.txt").read_text(encoding="utf-8").split("\n\n")
+    turns = dict.fromkeys(slow.split(), 1) | dict.fromkeys(longest.split(), 0)
     for item in items:
-        if item.nodeid.partition("[")[0] in slow:
+        if item.nodeid.partition("[")[0] in turns:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # no process waits for a long one at the end
+
+    def turn(item):
+        return turns.get(item.nodeid.partition("[")[0], 2 - bool(item.get_closest_marker("slow")))
+
+    items.sort(key=turn)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no GPU")

@@ -1,8 +1,7 @@
 """Launches every Triton kernel as its op does on a GPU, without one: compiled for what the launch specialises on,
 and not run. A process of its own, with TRITON_INTERPRET=0:
 
-    python -m tests.launches sm_90 sm_80    those of an H200 and of another architecture of bench.resources, whose
-                                            ragged sizes are in bfloat16 alone; prints "sm_90 KERNEL" and so on
+    python -m tests.launches sm_90 bfloat16    an architecture of bench.resources; prints the kernels' names
 
 `bench.resources` compiles what kernels/X.py describes; this compiles what launches ask for, where Triton makes a
 constant of a number that is 1 and drops what is None.
@@ -13,9 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import importlib
-import os
 import sys
-import traceback
 from types import SimpleNamespace
 
 import torch
@@ -143,31 +140,16 @@ def inference(dtype: torch.dtype, float8: bool) -> None:
         activate_float8(x[0, 0, :1, :1], activation, "triton")
 
 
-def launch_all(arch: str) -> None:
+def main(arch: str, kind: str) -> None:
+    dtype = getattr(torch, kind)
     pretend(arch)
-    for dtype in (torch.bfloat16, torch.float32) if arch == "sm_90" else (torch.bfloat16,):
-        more = {**(ones(dtype) if arch == "sm_90" else {}), **unkept(dtype)}
-        inference(dtype, arch in primitives.FLOAT8_ARCHS)
-        for op, inputs in (*memcheck.cases("cpu", dtype).values(), *more.values()):
-            out = op(*inputs)
-            outs = [out] if isinstance(out, torch.Tensor) else list(out)
-            torch.autograd.grad(outs, inputs, [torch.ones_like(o) for o in outs])
-    print(*(f"{arch} {name}" for name in sorted(LAUNCHED)), sep="\n", flush=True)
-
-
-def main(*archs: str) -> None:
-    """Each in a process forked from this one, which has imported everything."""
-    for arch in archs:
-        child = os.fork()
-        if not child:
-            try:
-                launch_all(arch)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        if os.waitpid(child, 0)[1]:
-            sys.exit(f"{arch}: not launched")
+    more = {**(ones(dtype) if arch == "sm_90" else {}), **unkept(dtype)}
+    inference(dtype, arch in primitives.FLOAT8_ARCHS)
+    for op, inputs in (*memcheck.cases("cpu", dtype).values(), *more.values()):
+        out = op(*inputs)
+        outs = [out] if isinstance(out, torch.Tensor) else list(out)
+        torch.autograd.grad(outs, inputs, [torch.ones_like(o) for o in outs])
+    print(*sorted(LAUNCHED), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -278,7 +278,8 @@ def test_the_command(folder, tmp_path, monkeypatch):
     assert "files/1.wav" in done.output and "a cat" in done.output
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "data:image/jpeg" in (tmp_path / "page.html").read_text()
-    pictures = run.invoke(app, ["search", "out.parquet", "a cat", "--modality", "image"])
+    wide = {"COLUMNS": "1000"}  # a longer name is folded, wherever that is
+    pictures = run.invoke(app, ["search", "out.parquet", "a cat", "--modality", "image"], env=wide)
     assert "[red]" in pictures.output  # a name, no colour
     for arguments, error in [
         (["out.parquet"], "expected something to search for"),

@@ -35,10 +35,10 @@ def unit(*shape, seed=0, dtype=torch.float32):
     return torch.nn.functional.normalize(x, dim=-1).to(dtype).to(DEVICE)
 
 
-def inputs(b, d, dtype=torch.float32, extra=0, numbers=START):
+def inputs(b, d, dtype=torch.float32, extra=0, numbers=START, draw=0):
     """x, y, scale and bias."""
     return [
-        *(unit(b, d, dtype=dtype), unit(b + extra, d, seed=1, dtype=dtype)),
+        *(unit(b, d, seed=2 * draw, dtype=dtype), unit(b + extra, d, seed=2 * draw + 1, dtype=dtype)),
         *(torch.tensor(value, device=DEVICE) for value in numbers),
     ]
 
@@ -63,13 +63,17 @@ def plain(x, y, scale, bias, **options):
 @pytest.mark.parametrize("b, d, extra", [(1, 32, 0), (2, 5, 3), (63, 80, 0), (65, 80, 64), (257, 768, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_matches_float64(dtype, b, d, extra):
-    """At small and large logits, with ids that repeat and with more texts than images."""
+    """At small and large logits, with ids that repeat and with more texts than images.
+
+    Of one draw the cosine of a pair, or a sum of many, may cancel, and with it the gradient of the scale.
+    """
     ids = torch.arange(b + extra, device=DEVICE) % max(2, b // 3) - 5_000_000_000
     for impl in impls(dtype):
         for numbers in NUMBERS[:1] if impl == "triton" and b > 100 else NUMBERS:
             options = {"ids": ids if numbers == NUMBERS[1] else None}
-            tensors = inputs(b, d, dtype, extra, numbers)
-            assert_matches(of(sigmoid_loss, impl=impl, **options), of(plain, **options), tensors)
+            draws = 12 if b <= 2 else 4 if b < 100 else 2
+            tensors, *others = (inputs(b, d, dtype, extra, numbers, draw) for draw in range(draws))
+            assert_matches(of(sigmoid_loss, impl=impl, **options), of(plain, **options), tensors, others=others)
 
 
 def test_gradcheck():

@@ -50,3 +50,25 @@ def test_the_budget_has_room_for_an_order_and_no_more():
         testing.assert_within_budget(off, exact, plain)
     with pytest.raises(AssertionError, match="allowed"):
         testing.assert_within_budget((exact * (1 + 3 * order)).float(), exact, plain, order=order)
+
+
+def test_what_cancels_by_luck_is_judged_among_draws():
+    """A sum of a thousandth of its terms' size errs, in another order, by a thousand times as large a share of it."""
+    draws = [[testing.randn(1, 512, seed=seed)] for seed in range(12)]
+    draws[0][0][0, 0] -= draws[0][0].sum() - 0.02
+
+    def serial(x, more=0.0):
+        return torch.from_numpy(x.numpy().cumsum(1)[:, -1]) * (1 + more)
+
+    def rounded(x):
+        return x.double().sum(1).float()  # a library's order is the machine's
+
+    def check(op, tensors, others=()):
+        testing.assert_matches(op, lambda x: x.sum(1), tensors, [False], rounded, others)
+
+    check(serial, *draws[1:2])
+    with pytest.raises(AssertionError, match="output 0: error"):
+        check(serial, draws[0])
+    check(serial, draws[0], draws[1:])
+    with pytest.raises(AssertionError, match="output 0: error"):
+        check(lambda x: serial(x, 2e-6), draws[0], draws[1:])
