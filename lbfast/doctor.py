@@ -207,8 +207,12 @@ def _cpu_fields() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The CPU's name, as far as the system tells it."""
-    return _cpu_fields().get("model name") or platform.processor() or platform.machine()
+    """The CPU's name, as far as the system tells it; of AMD's with the generation, which the name may not say."""
+    fields = _cpu_fields()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    zen = {"25": "Zen 4" if "avx512f" in fields.get("flags", "").split() else "Zen 3", "26": "Zen 5"}
+    generation = zen.get(fields.get("cpu family", "")) if fields.get("vendor_id") == "AuthenticAMD" else None
+    return f"{name}, {generation}" if generation else name
 
 
 def _native() -> str:

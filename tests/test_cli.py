@@ -186,6 +186,21 @@ def test_doctor_on_this_machine():
     assert "the tensors are not on a GPU" not in shown and "the tensors are not on a GPU" in printed(why=True)
 
 
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"vendor_id": "AuthenticAMD", "cpu family": "25", "flags": "fma avx512f"}, "AMD EPYC, Zen 4"),
+        ({"vendor_id": "AuthenticAMD", "cpu family": "25", "flags": "fma avx2"}, "AMD EPYC, Zen 3"),
+        ({"vendor_id": "AuthenticAMD", "cpu family": "26", "flags": "avx512f"}, "AMD EPYC, Zen 5"),
+        ({"vendor_id": "AuthenticAMD", "cpu family": "23"}, "AMD EPYC"),
+        ({"vendor_id": "GenuineIntel", "cpu family": "25"}, "AMD EPYC"),
+    ],
+)
+def test_the_generation_is_part_of_a_cpus_name(monkeypatch, fields, name):
+    monkeypatch.setattr(doctor, "_cpu_fields", lambda: {"model name": "AMD EPYC", **fields})
+    assert doctor.cpu_name() == name
+
+
 def test_doctor_fits_a_terminal():
     lines = printed(width=80).splitlines()
     assert max(map(len, lines)) <= 80 and len(lines) <= 60
