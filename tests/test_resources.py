@@ -70,6 +70,16 @@ LAUNCHES = [(arch, "bfloat16") for arch in ("gfx942", "sm_80", "sm_90", "sm_100"
 """One architecture of each family: what is made of its launches differs no further, and `test_every_kernel_fits` has
 them all."""
 
+ONLY_OF_16_BITS = {
+    "_attention_bwd_passes_kernel",
+    "_attention_bwd_whole_kernel",
+    "_attention_fwd_head_kernel",
+    "_info_nce_again_kernel",
+    "_info_nce_bwd_kept_kernel",
+    "_info_nce_bwd_left_kernel",
+}
+"""Heads whose tokens' products a block keeps, and exponentials that the backward finds again."""
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "dtype"), LAUNCHES)
@@ -88,14 +98,3 @@ def test_every_launch_compiles(arch, dtype):
     if dtype == "float32":
         wanted -= ONLY_OF_16_BITS
     assert set(done.stdout.split()) == wanted
-
-
-ONLY_OF_16_BITS = {
-    "_attention_bwd_passes_kernel",
-    "_attention_bwd_whole_kernel",
-    "_attention_fwd_head_kernel",
-    "_info_nce_again_kernel",
-    "_info_nce_bwd_kept_kernel",
-    "_info_nce_bwd_left_kernel",
-}
-"""Heads whose tokens' products a block keeps, and exponentials that the backward finds again."""

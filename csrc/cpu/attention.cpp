@@ -68,13 +68,11 @@ T* beside(float* scores, Buffers& arena, int64_t count) {
 // Rows first .. end of a head, which lie apart in a fused projection: the machine does not ask for them by itself.
 template <typename In>
 void ask_for(const View<In>& x, int64_t b, int64_t h, int64_t first, int64_t end, int64_t dim) {
-#if defined(__x86_64__)
   for (int64_t n = first; n < end; ++n) {
     for (int64_t d = 0; d < dim; d += 64 / sizeof(In)) {
-      _mm_prefetch(reinterpret_cast<const char*>(x.at(b, n, h) + d), _MM_HINT_T1);
+      soon(x.at(b, n, h) + d);
     }
   }
-#endif
 }
 
 template <typename In, typename T>
@@ -115,12 +113,12 @@ void forward(const Shape& shape, const View<In>& q, const View<In>& k, const Vie
       gemm(at.count, at.products, dim, query_rows.data, query_rows.ld, packed_k, ld, scores, ld, false);
       float* row_stats = stats + (head * shape.queries + at.first) * 2;
       then = pieces.after(i, next);
-      const int64_t other = then < 0 ? head : then / strips;
+      const int64_t other = then < 0 ? head : then / strips, other_b = other / shape.heads, other_h = other % shape.heads;
       for (int64_t r = 0; r < at.count; ++r) {
         if (other != head) {
           const int64_t first = r * keys / at.count, end = (r + 1) * keys / at.count;
-          ask_for(k, other / shape.heads, other % shape.heads, first, end, dim);
-          ask_for(v, other / shape.heads, other % shape.heads, first, end, dim);
+          ask_for(k, other_b, other_h, first, end, dim);
+          ask_for(v, other_b, other_h, first, end, dim);
         }
         float* s = scores + r * ld;
         float row_scale = scale, &shift = row_stats[2 * r], &sum = row_stats[2 * r + 1];

@@ -69,13 +69,6 @@ __attribute__((target("avx512bf16"))) inline void store(const Vec& x, Thirds* to
 }
 #endif
 
-// What the next panel's endings need, a row further down than the machine would guess.
-inline void soon(const void* address) {
-#if defined(__x86_64__)
-  _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1);
-#endif
-}
-
 inline float sum_of(const Vec& x) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
 }
@@ -254,8 +247,8 @@ void write_row(const Tiles<T>& to, int64_t r, int64_t width, const Read& read) {
 
 // The norm of `rows` rows of total, ld apart, as A.
 template <typename T>
-void write_norm(const Tiles<T>& to, const float* total, int64_t ld, int64_t rows, int64_t width, const Norm& norm, float eps,
-                float* buffer) {
+void write_norm(const Tiles<T>& to, const float* total, int64_t ld, int64_t rows, int64_t width, const Norm& norm,
+                float eps, float* buffer) {
   for (int64_t r = 0; r < rows; ++r) {
     const float* row = total + r * ld;
     Vec sum(0.0f), squares(0.0f);

@@ -35,11 +35,12 @@ using panels::Sum;
 
 template <typename T>
 constexpr int64_t kMost = sizeof(T) * kParts<T> > 2 ? 160 : 256;  // tokens of a piece
-constexpr int64_t kLeast = 48;  // and of two that one could be
+constexpr int64_t kLeast = 48;  // tokens of a piece that is made smaller for the sake of sharing
 constexpr int64_t kScaled = 1024;  // of the MLP's width: inputs that share an 8-bit scale
 template <typename T>
 constexpr int64_t kChunk = kParts<T> > 1 ? 512 : kScaled;  // of the MLP's width at a time
-// Steps of K at a time. AMX: of few, what they read stays in the cache. Others: as many as leave the first-level cache room.
+// Steps of K at a time: of few, what they read stays in the cache. In 8 bits, without AMX, all of a chunk, whose sums are
+// written once then.
 template <typename T>
 int64_t part_of(const panels::Kernel& kernel) {
   return kParts<T> > 1 ? 32 : kernel.amx || sizeof(T) > 1 ? 8 : 16;
@@ -191,13 +192,14 @@ struct Span {
 
 template <typename T>
 struct Scratch {
-  // For pieces of up to `rows` tokens.
-  Scratch(const panels::Kernel& kernel, int64_t rows, int64_t width) : ld(width + 16) {
+  // For pieces of up to `rows` tokens; plain ones have no running sum.
+  Scratch(const panels::Kernel& kernel, int64_t rows, int64_t width, bool plain) : ld(width + 16) {
+    const int64_t totals = plain ? 0 : rows * ld;
     const int64_t whole = (rows + kernel.tiles(rows) + kRows - 1) / kRows * kRows;  // tiles are filled up
     const int64_t steps = (width + kDepth<T> - 1) / kDepth<T>, inner_steps = kChunk<T> / kDepth<T>;
     const int64_t chunks = std::is_same_v<T, uint8_t> ? rows * kChunk<T> : 0;  // 16 bits until their scale is known
     Arena& arena = Arena::mine(whole * (steps + inner_steps) * kParts<T> * kStep + 2 * rows * sizeof(T*) +
-                               (4 * rows + 2 * whole * kColumns + width + rows * ld) * sizeof(float) +
+                               (4 * rows + 2 * whole * kColumns + width + totals) * sizeof(float) +
                                chunks * sizeof(at::BFloat16) + 12 * 64);
     for (Tiles<T>* tiles : {&a, &inner}) {
       tiles->steps = tiles == &a ? steps : inner_steps;
@@ -210,7 +212,7 @@ struct Scratch {
     sums[1] = arena.take<Sum<T>>(whole * kColumns);
     chunk = arena.take<at::BFloat16>(chunks);
     row = arena.take<float>(width);
-    total = arena.take<float>(rows * ld);
+    total = arena.take<float>(totals);
   }
   Tiles<T> a, inner;
   Sum<T>* sums[2];
@@ -292,8 +294,10 @@ void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t 
       }
     }
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    std::copy_n(total + r * ld, width, whole + r * width);
+  if (span.attended != nullptr || span.fc1.panels != nullptr || span.constant != nullptr) {
+    for (int64_t r = 0; r < rows; ++r) {
+      std::copy_n(total + r * ld, width, whole + r * width);
+    }
   }
   if (span.reader.panels != nullptr) {
     write_norm(scratch.a, total, ld, rows, width, span.before_reader, span.eps, scratch.row);
@@ -320,7 +324,7 @@ void run_all(const panels::Kernel& kernel, const Span& span) {
   const int64_t panels = panels::padded(span.reader.columns) / kColumns;
   const int64_t across = span.plain && pieces < threads ? std::min(panels, 2 * threads / pieces) : 1;
   crew::share(pieces * across, [&](std::atomic<int64_t>& next) {
-    Scratch<T> scratch(kernel, rows, span.width);
+    Scratch<T> scratch(kernel, rows, span.width, span.plain);
 #if defined(LBFAST_AMX)
     if (kernel.amx) {
       panels::ready_tiles();

@@ -1,4 +1,5 @@
-// Exponentials, reciprocals and roundings of many numbers, without a call that would empty the registers.
+// Exponentials, reciprocals and roundings of many numbers, without a call that would empty the registers; and asking for
+// numbers ahead.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -7,6 +8,13 @@
 namespace lbfast {
 
 using Vec = at::vec::Vectorized<float>;
+
+// Brings a line that the machine would not guess into the second-level cache.
+inline void soon(const void* address) {
+#if defined(__x86_64__)
+  _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1);
+#endif
+}
 
 // exp(x), within one unit in the last place; what is below 2^-126 is 0. Infinities and NaN are as they should be.
 inline Vec exponential_of(const Vec& x) {
