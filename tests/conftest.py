@@ -3,6 +3,7 @@ import gc
 import importlib.util
 import multiprocessing
 import os
+import pkgutil
 import sys
 from multiprocessing import forkserver
 from pathlib import Path
@@ -20,9 +21,12 @@ from lbfast import testing
 from lbfast.processing import text
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from lbfast import kernels
     from tests import interpreter
 
     interpreter.install()
+    for module in pkgutil.iter_modules(kernels.__path__, "lbfast.kernels."):
+        importlib.import_module(module.name)  # interpreted, whatever the first test that needs one sets
 
 _CUDA = torch.cuda.is_available, os.environ.get("CUDA_VISIBLE_DEVICES")
 

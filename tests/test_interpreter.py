@@ -2,9 +2,12 @@
 
 import importlib
 import os
+import pkgutil
 
 import pytest
 import torch
+
+from lbfast import kernels
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -163,3 +166,10 @@ def test_a_file_is_met_in_anothers_launch_first(tmp_path, monkeypatch):
     for name in ("met_outer", "met_inner", "met_outer"):
         importlib.import_module(name).kernel[(1,)](x)
     assert x.item() == 3
+
+
+def test_kernels_are_interpreted_from_their_first_import_on():
+    """In every process of a run, whichever test it begins with: some set TRITON_INTERPRET=0."""
+    for module in pkgutil.iter_modules(kernels.__path__, "lbfast.kernels."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            assert not isinstance(value, triton.JITFunction), f"{module.name}.{name}"
