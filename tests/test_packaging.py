@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny
+
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("lbfast", "kernels", "bench", "csrc", "docs", "examples", "tests", "mkdocs.yml")
 PARTS += ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md")
@@ -53,7 +55,7 @@ def wheel(sdist, tmp_path_factory) -> Path:
     """A wheel built from the sdist, as package managers do."""
     unpacked = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:
-        archive.extractall(unpacked, filter="data")
+        tiny.unpack(archive, unpacked)
     (source,) = unpacked.iterdir()
     return build("wheel", source, sdist.parent)
 
