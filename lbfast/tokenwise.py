@@ -44,6 +44,11 @@ torch.library.define(
     "lbfast::tokenwise_linear",
     '(Tensor x, Tensor[] product, str activation, Tensor(a!) result, str kernel="") -> ()',
 )
+torch.library.define(
+    "lbfast::tokenwise_embed",
+    "(Tensor patches, Tensor[] product, Tensor positions, Tensor[] norm, Tensor(a!) total, float eps, "
+    'str kernel="") -> ()',
+)
 torch.library.define("lbfast::tokenwise_kernels", "(ScalarType dtype) -> str[]")
 torch.library.define("lbfast::large_pages", "(int bytes) -> Tensor")
 
@@ -225,3 +230,21 @@ def linear(x: torch.Tensor, layer: Product, outputs: int, activation: str = "non
     result = x.new_empty(len(x), outputs)
     torch.ops.lbfast.tokenwise_linear(x, layer, activation, result, kernel)
     return result
+
+
+def embed(
+    patches: torch.Tensor,
+    layer: Product,
+    positions: torch.Tensor,
+    norm: Sequence[torch.Tensor],
+    eps: float = 1e-5,
+    kernel: str = "",
+) -> torch.Tensor:
+    """norm(patches @ weight.T + bias + positions): patches (M, K), float32 or bfloat16, rows dense -> (M, D) float32.
+
+    positions (N, D) float32, of rows in turn; norm: weight and bias (D,) float32. K and D are multiples of 16. Raises
+    as `run`.
+    """
+    total = torch.empty(len(patches), positions.shape[-1])
+    torch.ops.lbfast.tokenwise_embed(patches, layer, positions, list(norm), total, eps, kernel)
+    return total

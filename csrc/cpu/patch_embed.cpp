@@ -2,7 +2,7 @@
 //
 //   rows[b, t, 1 + i] = patch kept[b, i] of frames t * tube .. of clip b;  rows[b, t, 0] = 0, the class token's
 //
-// uint8 pixels become x - 128, which bfloat16 holds exactly; `patch_fold` gives the weight and bias for them.
+// Rows may be filled up with 0. uint8 pixels become x - 128, which bfloat16 holds exactly; `patch_fold` gives the weight and bias for them.
 // The rest of the op is in lbfast/ops/patch_embed.py.
 
 #include <ATen/Parallel.h>
@@ -13,7 +13,9 @@
 #include <c10/util/safe_numerics.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <optional>
 #include <tuple>
@@ -21,12 +23,14 @@
 #include <vector>
 
 #include "checks.h"
+#include "crew.h"
 
 namespace {
 
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kLanes = Vec::size();
 constexpr float kCentre = 128.0f;
+constexpr int64_t kTokens = 64;  // that a thread takes at a time
 
 // n numbers from floats, n rounded up to two vectors (both buffers are that long).
 void narrow(const float* from, at::BFloat16* to, int64_t n) {
@@ -44,6 +48,7 @@ void widen(const In* from, float* to, int64_t n) {
 
 struct Shape {
   int64_t batch, channels, frames, tube, patch, columns, patches, kept;
+  int64_t row;  // numbers of one, at least a patch's
   std::array<int64_t, 5> strides;  // of (B, C, T, H, W)
 };
 
@@ -53,13 +58,15 @@ void patch_rows(const In* pixels, const int64_t* kept, Out* rows, const Shape& s
   const int64_t padded = (width + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
   const auto [stride_b, stride_c, stride_t, stride_h, stride_w] = s.strides;
   const int64_t tokens = 1 + s.kept;
-  at::parallel_for(0, s.batch * s.frames * tokens, 64, [&](int64_t begin, int64_t end) {
+  const int64_t count = s.batch * s.frames * tokens, pieces = (count + kTokens - 1) / kTokens;
+  const auto piece = [&](int64_t begin, int64_t end) {
     std::vector<In> patch(padded);
     std::vector<float> wide(padded);
     std::vector<Out> narrowed(padded);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t token = row % tokens, t = row / tokens % s.frames, b = row / tokens / s.frames;
-      Out* const out = rows + row * width;
+      Out* const out = rows + row * s.row;
+      std::memset(out + width, 0, (s.row - width) * sizeof(Out));
       if (token == 0) {
         std::memset(out, 0, width * sizeof(Out));
         continue;
@@ -93,6 +100,11 @@ void patch_rows(const In* pixels, const int64_t* kept, Out* rows, const Shape& s
         std::memcpy(out, narrowed.data(), width * sizeof(Out));
       }
     }
+  };
+  lbfast::crew::share(pieces, [&](std::atomic<int64_t>& next) {
+    for (int64_t i = next++; i < pieces; i = next++) {
+      piece(i * kTokens, std::min(count, (i + 1) * kTokens));
+    }
   });
 }
 
@@ -105,13 +117,15 @@ void patch_rows_to(const In* pixels, const int64_t* kept, at::Tensor& rows, cons
   }
 }
 
-// pixels (B, C, T, H, W), any strides; kept (B, K), contiguous -> (B * T / tube, 1 + K, C * tube * patch * patch).
+// pixels (B, C, T, H, W), any strides; kept (B, K), contiguous -> (B * T / tube, 1 + K, C * tube * patch * patch), the last
+// filled up to a multiple.
 at::Tensor patch_rows_cpu(
     const at::Tensor& pixels,
     const std::optional<at::Tensor>& kept,
     int64_t tube,
     int64_t patch,
-    at::ScalarType dtype) {
+    at::ScalarType dtype,
+    int64_t multiple) {
   TORCH_CHECK_VALUE(pixels.dim() == 5, "patch_embed: pixels: expected (B, C, T, H, W), got ", pixels.sizes());
   lbfast::expect("patch_embed: pixels", pixels, pixels.scalar_type(), pixels.sizes());
   TORCH_CHECK_TYPE(
@@ -130,6 +144,8 @@ at::Tensor patch_rows_cpu(
         !c10::mul_overflows(width, static_cast<uint64_t>(size), &width) && width <= INT64_MAX / 8,
         "patch_embed: patch: expected C * tube * patch * patch numbers to fit in memory, got ", patch);
   }
+  TORCH_CHECK_VALUE(
+      multiple > 0 && multiple <= 1024, "patch_embed: multiple: expected 1 to 1024, got ", multiple);
   Shape s{};
   s.batch = pixels.size(0);
   s.channels = pixels.size(1);
@@ -142,8 +158,8 @@ at::Tensor patch_rows_cpu(
   for (int64_t i = 0; i < 5; ++i) {
     s.strides[i] = pixels.stride(i);
   }
-  at::Tensor rows = at::empty(
-      {s.batch * s.frames, 1 + s.kept, static_cast<int64_t>(width)}, pixels.options().dtype(dtype));
+  s.row = (static_cast<int64_t>(width) + multiple - 1) / multiple * multiple;
+  at::Tensor rows = at::empty({s.batch * s.frames, 1 + s.kept, s.row}, pixels.options().dtype(dtype));
   if (rows.numel() == 0) {
     return rows;
   }
@@ -233,7 +249,7 @@ std::tuple<at::Tensor, at::Tensor> patch_fold_cpu(
 
 TORCH_LIBRARY_FRAGMENT(lbfast, m) {
   m.def("patch_fold(Tensor weight, Tensor scale, Tensor offset) -> (Tensor, Tensor)");
-  m.def("patch_rows(Tensor pixels, Tensor? kept, int tube, int patch, ScalarType dtype) -> Tensor");
+  m.def("patch_rows(Tensor pixels, Tensor? kept, int tube, int patch, ScalarType dtype, int multiple=1) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(lbfast, CPU, m) {

@@ -245,25 +245,37 @@ void write_row(const Tiles<T>& to, int64_t r, int64_t width, const Read& read) {
   to.fill_up(r, width);
 }
 
+// The layer norm of a row of `width` numbers, kLanes at a time.
+class Normed {
+ public:
+  Normed(const float* row, int64_t width, const Norm& norm, float eps) : row_(row), norm_(norm) {
+    Vec sum(0.0f), squares(0.0f);
+    for (int64_t k = 0; k < width; k += kLanes) {
+      sum = sum + load(row + k);
+    }
+    mean_ = Vec(sum_of(sum) / static_cast<float>(width));
+    for (int64_t k = 0; k < width; k += kLanes) {
+      const Vec x = load(row + k) - mean_;
+      squares = at::vec::fmadd(x, x, squares);
+    }
+    rstd_ = Vec(1.0f / std::sqrt(sum_of(squares) / static_cast<float>(width) + eps));
+  }
+  Vec operator()(int64_t k) const {
+    return at::vec::fmadd((load(row_ + k) - mean_) * rstd_, load(norm_.weight + k), load(norm_.bias + k));
+  }
+
+ private:
+  const float* row_;
+  const Norm norm_;
+  Vec mean_, rstd_;
+};
+
 // The norm of `rows` rows of total, ld apart, as A.
 template <typename T>
 void write_norm(const Tiles<T>& to, const float* total, int64_t ld, int64_t rows, int64_t width, const Norm& norm,
                 float eps, float* buffer) {
   for (int64_t r = 0; r < rows; ++r) {
-    const float* row = total + r * ld;
-    Vec sum(0.0f), squares(0.0f);
-    for (int64_t k = 0; k < width; k += kLanes) {
-      sum = sum + load(row + k);
-    }
-    const Vec mean(sum_of(sum) / static_cast<float>(width));
-    for (int64_t k = 0; k < width; k += kLanes) {
-      const Vec x = load(row + k) - mean;
-      squares = at::vec::fmadd(x, x, squares);
-    }
-    const Vec rstd(1.0f / std::sqrt(sum_of(squares) / static_cast<float>(width) + eps));
-    const auto normed = [&](int64_t k) {
-      return at::vec::fmadd((load(row + k) - mean) * rstd, load(norm.weight + k), load(norm.bias + k));
-    };
+    const Normed normed(total + r * ld, width, norm, eps);
     const auto kept = [&](int64_t k) { return load(buffer + k); };
     if constexpr (std::is_same_v<T, uint8_t>) {
       Range range;

@@ -166,30 +166,56 @@ void tokenwise(at::Tensor total, const std::optional<at::Tensor>& attended, cons
   run_on(layout, outside, kernel, span);
 }
 
-void linear(const at::Tensor& x, const at::TensorList product, std::string activation, at::Tensor result,
-            std::string kernel) {
-  TORCH_CHECK(!product.empty(), "tokenwise_linear: product: expected tensors, got none");
-  const Layout layout(product[0]);
-  const at::ScalarType outside = x.scalar_type();
+// A span that is the product of x (M, K) alone, to `columns`.
+Span plain_span(const at::Tensor& x, const at::TensorList product, int64_t columns, const char* name) {
+  TORCH_CHECK(!product.empty(), "tokenwise: ", name, ": expected a product's tensors, got none");
   TORCH_CHECK(x.device().is_cpu() && x.dim() == 2 && x.stride(1) == 1 && x.size(1) % 16 == 0 && x.size(1) > 0,
-              "tokenwise_linear: x: expected rows (M, K), K a multiple of 16, on the CPU, got ", x.sizes());
-  TORCH_CHECK(outside == at::kFloat || outside == at::kBFloat16,
-              "tokenwise_linear: x: expected float32 or bfloat16, got ", outside);
-  TORCH_CHECK(result.device().is_cpu() && result.dim() == 2 && result.size(0) == x.size(0) && result.is_contiguous() &&
-                  result.scalar_type() == outside && result.size(1) % 16 == 0 && result.size(1) > 0,
-              "tokenwise_linear: result: expected contiguous (M, N), N a multiple of 16, of x's dtype, got ",
-              result.scalar_type(), " ", result.sizes());
+              "tokenwise: ", name, ": expected rows (M, K), K a multiple of 16, on the CPU, got ", x.sizes());
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "tokenwise: ", name,
+              ": expected float32 or bfloat16, got ", x.scalar_type());
   Span span;
   span.plain = true;
   span.tokens = x.size(0);
   span.width = x.size(1);
   span.attended = x.const_data_ptr();
   span.attended_ld = x.stride(0);
-  span.reader = linear_of(product, span.width, result.size(1), layout, "product");
+  span.reader = linear_of(product, span.width, columns, Layout(product[0]), name);
+  return span;
+}
+
+void linear(const at::Tensor& x, const at::TensorList product, std::string activation, at::Tensor result,
+            std::string kernel) {
+  TORCH_CHECK(result.device().is_cpu() && result.dim() == 2 && result.size(0) == x.size(0) && result.is_contiguous() &&
+                  result.scalar_type() == x.scalar_type() && result.size(1) % 16 == 0 && result.size(1) > 0,
+              "tokenwise_linear: result: expected contiguous (M, N), N a multiple of 16, of x's dtype, got ",
+              result.scalar_type(), " ", result.sizes());
+  Span span = plain_span(x, product, result.size(1), "linear's x");
   span.result = result.data_ptr();
   span.activation = activation == "none" ? Activation::kNone : activation_of(activation);
   if (span.tokens > 0) {
-    run_on(layout, outside, kernel, span);
+    run_on(Layout(product[0]), x.scalar_type(), kernel, span);
+  }
+}
+
+void embed(const at::Tensor& patches, const at::TensorList product, const at::Tensor& positions,
+           const at::TensorList norm, at::Tensor total, double eps, std::string kernel) {
+  TORCH_CHECK(total.device().is_cpu() && total.dim() == 2 && total.size(0) == patches.size(0) &&
+                  total.is_contiguous() && total.scalar_type() == at::kFloat && total.size(1) % 16 == 0 &&
+                  total.size(1) > 0,
+              "tokenwise_embed: total: expected contiguous float32 (M, D), D a multiple of 16, got ",
+              total.scalar_type(), " ", total.sizes());
+  TORCH_CHECK(positions.dim() == 2 && positions.size(0) > 0, "tokenwise_embed: positions: expected (N, D), got ",
+              positions.sizes());
+  TORCH_CHECK(norm.size() == 2, "tokenwise_embed: norm: expected 2 tensors, got ", norm.size());
+  const int64_t columns = total.size(1);
+  Span span = plain_span(patches, product, columns, "embed's patches");
+  span.places = positions.size(0);
+  span.positions = floats(positions, span.places * columns, "embed's positions");
+  span.before_reader = {floats(norm[0], columns, "embed's norm"), floats(norm[1], columns, "embed's norm")};
+  span.total = total.data_ptr<float>();
+  span.eps = static_cast<float>(eps);
+  if (span.tokens > 0) {
+    run_on(Layout(product[0]), patches.scalar_type(), kernel, span);
   }
 }
 
@@ -216,6 +242,7 @@ std::vector<std::string> names(at::ScalarType dtype) {
 
 TORCH_LIBRARY_IMPL(lbfast, CPU, m) {
   m.impl("tokenwise", lbfast::tokenwise);
+  m.impl("tokenwise_embed", lbfast::embed);
   m.impl("tokenwise_linear", lbfast::linear);
 }
 

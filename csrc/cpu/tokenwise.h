@@ -5,7 +5,7 @@
 //   total += constant of the token's frame
 //   result = norm(total) @ reader.T + b
 //
-// each part where it is given. A thread takes a piece of tokens through all of it, so that what lies between stays in
+// each part where it is given; or, before the first of them, total = norm(attended @ reader.T + positions). A thread takes a piece of tokens through all of it, so that what lies between stays in
 // its second-level cache, and takes the next piece when it is done: a core that others use takes fewer. The MLP runs in
 // chunks of its width. Sums over K are in float32, or exact in int32; total is float32; the order of additions depends
 // on the shapes alone, and a token's values on no other token.
@@ -188,6 +188,8 @@ struct Span {
   Activation activation = Activation::kGelu;
   float eps = 1e-5f;
   bool plain = false;  // result = act(attended @ reader.T + b), and nothing else
+  const float* positions = nullptr;  // (places, columns): then total = norm(attended @ reader.T + b + positions) instead
+  int64_t places = 1;
 };
 
 template <typename T>
@@ -234,6 +236,29 @@ void run(const panels::Kernel& kernel, const Span& span, int64_t first, int64_t 
       write_row(scratch.a, r, width, [&](int64_t k) { return load(row + k); });
     }
   };
+  if (span.positions != nullptr) {
+    read_attended();
+    float* const whole = span.total + first * columns;
+    product<T>(kernel, scratch.a, rows, span.reader, 0, 0, columns, scratch.sums,
+               [whole, columns, first, positions = span.positions, places = span.places](int64_t r, int64_t j,
+                                                                                         const auto&... x) {
+                 const float* position = positions + (first + r) % places * columns + j;
+                 float* to = whole + r * columns + j;
+                 for (const Vec& one : {x...}) {
+                   store(one + load(position), to);
+                   position += kLanes;
+                   to += kLanes;
+                 }
+               });
+    for (int64_t r = 0; r < rows; ++r) {
+      float* const row = whole + r * columns;
+      const Normed normed(row, columns, span.before_reader, span.eps);
+      for (int64_t k = 0; k < columns; k += kLanes) {
+        store(normed(k), row + k);
+      }
+    }
+    return;
+  }
   Out* result = static_cast<Out*>(span.result) + first * span.reader.columns;
   if (span.plain) {
     read_attended();
@@ -322,7 +347,8 @@ void run_all(const panels::Kernel& kernel, const Span& span) {
   const int64_t rows = (units + pieces - 1) / pieces * unit;
   // of few tokens, whose time the weights take, threads share these
   const int64_t panels = panels::padded(span.reader.columns) / kColumns;
-  const int64_t across = span.plain && pieces < threads ? std::min(panels, 2 * threads / pieces) : 1;
+  const bool apart = span.plain && span.positions == nullptr && pieces < threads;
+  const int64_t across = apart ? std::min(panels, 2 * threads / pieces) : 1;
   crew::share(pieces * across, [&](std::atomic<int64_t>& next) {
     Scratch<T> scratch(kernel, rows, span.width, span.plain);
 #if defined(LBFAST_AMX)

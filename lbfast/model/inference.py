@@ -22,6 +22,7 @@ from lbfast.model.frozen import (
     check_float8,
     check_int8,
 )
+from lbfast.model.frozen_tokens import FrozenTokens
 from lbfast.model.graphs import Graphs
 from lbfast.model.layers import MLP, Attention, Encoder, EncoderLayer, TemporalAttention
 from lbfast.model.lora import merge_lora
@@ -121,9 +122,19 @@ def optimize_for_inference(
         if tower.encoder.running is None:
             continue
         tower.parts = parts(tower)
+        if isinstance(tower, VisionTransformer) and isinstance(tower.encoder.running, Spans):
+            tower.frozen_tokens = _frozen_tokens(tower)
         if cuda_graphs and device.type == "cuda":
             tower.graphs = _graphs(tower, batch_sizes)
     return model
+
+
+def _frozen_tokens(tower: VisionTransformer) -> FrozenTokens | None:
+    """None where panels have not the tower's dtype, or modules are more than their parameters."""
+    embeddings, norm = tower.embeddings, tower.pre_layrnorm
+    if _why_no_spans(tower.encoder, norm.weight.dtype) or not (wholly_plain(embeddings) and plain(norm)):
+        return None
+    return FrozenTokens(embeddings, norm)
 
 
 def _graphs(tower: VisionTransformer | TextTransformer, batch_sizes: Sequence[int]) -> Graphs:

@@ -411,8 +411,7 @@ class Encoder(nn.Module):
         x (B * T, N, D) -> (B * T, D), of the first tokens; or captions, packed (tokens, D) or padded (B, N, D) ->
         (B, D), of their ends. Where the encoder is optimized, x is overwritten.
         """
-        traced = x.requires_grad or torch.compiler.is_compiling() or dispatch.autocast_dtype(x.device) is not None
-        if self.running is not None and not traced:
+        if self.running is not None and self.runs(x):
             return self.running.pooled(x, packing)
         *layers, last = cast(list[EncoderLayer], list(self.layers))
         between: Any = x if self._checkpoints() else Sum(x)
@@ -423,6 +422,11 @@ class Encoder(nn.Module):
                 between = self._run(layer.packed, between, packing)
         out = self._run(last.pooled, between, frames, packing)
         return (out.joined() if isinstance(out, Sum) else out)[:, 0]
+
+    def runs(self, x: torch.Tensor) -> bool:
+        """Whether `pooled` of x, or of tokens made of it, goes the way that optimize_for_inference laid."""
+        traced = x.requires_grad or torch.compiler.is_compiling() or dispatch.autocast_dtype(x.device) is not None
+        return self.running is not None and not traced
 
     def _checkpoints(self) -> bool:
         return self.gradient_checkpointing and self.training

@@ -67,6 +67,7 @@ class Spans:
     def __init__(self, encoder: Encoder, frames: int = 1):
         layers = cast(list[EncoderLayer], list(encoder.layers))
         self.config, self.frames, self.last = encoder.config, frames, layers[-1]
+        self.dtype = self.last.layer_norm1.weight.dtype
         # what the last layer is without panels
         self.running = (
             None if isinstance(self.last.self_attn.kv, PanelLinear) else Running(encoder, frames, layers[-1:])
@@ -74,10 +75,10 @@ class Spans:
         self.spans = list(_spans(layers if self.running is None else layers[:-1], frames, self.last))
 
     def pooled(self, x: torch.Tensor, packing: Packing | Padded | None = None) -> torch.Tensor:
-        """As `Encoder.pooled` without gradients; x is overwritten."""
+        """As `Encoder.pooled` without gradients, of the encoder's dtype; x, of it or float32, is overwritten."""
         width = x.shape[-1]
         total = x.reshape(-1, width).float().contiguous()
-        room = x.new_empty(3 * total.numel())
+        room = x.new_empty(3 * total.numel(), dtype=self.dtype)
         projected = room.view(*x.shape[:-1], 3 * width)
         views = {}
         attended: torch.Tensor | None = None
@@ -107,9 +108,9 @@ class Spans:
             attended = span.attention.over(*views[kind]).reshape(-1, width)
         total = total.view(x.shape)
         if self.running is not None:
-            return self.running.pooled(total.to(x.dtype), packing)
+            return self.running.pooled(total.to(self.dtype), packing)
         kv = room[: 2 * total.numel()].view(*x.shape[:-1], -1)
-        return self._last(pooled_tokens(total, packing), kv, packing).to(x.dtype)[:, 0]
+        return self._last(pooled_tokens(total, packing), kv, packing).to(self.dtype)[:, 0]
 
     def _last(self, x: torch.Tensor, kv: torch.Tensor, packing: Packing | Padded | None) -> torch.Tensor:
         """The last layer of the pooled tokens x (B, 1, D) float32, of all tokens' keys and values (..., 2 * D)."""

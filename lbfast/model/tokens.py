@@ -33,7 +33,7 @@ def resize_position_embedding(table: torch.Tensor, grid: tuple[int, int]) -> tor
 
 @functools.cache
 @torch.inference_mode(False)  # training, later in the process, keeps them for its backward
-def _pixel_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def pixel_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """PIXEL_MEAN and PIXEL_STD there: a CUDA graph could not copy them."""
     mean, std = (torch.tensor(values, device=device) for values in (PIXEL_MEAN, PIXEL_STD))
     return mean, std
@@ -88,7 +88,7 @@ class VisionEmbeddings(nn.Module):
         std: Any = None
         if pixel_values.dtype == torch.uint8:
             tracing = torch.compiler.is_compiling()
-            mean, std = (PIXEL_MEAN, PIXEL_STD) if tracing else _pixel_statistics(pixel_values.device)
+            mean, std = (PIXEL_MEAN, PIXEL_STD) if tracing else pixel_statistics(pixel_values.device)
         return ops.patch_embed(
             pixel_values,
             self.patch_embedding.weight,

@@ -14,6 +14,7 @@ from lbfast import dispatch
 from lbfast.model import checkpoint
 from lbfast.model.config import Modality
 from lbfast.model.frozen import Freezable
+from lbfast.model.frozen_tokens import FrozenTokens
 from lbfast.model.graphs import Graphs
 from lbfast.model.layers import Encoder, LayerNorm
 from lbfast.model.packing import Packing, Padded
@@ -39,7 +40,8 @@ class VisionTransformer(Freezable):
         self.pre_layrnorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic: the checkpoints' name
         self.encoder = Encoder(config, temporal_mlp=config.add_time_attn and modality.temporal_mlp)
         self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.graphs: Graphs | None = None  # by optimize_for_inference
+        self.frozen_tokens: FrozenTokens | None = None  # by optimize_for_inference, as the next
+        self.graphs: Graphs | None = None
         self.parts: list[Any] | None = None  # those that it has seen
         self.calibrated = False  # by calibrate
 
@@ -97,6 +99,8 @@ class VisionTransformer(Freezable):
 
     def pooled_clips(self, pixels: torch.Tensor, clips: int) -> torch.Tensor:
         """`pooled` of checked pixels, as `_as_clips` gives them."""
+        if self.frozen_tokens is not None and self.encoder.runs(pixels):
+            return self._pool(self.encoder.pooled(self.frozen_tokens(pixels), self.frames), clips)
         hidden, frames = self._tokens(pixels)
         return self._pool(self.encoder.pooled(hidden, frames), clips)
 

@@ -141,6 +141,7 @@ _FORMULAS: dict[str, Callable[..., float]] = {
     "lbfast::mlp": _mlp,
     "lbfast::mlp_bwd": _mlp_bwd,
     "lbfast::tokenwise": _panels,
+    "lbfast::tokenwise_embed": _panels,
     "lbfast::tokenwise_linear": _panels,
     "lbfast::patch_embed": _patches,
     "lbfast::patch_embed_bwd": _patches_bwd,
