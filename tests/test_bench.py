@@ -295,6 +295,16 @@ def test_encoders_alone_for_their_memory(tiny_archs):
         assert call().shape == (1, tiny.SIZE)
 
 
+def test_nothing_in_an_encoder_can_be_left_out(tiny_archs):
+    """OpenVINO made one product of queries, keys and values whose weights were equal."""
+    tensors = [
+        p for p in bench_languagebind.subject("video", "L/14", None, "bfloat16", "cpu").model.parameters() if p.dim()
+    ]
+    assert all(p.std() > 0 and p.ne(0).all() for p in tensors)
+    for i, one in enumerate(tensors):
+        assert not any(one.shape == other.shape and torch.equal(one, other) for other in tensors[:i])
+
+
 def test_flops_are_those_of_the_reference(tiny_archs):
     """Of captions without padding: the same whatever they are padded to."""
     about = bench_languagebind.subject("text", "L/14", None, "bfloat16", "cpu")
