@@ -39,11 +39,11 @@ constexpr int64_t kLeast = 48;  // tokens of a piece that is made smaller for th
 constexpr int64_t kScaled = 1024;  // of the MLP's width: inputs that share an 8-bit scale
 template <typename T>
 constexpr int64_t kChunk = kParts<T> > 1 ? 512 : kScaled;  // of the MLP's width at a time
-// Steps of K at a time. On AMX few, so that what they read stays in the cache; the vector units are slow enough for lines
-// that are asked for a step ahead, and write their sums less often: 0.98 of peak on Zen 4, 0.96 by 8 steps.
+// Steps of K at a time. On AMX few, so that what they read stays in the cache, and of float32, whose sums err the more the
+// longer they are; else many, whose sums are written less often: 0.98 of peak on Zen 4, 0.96 by 8 steps.
 template <typename T>
 int64_t part_of(const panels::Kernel& kernel) {
-  return kernel.amx && kParts<T> == 1 ? 8 : 32;
+  return kParts<T> == 1 && (kernel.amx || std::is_same_v<T, float>) ? 8 : 32;
 }
 static_assert(kColumns % kLanes == 0);
 
