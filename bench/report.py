@@ -282,12 +282,15 @@ NEEDS = {"batches": "languagebind-row", "files": "files-all", "pipeline": "files
 def section(name: str, machines: Mapping[str, Machine]) -> str:
     """What goes between the markers of this name: a table for each machine, GPUs first; of no GPU, a line.
 
-    What a user gains is shown of one CPU, the last that was measured; of a day's, that with the most results.
+    What a user gains is shown of one CPU, the last that was measured; of a day's, that with the most candidates.
     """
     if name == "encoders":
         last = max(
             (s for s in machines if not _gpu(machines[s]) and _encoded(machines[s])),
-            key=lambda s: (_encoded(machines[s]), len(machines[s])),
+            key=lambda s: (
+                _encoded(machines[s]),
+                sum("median_ms" in row for _, rows, _ in _cases(machines[s]) for row in rows),
+            ),
             default="",
         )
         machines = {slug: machine for slug, machine in machines.items() if slug == last or _gpu(machine)}
