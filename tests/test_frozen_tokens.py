@@ -98,3 +98,15 @@ def test_as_the_op_makes_them(tube, pixels, dtype):
         usual = embeddings(given.to(dtype) if pixels == torch.float64 else given, pre_norm=norm)
     assert made.dtype == torch.float32 and made.shape == usual.shape
     testing.assert_within_budget(made.to(dtype), exact, usual)
+
+
+def test_made_once_and_good_in_any_mode():
+    """Panels that were laid in inference mode serve calls outside of it; raw and float pixels have each their own."""
+    embeddings, norm = VisionEmbeddings(tiny.config("image").vision_config, MODALITIES["image"]), LayerNorm(32)
+    made = FrozenTokens(embeddings.requires_grad_(False), norm.requires_grad_(False))
+    for given in (torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), torch.randn(2, 3, 64, 64)):
+        with torch.inference_mode():
+            first = made(given)
+        again = made(given)
+        assert torch.equal(first, again) and not again.is_inference() and not again.requires_grad
+        torch.testing.assert_close(again, embeddings(given, pre_norm=norm), rtol=1e-5, atol=1e-5)

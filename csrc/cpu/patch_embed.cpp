@@ -2,8 +2,8 @@
 //
 //   rows[b, t, 1 + i] = patch kept[b, i] of frames t * tube .. of clip b;  rows[b, t, 0] = 0, the class token's
 //
-// Rows may be filled up with 0. uint8 pixels become x - 128, which bfloat16 holds exactly; `patch_fold` gives the weight and bias for them.
-// The rest of the op is in lbfast/ops/patch_embed.py.
+// and each row may be filled up with 0. uint8 pixels become x - 128, which bfloat16 holds exactly; `patch_fold` gives the
+// weight and bias for them. The rest of the op is in lbfast/ops/patch_embed.py.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

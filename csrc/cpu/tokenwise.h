@@ -5,10 +5,11 @@
 //   total += constant of the token's frame
 //   result = norm(total) @ reader.T + b
 //
-// each part where it is given; or, before the first of them, total = norm(attended @ reader.T + positions). A thread takes a piece of tokens through all of it, so that what lies between stays in
-// its second-level cache, and takes the next piece when it is done: a core that others use takes fewer. The MLP runs in
-// chunks of its width. Sums over K are in float32, or exact in int32; total is float32; the order of additions depends
-// on the shapes alone, and a token's values on no other token.
+// each part where it is given; or, before the first of them, total = norm(attended @ reader.T + b + positions). A thread
+// takes a piece of tokens through all of it, so that what lies between stays in its second-level cache, and takes the next
+// piece when it is done: a core that others use takes fewer. The MLP runs in chunks of its width. Sums over K are in
+// float32, or exact in int32; total is float32; the order of additions depends on the shapes alone, and a token's values
+// on no other token.
 //
 // 8-bit products: an output's weights have a scale, w = scale_w q, and a token (in the MLP each chunk of it) a scale and
 // an offset, found from its values: x = scale_x u - offset_x, u in 0..255. So
