@@ -5,10 +5,16 @@ import multiprocessing
 import os
 import pkgutil
 import sys
+import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: its threads spin, twenty times as long as they add
+if _capability := os.environ.get("ATEN_CPU_CAPABILITY"):  # what torch.compile keeps is not told apart by it
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor-{_capability}")
+
 import torch
 import typer.testing
 
