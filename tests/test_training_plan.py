@@ -47,7 +47,9 @@ def test_nothing_is_changed():
     made = trainees.plan(patch_dropout=0.5)
     model = trainees.trainee(made)
     before, state = trainees.weights(model), torch.get_rng_state()
-    found = plan(made, model, trainees.Data())
+    told: list[str] = []
+    found = plan(made, model, trainees.Data(), tell=told.append)
+    assert told[0] == "memory of a step of 4 rows" and len(set(told)) == len(told) >= 6
     assert trainees.same(trainees.weights(model), before) and torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)

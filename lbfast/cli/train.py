@@ -228,7 +228,12 @@ def _plan(
     from lbfast.training.plan import plan as make
 
     errors.print("a few steps of few rows are measured", highlight=False)
-    say(make(recipe, model, batches, world=world, workers=workers, tflops=tflops).text())
+    with errors.status("measuring") as status:
+        made = make(
+            recipe, model, batches, world=world, workers=workers, tflops=tflops,
+            tell=lambda what: status.update(f"measuring: {what}"),
+        )  # fmt: skip
+    say(made.text())
 
 
 def _summarise(summary: Summary, skipped: int, best: str | None) -> None:

@@ -104,9 +104,18 @@ class Costs:
 
 
 def measure(
-    towers: Towers, recipe: Recipe, device: torch.device, autocast: torch.dtype | None, micro_batch: int, time_it: bool
+    towers: Towers,
+    recipe: Recipe,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    micro_batch: int,
+    time_it: bool,
+    tell: Callable[[str], object],
 ) -> Costs:
-    """Costs of the model's training on the device where it is; its parameters are as they were afterwards."""
+    """Costs of the model's training on the device where it is; its parameters are as they were afterwards.
+
+    tell: is told what is measured next.
+    """
     loading = memory_mib(device) * memory.MIB if device.type == "cpu" else 0.0
     model, parameters = towers.model, trained(towers.model)
     weights = sum(local(x).nbytes for x in (*model.parameters(), *model.buffers()))
@@ -133,13 +142,17 @@ def measure(
         group["weight_decay"] = 0.0  # and so the weights stay
     with _undisturbed(model):
         first = min(2, micro_batch)
+        tell(f"memory of a step of {2 * first} rows")
         most = _as_in_a_run(towers, recipe, autocast, optimizer, first)
+        tell("activations of one and two rows")
         kept = Line(*memory.activations(towers, recipe, device, arithmetic))
+        tell("backward of one and two rows")
         one, two = (_peak(step(rows, 2), device, model) - own for rows in (1, 2))
         backward = Line.through((1, one), (2, max(two, one + 1)))
         captions, caption = Line(0, 0), 0.0
         if not towers.text_trained:
             count = CAPTIONS_AT_ONCE
+            tell(f"{count} captions")
             batch = synthetic(towers, recipe, count, pixels=False)
             plain = LargeBatchStep(towers, count, autocast=autocast)
 
@@ -148,9 +161,11 @@ def measure(
 
             captions = Line(0, _peak(embed, device, model) / count)
             caption = _seconds(embed, device) / count if time_it else 0.0
+        tell("loss")
         loss, loss_seconds = _loss(towers, recipe, device, time_it)
         pixels = 0 if device.type == "cuda" else synthetic(towers, recipe, 1).pixel_values.nbytes
         rows, once, twice, seconds = 1, 0.0, 0.0, 0.0
+        tell("time of a step" if time_it else "operations of a step")
         if time_it:
             once = _seconds(step(1, 1), device)
             while once < ENOUGH and rows < micro_batch:

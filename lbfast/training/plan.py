@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -92,6 +92,7 @@ def plan(
     world: int = 1,
     workers: int = 0,
     tflops: float | None = None,
+    tell: Callable[[str], object] = str,
 ) -> Plan:
     """What training a prepared model by a recipe would take, from a few steps of few rows. The model stays as it is.
 
@@ -106,6 +107,7 @@ def plan(
         world: processes that share a global batch, each on a device of its own.
         workers: processes that decode ahead; see `Batches`.
         tflops: TFLOP/s that the towers reach, to compute the time by; None: it is measured.
+        tell: is told what is measured next: L/14 takes minutes on a CPU.
 
     Raises ValueError for a `tflops` or `world` that is not positive, torch.OutOfMemoryError where not even two rows fit
     on a GPU.
@@ -122,7 +124,7 @@ def plan(
     rows = -(-recipe.batch_size // world)
     wanted = recipe.micro_batch or _fitting(towers, recipe, place, autocast, rows)
     micro_batch = min(wanted, rows)
-    costs = measure(towers, recipe, place, autocast, micro_batch, tflops is None)
+    costs = measure(towers, recipe, place, autocast, micro_batch, tflops is None, tell)
     capacity = memory.capacity(place) * (SHARE if place.type == "cuda" else 1.0)
     seconds = _seconds(costs, micro_batch, rows, recipe.batch_size, world, tflops)
     reading = 0.0
@@ -131,6 +133,7 @@ def plan(
     whole = seconds + reading if not workers else max(seconds, reading / workers)
     on_gpu, how = costs, ""
     if place.type != "cuda":
+        tell("activations in a GPU's precision")
         on_gpu, how = _as_on_a_gpu(costs, towers, recipe)
     live = costs.live(micro_batch, rows, recipe.batch_size)
     embeddings = costs.embeddings(recipe.batch_size)
