@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lbfast import ops
 from lbfast.reference.attention import attention as reference
 
-from . import contest, harness
+from . import contest, harness, options
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -75,9 +75,11 @@ def case(name: str, shape: Sequence[int], causal: bool, samples: int, device: st
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = contest.arguments(__doc__)
-    parser.add_argument("--samples", type=int, help="images or captions; default 256 on a GPU, 4 on a CPU")
+    parser.add_argument("--samples", type=options.count, help="images or captions; default 256 on a GPU, 4 on a CPU")
     parser.add_argument("--only", default="", help="towers whose name has this in it")
-    parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "H", "D"), help="tokens, heads, their width")
+    parser.add_argument(
+        "--shape", type=options.count, nargs=3, metavar=("N", "H", "D"), help="tokens, heads, their width"
+    )
     parser.add_argument("--causal", action="store_true", help="with --shape: as captions are")
     given = parser.parse_args(argv)
     record = harness.Record("Attention", harness.device(), given.out)

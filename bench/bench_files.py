@@ -362,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="the kinds")
     parser.add_argument("--no-pipeline", action="store_true", help="files alone")
     parser.add_argument("--workers", type=int, default=2, help="of the pipeline (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each number (%(default)s)")
+    parser.add_argument("--seconds", type=options.seconds, default=1.0, help="for each number (%(default)s)")
     parser.add_argument("--out", help="a JSON file")
     given = parser.parse_args(argv)
     if given.list:

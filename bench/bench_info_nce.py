@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from lbfast.ops.info_nce import IMPLEMENTATIONS, info_nce
 
 from . import contest, harness, peers
+from .options import count
 
 GPU_SIZES, CPU_SIZES = [1024, 4096, 8192, 16384, 32768, 65536, 131072], [1024, 4096]
 NESTED, CALLS = "lbfast nested", "lbfast, a call each"
@@ -241,8 +242,8 @@ def _exact(tensors: Sequence[torch.Tensor]) -> float:
 def options() -> argparse.ArgumentParser:
     parser = contest.arguments(__doc__)
     sizes = GPU_SIZES if harness.device() == "cuda" else CPU_SIZES
-    parser.add_argument("--size", type=int, nargs="+", default=sizes, help="B; default: %(default)s")
-    parser.add_argument("--dim", type=int, nargs="+", default=[512, 768, 1024], help="D; default: %(default)s")
+    parser.add_argument("--size", type=count, nargs="+", default=sizes, help="B; default: %(default)s")
+    parser.add_argument("--dim", type=count, nargs="+", default=[512, 768, 1024], help="D; default: %(default)s")
     parser.add_argument("--nested", action="store_true", help="of four prefixes at once, not the peers")
     return parser
 

@@ -446,8 +446,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "modality", nargs="*", default=list(MODALITIES), help=f"of {', '.join(MODALITIES)}; default all"
     )
     parser.add_argument("--arch", default="L/14", choices=tuple(ARCHS), help="%(default)s")
-    parser.add_argument("--batch", type=int, nargs="+", help="default: a few that fit the machine")
-    parser.add_argument("--layers", type=int, help="of the encoder; default all")
+    parser.add_argument("--batch", type=options.count, nargs="+", help="default: a few that fit the machine")
+    parser.add_argument("--layers", type=options.count, help="of the encoder; default all")
     parser.add_argument(
         "--tokens",
         type=int,
@@ -457,7 +457,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="of a caption, padded (%(default)s)",
     )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"), help="the shorter one")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time for each number (%(default)s)")
+    parser.add_argument("--seconds", type=options.seconds, default=3.0, help="time for each number (%(default)s)")
     parser.add_argument("--candidates", nargs="+", choices=list(CANDIDATES), metavar="NAME", help="default: all")
     said = f"how torch.compile is used: {', '.join(COMPILED)} (%(default)s)"
     parser.add_argument("--compile", default="layers", choices=COMPILED, metavar="HOW", help=said)

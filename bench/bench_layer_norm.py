@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from lbfast import ops
 from lbfast.reference.layer_norm import layer_norm as reference
 
-from . import contest, harness, peers
+from . import contest, harness, options, peers
 
 
 def eager(x, weight, bias, residual=None):
@@ -60,9 +60,9 @@ def cases(device: str, dtype: torch.dtype, clips: int, tokens: int, widths: Sequ
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = contest.arguments(__doc__)
-    parser.add_argument("--clips", type=int, help="of 8 frames; default 32 on a GPU, 1 on a CPU")
-    parser.add_argument("--tokens", type=int, default=257, help="of a frame (%(default)s)")
-    parser.add_argument("--width", type=int, nargs="+", default=[1024, 1280], help="default: 1024 1280")
+    parser.add_argument("--clips", type=options.count, help="of 8 frames; default 32 on a GPU, 1 on a CPU")
+    parser.add_argument("--tokens", type=options.count, default=257, help="of a frame (%(default)s)")
+    parser.add_argument("--width", type=options.count, nargs="+", default=[1024, 1280], help="default: 1024 1280")
     given = parser.parse_args(argv)
     record = harness.Record("Layer norm", harness.device(), given.out)
     clips = given.clips or (32 if record.device == "cuda" else 1)

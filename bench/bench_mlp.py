@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from lbfast import ops
 from lbfast.reference.mlp import mlp as reference
 
-from . import contest, harness
+from . import contest, harness, options
 
 
 def eager(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation):
@@ -51,9 +51,9 @@ def cases(device: str, dtype: torch.dtype, rows: int, widths: Sequence[tuple[int
 def main(argv: Sequence[str] | None = None) -> int:
     parser = contest.arguments(__doc__)
     parser.add_argument(
-        "--rows", type=int, help="tokens; default those of 32 clips of 8 frames on a GPU, of 1 on a CPU"
+        "--rows", type=options.count, help="tokens; default those of 32 clips of 8 frames on a GPU, of 1 on a CPU"
     )
-    parser.add_argument("--shape", type=int, nargs=2, metavar=("D", "F"), help="width and inner width")
+    parser.add_argument("--shape", type=options.count, nargs=2, metavar=("D", "F"), help="width and inner width")
     parser.add_argument("--activation", default="gelu", choices=("gelu", "quick_gelu"), help="%(default)s")
     given = parser.parse_args(argv)
     record = harness.Record(f"MLP, {given.activation}", harness.device(), given.out)

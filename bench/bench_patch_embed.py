@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from lbfast import ops
 from lbfast.reference.patch_embed import patch_embed as reference
 
-from . import contest, harness
+from . import contest, harness, options
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -34,10 +34,10 @@ def eager(pixels, weight, *, class_embedding, position_embedding, kept=None, mea
     return tokens.gather(1, rows[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def contenders(options: dict[str, Any]):
+def contenders(constants: dict[str, Any]):
     def call(function, **more):
         return lambda weight, classes, position, pixels, kept=None: function(
-            pixels, weight, class_embedding=classes, position_embedding=position, kept=kept, **more, **options
+            pixels, weight, class_embedding=classes, position_embedding=position, kept=kept, **more, **constants
         )
 
     return {
@@ -72,18 +72,18 @@ def cases(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = contest.arguments(__doc__)
-    parser.add_argument("--clips", type=int, help="of 8 frames; default 32 on a GPU, 1 on a CPU")
+    parser.add_argument("--clips", type=options.count, help="of 8 frames; default 32 on a GPU, 1 on a CPU")
     parser.add_argument("--floats", action="store_true", help="from normalised floats; default: from bytes")
-    parser.add_argument("--side", type=int, default=224, help="of the pictures, in pixels (%(default)s)")
-    parser.add_argument("--width", type=int, nargs="+", default=[1024, 1280], help="default: 1024 1280")
+    parser.add_argument("--side", type=options.count, default=224, help="of the pictures, in pixels (%(default)s)")
+    parser.add_argument("--width", type=options.count, nargs="+", default=[1024, 1280], help="default: 1024 1280")
     given = parser.parse_args(argv)
     record = harness.Record("Patch embedding", harness.device(), given.out)
-    constants = (("mean", MEAN), ("std", STD))
-    options = {} if given.floats else {name: torch.tensor(v, device=record.device) for name, v in constants}
+    pairs = () if given.floats else (("mean", MEAN), ("std", STD))
+    constants = {name: torch.tensor(v, device=record.device) for name, v in pairs}
     clips = given.clips or (32 if record.device == "cuda" else 1)
     for dtype in given.dtype:
         found = cases(record.device, getattr(torch, dtype), clips, not given.floats, given.side, given.width)
-        contest.run(found, contenders(options), record, given)
+        contest.run(found, contenders(constants), record, given)
     return contest.show(record)
 
 

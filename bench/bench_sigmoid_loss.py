@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from lbfast.ops import sigmoid_loss
 from lbfast.reference.sigmoid_loss import sigmoid_loss as reference
 
-from . import bench_info_nce, contest, harness, peers
+from . import bench_info_nce, contest, harness, options, peers
 
 FLOPS = {"fwd": 2, "bwd": 4, "both": 6}  # times B^2 D
 SCALE, BIAS = 10.0, -10.0
@@ -121,8 +121,8 @@ def measure(size: int, dim: int, dtype: str, record: harness.Record, passes: Seq
 def main(argv: Sequence[str] | None = None) -> int:
     parser = contest.arguments(__doc__)
     sizes = bench_info_nce.GPU_SIZES if harness.device() == "cuda" else bench_info_nce.CPU_SIZES
-    parser.add_argument("--size", type=int, nargs="+", default=sizes, help="B; default: %(default)s")
-    parser.add_argument("--dim", type=int, nargs="+", default=[768], help="D; default: %(default)s")
+    parser.add_argument("--size", type=options.count, nargs="+", default=sizes, help="B; default: %(default)s")
+    parser.add_argument("--dim", type=options.count, nargs="+", default=[768], help="D; default: %(default)s")
     given = parser.parse_args(argv)
     record = harness.Record("Sigmoid loss", harness.device(), given.out)
     record.expects(len(given.size) * len(given.dim) * len(given.dtype))

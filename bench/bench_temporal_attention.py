@@ -14,7 +14,7 @@ import torch
 from lbfast import ops
 from lbfast.reference.temporal_attention import temporal_attention as reference
 
-from . import contest, harness
+from . import contest, harness, options
 from .bench_attention import BACKENDS, eager, sdpa
 
 
@@ -52,9 +52,11 @@ def case(clips: int, frames: int, n: int, h: int, d: int, device: str, dtype: to
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = contest.arguments(__doc__)
-    parser.add_argument("--clips", type=int, help="default 32 on a GPU, 1 on a CPU")
-    parser.add_argument("--frames", type=int, default=8, help="of a clip (%(default)s)")
-    parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "H", "D"), help="positions, heads, their width")
+    parser.add_argument("--clips", type=options.count, help="default 32 on a GPU, 1 on a CPU")
+    parser.add_argument("--frames", type=options.count, default=8, help="of a clip (%(default)s)")
+    parser.add_argument(
+        "--shape", type=options.count, nargs=3, metavar=("N", "H", "D"), help="positions, heads, their width"
+    )
     given = parser.parse_args(argv)
     record = harness.Record("Temporal attention", harness.device(), given.out)
     clips = given.clips or (32 if record.device == "cuda" else 1)

@@ -152,11 +152,13 @@ def step(kind: str, tuned: str, batch: int, size: Size, device: str, times: int 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = options.parser(__doc__)
-    parser.add_argument("--batch", type=int, default=64, help="pairs, for the times (%(default)s)")
-    parser.add_argument("--memory-batch", type=int, nargs="*", default=[64, 512], help="pairs, for the memory")
-    parser.add_argument("--micro-batch", type=int, default=16, help="(%(default)s)")
-    parser.add_argument("--width", type=int, default=256, help="of the vision tower (%(default)s)")
-    parser.add_argument("--layers", type=int, default=0, help="of the vision tower (4; of L/14 all)")
+    parser.add_argument("--batch", type=options.count, default=64, help="pairs, for the times (%(default)s)")
+    parser.add_argument(
+        "--memory-batch", type=options.count, nargs="*", default=[64, 512], help="pairs, for the memory"
+    )
+    parser.add_argument("--micro-batch", type=options.count, default=16, help="(%(default)s)")
+    parser.add_argument("--width", type=options.count, default=256, help="of the vision tower (%(default)s)")
+    parser.add_argument("--layers", type=options.count, default=0, help="of the vision tower (4; of L/14 all)")
     parser.add_argument("--arch", choices=ARCHS, default="small", help="of the towers (%(default)s)")
     known = ("image", "video")
     parser.add_argument(
@@ -164,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--once", action="store_true", help="one step each way: its time and its memory")
     parser.add_argument("--tuned", nargs="+", choices=list(TUNED), default=list(TUNED), help="what is trained")
-    parser.add_argument("--seconds", type=float, default=6.0, help="for each candidate (%(default)s)")
+    parser.add_argument("--seconds", type=options.seconds, default=6.0, help="for each candidate (%(default)s)")
     parser.add_argument("--out", help="a JSON file")
     given = parser.parse_args(argv)
     record = harness.Record("Training step", harness.device(), given.out)

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from . import bench_files, bench_info_nce, bench_languagebind, harness
+from . import bench_files, bench_info_nce, bench_languagebind, harness, options
 
 FLOORS = harness.HERE / "floors.json"
 DISTURBED = 1.25
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("results", nargs="*", metavar="RESULT.json", help="the one before, and the one after")
     parser.add_argument("--floors", action="store_true", help="measure ratios against bench/floors.json")
     parser.add_argument("--margin", type=float, default=0.1, help="beyond the spread, of a result (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=0.4, help="for each side of a ratio (%(default)s)")
+    parser.add_argument("--seconds", type=options.seconds, default=0.4, help="for each side of a ratio (%(default)s)")
     given = parser.parse_args(argv)
     if given.floors == bool(given.results) or len(given.results) not in (0, 2):
         parser.error("expected two results, or --floors")

@@ -48,7 +48,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", nargs="+", choices=known, metavar="DTYPE", default=dtypes, help=said)
     said = f"of {', '.join(PASSES)}; default: all"
     parser.add_argument("--passes", nargs="+", choices=PASSES, metavar="PASS", default=list(PASSES), help=said)
-    parser.add_argument("--seconds", type=float, default=1.0, help="time for each number (%(default)s)")
+    parser.add_argument("--seconds", type=options.seconds, default=1.0, help="time for each number (%(default)s)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", help="JSON file of the results; default: none")
     return parser

@@ -20,7 +20,7 @@ import torch
 
 from lbfast.profiling import power
 
-from . import contest, harness
+from . import contest, harness, options
 
 TOKENS = 32 * 8 * 257
 PRODUCTS = {  # (M, N, K)
@@ -64,8 +64,8 @@ def cases(smaller: int) -> list[tuple[str, str, Callable[[str], tuple[Callable[[
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=0.3, help="for each (%(default)s)")
-    parser.add_argument("--smaller", type=int, default=1, help="divides the sides (%(default)s)")
+    parser.add_argument("--seconds", type=options.seconds, default=0.3, help="for each (%(default)s)")
+    parser.add_argument("--smaller", type=options.count, default=1, help="divides the sides (%(default)s)")
     parser.add_argument("--out", help="JSON file of the results; default: none")
     given = parser.parse_args(argv)
     record = harness.Record("Device: what products and copies reach", harness.device(), given.out)

@@ -30,7 +30,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from . import harness, phases, story
+from . import harness, options, phases, story
 from .ledger import Ledger, judge
 from .phases import Job, Phase
 from .run import ROOT, environment, run
@@ -205,7 +205,7 @@ def plan() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "gpu-out", help="folder of archive and summary")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything (%(default)s)")
+    parser.add_argument("--seconds", type=options.seconds, default=SECONDS, help="for everything (%(default)s)")
     parser.add_argument("--only", nargs="+", default=[], help="phases, or parts of jobs' names; done or not")
     parser.add_argument("--again", action="store_true", help="what is done, too")
     parser.add_argument("--list", action="store_true", help="print the plan and nothing else")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import textwrap
 
@@ -18,6 +19,21 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         text = re.sub(r"python -m bench\.bench_(?=\w)", "lbfast bench ", text)
     prog = None if name is None else f"{'lbfast bench ' if INSTALLED else 'python -m bench.bench_'}{name[1]}"
     return argparse.ArgumentParser(prog, description=text, formatter_class=_Flowing)
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """A number that is 0, for what takes the least, or more."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a number of seconds from 0, got {text!r}")
 
 
 class _Flowing(argparse.HelpFormatter):

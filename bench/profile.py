@@ -21,7 +21,7 @@ import torch
 
 from lbfast.profiling import power, subjects, trace
 
-from . import contest, harness
+from . import contest, harness, options
 
 OPERATORS = 16  # of each modality, the longest first
 
@@ -50,9 +50,9 @@ def measure(modality: str, batch: int, layers: int | None, record: harness.Recor
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modality", nargs="*", default=["image", "video"], help="default: image video")
-    parser.add_argument("--batch", type=int, nargs="+", default=[256, 32], help="of each (%(default)s)")
-    parser.add_argument("--layers", type=int, help="of the encoder; default all")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each (%(default)s)")
+    parser.add_argument("--batch", type=options.count, nargs="+", default=[256, 32], help="of each (%(default)s)")
+    parser.add_argument("--layers", type=options.count, help="of the encoder; default all")
+    parser.add_argument("--seconds", type=options.seconds, default=1.0, help="for each (%(default)s)")
     parser.add_argument("--out", help="JSON file of the results; default: none")
     given = parser.parse_args(argv)
     record = harness.Record("Where an encoder's time goes", harness.device(), given.out)

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import harness, headline
+from . import harness, headline, options
 
 ROOT = harness.HERE.parent
 OPS = ("attention", "info_nce", "layer_norm", "mlp", "patch_embed", "sigmoid_loss", "temporal_attention")
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", help="pieces whose name has one of these in it, extra ones too")
     parser.add_argument("--all", action="store_true", help="extra pieces too")
     parser.add_argument("--list", action="store_true", help="names of the pieces, and nothing else")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything (%(default)s)")
+    parser.add_argument("--budget", type=options.seconds, default=BUDGET, help="seconds for everything (%(default)s)")
     parser.add_argument("--skip-tests", action="store_true", help="and say so in the results")
     parser.add_argument("--folder", type=Path, default=harness.RESULTS, help="of the results")
     given = parser.parse_args(argv)

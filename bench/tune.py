@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from lbfast import files, ops
 from lbfast.testing import relative_error
 
-from . import contest, harness
+from . import contest, harness, options
 
 CONFIGS = harness.HERE.parent / "kernels" / "configs.py"
 PLAN = harness.HERE / "tune.json"
@@ -422,7 +422,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compile and compare every row; time nothing")
     parser.add_argument("--plan", metavar="ARCH", help="choose the rows to try, by compiling all of them; no GPU")
     parser.add_argument("--take", metavar="RESULT", type=Path, help="write kernels/configs.py from a result; no GPU")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="of --plan (%(default)s)")
+    parser.add_argument("--workers", type=options.count, default=os.cpu_count() or 1, help="of --plan (%(default)s)")
     parser.add_argument("--out", help="JSON file of the results; default: none")
     given = parser.parse_args(argv)
     chosen = [t for t in TUNABLES if any(part in t.table for part in given.only) and given.table in (None, t.table)]

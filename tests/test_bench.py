@@ -69,6 +69,23 @@ def test_help_fits_a_terminal_and_names_the_command(installed, monkeypatch, caps
         assert max(map(len, said.splitlines())) <= 80
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong", "said"),
+    [
+        ("attention", ["--shape", "0", "4", "8"], "argument --shape: expected a whole number of at least 1, got '0'"),
+        ("attention", ["--seconds", "nan"], "argument --seconds: expected a number of seconds from 0, got 'nan'"),
+        ("info_nce", ["--size", "1e3"], "argument --size: expected a whole number of at least 1, got '1e3'"),
+        ("languagebind", ["--batch", "-1"], "argument --batch: expected a whole number of at least 1, got '-1'"),
+        ("languagebind", ["--layers", "0"], "argument --layers: expected a whole number of at least 1, got '0'"),
+        ("training", ["--micro-batch", "0"], "argument --micro-batch: expected a whole number of at least 1, got '0'"),
+    ],
+)
+def test_sizes_that_are_none(name, wrong, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(f"bench.bench_{name}").main(wrong)
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_every_op_has_a_bench_that_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "cpu_memory", lambda *a, **k: harness.Memory(1.0, 2.0))  # a process each
