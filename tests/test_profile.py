@@ -260,6 +260,28 @@ def test_rates_are_measured(monkeypatch):
     assert machine.Rates(1e9, 1e9).floor_ms(2e6, 1e6) == 2
 
 
+def test_rates_where_oneDNN_or_the_machine_is_slow(monkeypatch):
+    """oneDNN without products of a dtype, as below AVX512; no larger product than one that takes long."""
+    monkeypatch.undo()
+    monkeypatch.setattr(machine, "_COPIED", {"cpu": 2**16})
+    sides, mm = [], torch.mm
+
+    def slow(a, b, out):
+        sides.append(len(a))
+        time.sleep(0 if len(a) == 256 else 1.1 * machine._LONG)
+        return mm(a, b, out=out)
+
+    def none(*given):
+        raise RuntimeError("could not create a primitive descriptor")
+
+    monkeypatch.setattr(torch, "mm", slow)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", none)
+    machine.rates.cache_clear()
+    found = machine.rates("cpu", torch.bfloat16)
+    machine.rates.cache_clear()
+    assert set(sides) == {256, 512} and 0 < found.flops < 2 * 512**3 / machine._LONG
+
+
 def test_bench(monkeypatch):
     given = []
     for name in BENCHES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
 import re
@@ -15,6 +16,7 @@ import torch
 _SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product gives the matmul rate
 _COPIED = {"cpu": 2**28, "cuda": 2**30}  # bytes: larger than any cache
 _ROUNDS = 7
+_LONG = 0.03  # seconds of a product: a larger one is at no better rate
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,27 @@ class Rates:
 
 @functools.cache
 def rates(device: str, dtype: torch.dtype) -> Rates:
-    """Of "cpu" or "cuda", the best of a few rounds: about a second on a CPU, where torch.mm and oneDNN both try."""
-    side, numbers = _SIDE[device], _COPIED[device] // 4
+    """Of "cpu" or "cuda", the best of a few rounds: about a second on a CPU, where torch.mm and oneDNN both try.
+
+    Matrices are smaller where a product of those takes long: in bfloat16 on a CPU that has none, minutes.
+    """
+    numbers, side = _COPIED[device] // 4, min(_SIDE[device], 256)
+    while (product := _product_seconds(side, device, dtype)) < _LONG and side < _SIDE[device]:
+        side *= 2
+    source, target = torch.ones(numbers, device=device), torch.empty(numbers, device=device)
+    copy = _best_seconds(lambda: target.copy_(source), device)
+    return Rates(2 * side**3 / product, 2 * source.numel() * source.element_size() / copy)
+
+
+def _product_seconds(side: int, device: str, dtype: torch.dtype) -> float:
     a, b = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     product = _best_seconds(lambda: torch.mm(a, b, out=out), device)
     if device == "cpu" and dtype != torch.float64 and torch.backends.mkldnn.is_available():
-        product = min(
-            product, _best_seconds(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""), device)
-        )
-    source, target = torch.ones(numbers, device=device), torch.empty(numbers, device=device)
-    copy = _best_seconds(lambda: target.copy_(source), device)
-    return Rates(2 * side**3 / product, 2 * source.numel() * source.element_size() / copy)
+        with contextlib.suppress(RuntimeError):  # oneDNN has none of this dtype for this CPU
+            theirs = _best_seconds(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""), device)
+            product = min(product, theirs)
+    return product
 
 
 def _best_seconds(run: Callable[[], Any], device: str) -> float:
