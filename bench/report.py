@@ -371,7 +371,7 @@ def index(machines: Mapping[str, Machine]) -> tuple[str, dict[str, str]]:
                 pictures[name] = plot.bars(f"{result.header['title']}: shorter is sooner", groups, "ms")
                 text += [f"![{what}]({name})", ""]
             text.append(_every(result.rows))
-            notes = dict.fromkeys(f"- {r['name']}: not timed: {r['note']}" for r in result.rows if "note" in r)
+            notes = dict.fromkeys(f"- {_named(r)}: not timed: {r['note']}" for r in result.rows if "note" in r)
             text += ["", *notes] if notes else []
     return "\n".join(text) + "\n", pictures
 
@@ -383,6 +383,11 @@ def _bars(rows: Sequence[Row]) -> list[tuple[str, list[tuple[str, float, bool]]]
             bar = (f"{row['name']}, {row['dtype']}", row["median_ms"], row["name"].startswith("lbfast"))
             groups.setdefault(row["case"], []).append(bar)
     return list(groups.items())
+
+
+def _named(row: Row) -> str:
+    """What a row is of: a contender, or a way to take a training step."""
+    return row["name"] if "name" in row else ", ".join(row[key] for key in ("modality", "trained", "step"))
 
 
 def _every(rows: Sequence[Row]) -> str:

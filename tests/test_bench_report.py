@@ -48,6 +48,8 @@ def test_report_of_results(tmp_path):
         "rows": [*rows, {"case": row["case"], "name": "peer", "dtype": "bfloat16", "note": "absent"}],
     }
     (folder / "a-cpu-languagebind-video.json").write_text(json.dumps(result))
+    step = {"what": "step", "modality": "video", "trained": "full", "step": "dense", "note": "out of memory"}
+    (folder / "a-cpu-training-l14-video.json").write_text(json.dumps({"header": header, "rows": [step]}))
     (tmp_path / "README.md").write_text("# x\n<!-- bench:encoders -->\nold\n<!-- bench:end -->\n1.00 x\n")
     outputs = report.outputs(tmp_path)
     every = outputs.pop(folder / "README.md")
@@ -57,6 +59,7 @@ def test_report_of_results(tmp_path):
     cells = [cell.strip() for cell in line.split("|")]
     assert cells[3].endswith(", 1.50 x upstream") and cells[4].endswith(", 3.00 x upstream autocast")
     assert "2 threads of A CPU (AVX512, AMX)" in made["README.md"] and report.NO_GPU in made["README.md"]
+    assert "- video, full, dense: not timed: out of memory" in every
     assert "- peer: not timed: absent" in every and "![languagebind-video](a-cpu-languagebind-video.svg)" in every
     assert made["a-cpu-languagebind-video.svg"].count("<rect") == 1 + 4
     with pytest.raises(ValueError, match="bench:speed: expected one of"):
