@@ -31,7 +31,7 @@ PRODUCTS = {  # (M, N, K)
     "fc2": (TOKENS, 1024, 4096),
     "patches": (TOKENS, 1024, 592),
 }
-PEERS = ("memeff", "inf_cl", "liger_kernel", "quack", "flash_attn", "xformers", "languagebind", "pynvml")
+PEERS = ("memeff", "inf_cl", "siglip_kernel", "liger_kernel", "flash_attn", "xformers", "languagebind", "pynvml")
 
 
 def _product(m: int, n: int, k: int, dtype: torch.dtype, device: str) -> Callable[[], Any]:

@@ -123,6 +123,11 @@ TRAINING = (
            module="bench_info_nce", seconds=50, op="info_nce", gib=20),
 )  # fmt: skip
 PROFILES = (_bench("profile", module="profile", seconds=21),)
+LOSSES = (
+    _bench("sigmoid-loss", "--size", "32768", "8192", *QUICK, seconds=12, op="sigmoid_loss", gib=20),
+    _bench("nested-info-nce", "--size", "32768", "--dim", "768", "--passes", "fwd", "both", "--nested", *QUICK,
+           module="bench_info_nce", seconds=8, op="info_nce", gib=20),
+)  # fmt: skip
 
 # The same benches on little work, at once: what they compile is in the caches before anything is timed.
 FEW = ("--seconds", "0")
@@ -221,6 +226,7 @@ FIRST = (
     Phase("profile", "where the time of image and video goes, and the power", 21, lambda _: PROFILES),
 )
 SECOND = (
+    Phase("losses", "the sigmoid loss beside its peers; nested embeddings beside one call", 20, lambda _: LOSSES),
     Phase("check", "the rows to tune, compiled and compared, on all cores", 90, tuned_check, together=True),
     Phase("tune", "launch tables: eight rows each", 180, tuned),
     Phase("again", "the ops that tuning changed", 100, again),
