@@ -165,14 +165,22 @@ def _step(
 
 
 def captured(step: Callable[[], Any]) -> Callable[[], Any]:
-    """The step as a CUDA graph's replay, captured on the current stream, where the step's forward ran."""
+    """The step as a CUDA graph's replay, captured on the current stream, where the step's forward ran.
+
+    The replay reads what the step holds, such as what a forward kept: the one keeps the other alive.
+    """
     for _ in range(3):
         step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         step()
-    return graph.replay
+
+    def replay() -> None:
+        graph.replay()
+
+    replay.step = step  # type: ignore[attr-defined]
+    return replay
 
 
 def show(record: harness.Record) -> int:

@@ -5,7 +5,8 @@
     python -m bench.gpu --only tune sanitizer         phases, or jobs with one of these in the name, again if need be
     python -m bench.gpu --list                        the plan: phases, jobs and their seconds
 
-Phases and jobs are rows of data (bench/phases.py); a job is a process of its own with a time limit. Whatever becomes of
+Phases and jobs are rows of data (bench/phases.py); a job is a process of its own with a time limit, forked from one
+that has the imports behind it (bench/forked.py). Whatever becomes of
 one, the others run. What is measured goes to bench/results/<device>.json as it comes, where the next run, and
 `bench.report`, find it; DIR gets the same in an archive to unpack in bench/results, and a summary of a few pages, the
 end of which is printed too. Needs torch, triton, transformers and pytest; installs nothing. Pure-Python peers are taken
@@ -31,9 +32,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from . import harness, options, phases, story
+from .forked import run
 from .ledger import Ledger, judge
 from .phases import Job, Phase
-from .run import ROOT, environment, run
+from .run import ROOT, environment
 
 SECONDS = 570  # of a lent machine's ten minutes
 RESERVE = 4.0  # to write the last results

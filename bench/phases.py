@@ -97,7 +97,6 @@ OP_BENCHES = (
 CANDIDATES = (
     "reference float32",
     "reference autocast",
-    "lbfast drop-in float32",
     "lbfast float32",
     "lbfast short",
     "lbfast fp8",
@@ -111,10 +110,10 @@ def _encoder(modality: str, *batches: str, seconds: float) -> Job:
 
 
 ENCODERS = (  # the largest batch first: it tells most
-    _encoder("image", "256", "8", "1", seconds=32),
-    _encoder("video", "32", "1", seconds=32),
-    _encoder("audio", "64", seconds=17),
-    _encoder("text", "1024", "64", seconds=14),
+    _encoder("image", "256", "8", "1", seconds=45),
+    _encoder("video", "32", "1", seconds=40),
+    _encoder("audio", "64", seconds=20),
+    _encoder("text", "1024", "64", seconds=20),
 )
 TRAINING = (
     _bench("training", "--arch", "L/14", "--batch", "1024", "--micro-batch", "128", "--memory-batch", "512", "8192",
@@ -217,12 +216,12 @@ def sanitizer() -> str | None:
 
 
 FIRST = (
-    Phase("device", "the device, versions, clocks, what products and copies reach", 12, lambda _: DEVICE),
-    Phase("compile", "what the benches launch, into the caches, on all cores", 70, compiled, together=True),
-    Phase("tests", "every kernel against float64, in three dtypes", 55, tests, together=True),
+    Phase("device", "the device, versions, clocks, what products and copies reach", 10, lambda _: DEVICE),
+    Phase("compile", "what the benches launch, into the caches, on all cores", 50, compiled, together=True),
+    Phase("tests", "every kernel against float64, in three dtypes", 50, tests, together=True),
     Phase("ops", "ops beside all peers", 97, lambda _: OP_BENCHES),
-    Phase("encoders", "whole encoders beside upstream's arithmetic", 95, lambda _: ENCODERS),
-    Phase("training", "a training step of L/14; the loss at 131,072 and 1,048,576", 130, lambda _: TRAINING),
+    Phase("encoders", "whole encoders beside upstream's arithmetic", 125, lambda _: ENCODERS),
+    Phase("training", "a training step of L/14; the loss at 131,072 and 1,048,576", 127, lambda _: TRAINING),
     Phase("profile", "where the time of image and video goes, and the power", 21, lambda _: PROFILES),
 )
 SECOND = (

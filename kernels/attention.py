@@ -91,12 +91,6 @@ def _attention_fwd_head_kernel(
     )  # fmt: skip
     first = first_kept(pad_ptr, stride_pm, M, HAS_MASK, BLOCK_P)
     whole = N // ROWS if FEW else tl.cdiv(N, ROWS)
-    for tile in tl.range(part, whole, PARTS, disable_licm=True):
-        o_m = tile * ROWS + tl.arange(0, ROWS)
-        m_m = tl.full([ROWS], True, tl.int1) if EVEN else o_m < N
-        queries = load_queries(q_ptr, stride_qn, o_m, m_m, first, M, D, D_1, D_2, CAUSAL, HAS_MASK)
-        state = attend(queries, part_1, part_2, scale, COLS_2, RAGGED, 1, D_1, D_2, MASKED, PRECISION, ACC)
-        finish(o_ptr, lse_ptr, H * D, state, o_m, m_m, 1, D, D_1, D_2)
     if FEW:  # noqa: SIM102 (a constant)
         if part == PARTS - 1:
             o_m = whole * ROWS + tl.arange(0, 16)
@@ -108,6 +102,13 @@ def _attention_fwd_head_kernel(
             queries = load_queries(q_ptr, stride_qn, o_m, o_m < N, first, M, D, D_1, D_2, CAUSAL, HAS_MASK)
             state = attend(queries, part_1, part_2, scale, COLS_2, RAGGED, 0, D_1, D_2, MASKED, PRECISION, ACC)
             finish(o_ptr, lse_ptr, H * D, state, o_m, o_m < N, 0, D, D_1, D_2)
+
+    for tile in tl.range(part, whole, PARTS, disable_licm=True):
+        o_m = tile * ROWS + tl.arange(0, ROWS)
+        m_m = tl.full([ROWS], True, tl.int1) if EVEN else o_m < N
+        queries = load_queries(q_ptr, stride_qn, o_m, m_m, first, M, D, D_1, D_2, CAUSAL, HAS_MASK)
+        state = attend(queries, part_1, part_2, scale, COLS_2, RAGGED, 1, D_1, D_2, MASKED, PRECISION, ACC)
+        finish(o_ptr, lse_ptr, H * D, state, o_m, m_m, 1, D, D_1, D_2)
 
 
 @triton.jit
