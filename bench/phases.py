@@ -116,8 +116,8 @@ ENCODERS = (  # the largest batch first: it tells most
     _encoder("text", "1024", "64", seconds=20),
 )
 TRAINING = (
-    _bench("training", "--arch", "L/14", "--batch", "1024", "--micro-batch", "128", "--memory-batch", "512", "8192",
-           "--seconds", "2", module="bench_training", seconds=80, gib=30),
+    _bench("training", "--arch", "L/14", "--batch", "1024", "--micro-batch", "128", "--memory-batch", "512", "4096",
+           "--seconds", "0.5", module="bench_training", seconds=80, gib=30),
     _bench("info-nce-large", "--size", "131072", "1048576", "--dim", "768", "--passes", "both", *QUICK,
            module="bench_info_nce", seconds=50, op="info_nce", gib=20),
 )  # fmt: skip
@@ -151,19 +151,23 @@ def compiled(found: Found) -> list[Job]:
 
 
 def tests(found: Found) -> list[Job]:
-    """Of each op one of each dtype; then all others that are marked "gpu". Most of their time is Triton compiling."""
+    """Of each op one of each dtype; then the others of each file. Most of their time is Triton compiling."""
     files = [str(path) for path in sorted(TESTS.glob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
     if not files:
         return [Job("tests", "pytest", kind="tests", absent=f"no tests in {TESTS}: they come with a checkout")]
-    options = ("-o", "addopts=", "-v", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu", *files, "-k")
+    options = ("-o", "addopts=", "-v", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu")
     jobs = []
     for op in OPS:
         of_op = "attention and not temporal" if op == "attention" else op
         for dtype, words in DTYPES.items():
-            name, about = f"tests {op} {dtype}", (*options, f"{of_op} and {words}")
+            name, about = f"tests {op} {dtype}", (*options, *files, "-k", f"{of_op} and {words}")
             jobs.append(Job(name, "pytest", about, "tests", op, gib=12 if dtype == "other" else 3))
-    others = (*options, f"not ({' or '.join(OPS)})")
-    return [*jobs, Job("tests other", "pytest", others, "tests", "other", gib=12)]
+    for file in files:
+        name = Path(file).stem.removeprefix("test_")
+        if not any(op in name for op in OPS):
+            about = (*options, file, "-k", f"not ({' or '.join(OPS)})")
+            jobs.append(Job(f"tests other, {name}", "pytest", about, "tests", "other", gib=12))
+    return jobs
 
 
 def tuned_check(found: Found) -> list[Job]:

@@ -229,7 +229,8 @@ def _constants(n: int, m: int, d: int, launch: configs.Launch, causal: bool, mas
 
 def _launch(arch: str, itemsize: int, n: int, m: int, d: int) -> configs.Launch:
     """The row of the kernel that holds a head's keys on chip, where they fit; else of the one that passes over them."""
-    head = configs.lookup(configs.ATTENTION_FWD_HEAD, arch)
+    heads = configs.ATTENTION_FWD_HEAD
+    head = configs.lookup(heads, f"{arch} large" if d > 64 and f"{arch} large" in heads else arch)
     if itemsize == 2 and max(n, m) <= head.tile["KEYS"] and sum(two_parts(m)) * d <= head.tile["KEYS"] * 80:
         return head
     return configs.lookup(configs.ATTENTION_FWD, "wide" if itemsize > 2 else "large" if d > 80 else arch)

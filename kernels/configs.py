@@ -60,10 +60,11 @@ TEMPORAL_ATTENTION_BWD: Mapping[str, Launch] = {
 
 # attention: ROWS queries (in the backward: queries, or keys) a program, COLS keys (queries) a step of its loop. "wide":
 # float32. "large": heads of more than 80. "short": up to TOKENS tokens, as captions have. HEAD: a head at once, ROWS
-# queries a step, where it has at most KEYS tokens of 80 numbers (fewer of more).
+# queries a step, where it has at most KEYS tokens of 80 numbers (fewer of more); "sm_90 large": heads above 64.
 ATTENTION_FWD_HEAD: Mapping[str, Launch] = {
     "default": Launch({"ROWS": 64, "KEYS": 80}, num_warps=4, num_stages=2),
-    "sm_90": Launch({"ROWS": 64, "KEYS": 272}, num_warps=4, num_stages=2),
+    "sm_90": Launch({"ROWS": 64, "KEYS": 272}, num_warps=4, num_stages=3),
+    "sm_90 large": Launch({"ROWS": 64, "KEYS": 272}, num_warps=4, num_stages=2),
     "interpreter": Launch({"ROWS": 64, "KEYS": 272}, num_warps=4),
 }
 ATTENTION_FWD: Mapping[str, Launch] = {

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
+import time
+
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import lbfast.cli
+from lbfast.model.config import published_config
+from lbfast.model.languagebind import model_dict
 from lbfast.training import memory, plan as plans
 from lbfast.training.measure import LOSS_ROWS, Costs, Line
+from lbfast.training.parameters import prepare
 from lbfast.training.plan import plan
+from lbfast.training.trainer import train
 from tests import tiny, trainees
 
 WIDE = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 8}
@@ -41,6 +49,39 @@ def test_a_run_takes_what_was_planned(tmp_path, processes, modality, lora_r, mic
         child.join()
     print(f"planned {found[0] / memory.MIB:.1f} MiB, taken {found[1] / memory.MIB:.1f} MiB")
     assert found[0] == pytest.approx(found[1], rel=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("modality", "lora_r", "micro_batch"), [("image", 0, 16), ("image", 8, 32), ("video", 0, 4), ("video", 8, 8)]
+)
+def test_a_run_on_a_gpu_takes_what_was_planned(tmp_path, modality, lora_r, micro_batch):
+    """Of L/14 with six layers: what PyTorch has allocated at the most, and how long a step takes."""
+    device = torch.device("cuda")
+    made = trainees.plan(modality, lora_r=lora_r, micro_batch=micro_batch, batch_size=64, epochs=4)
+    config = published_config(modality)
+    config.vision_config.num_hidden_layers = config.text_config.num_hidden_layers = 6
+    with device:
+        model = model_dict[modality](config)
+    prepare(model, made)
+    found = plan(made, model)
+    data = trainees.Data(modality, 0, 64)
+    side = (3, 8, 224, 224) if modality == "video" else (3, 224, 224)
+    data.all.pixel_values, data.samples, data.steps_per_epoch = torch.randn(64, *side), 64, 1
+    rows = trainees.rows("image", 64, length=77)
+    data.all.input_ids, data.all.attention_mask, data.all.groups = rows.input_ids, rows.attention_mask, rows.groups
+    times = []
+    data.before = lambda step: (torch.cuda.synchronize(), times.append(time.perf_counter()))
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    train(made, model, data, tmp_path, steps=3)
+    torch.cuda.synchronize()
+    taken, seconds = torch.cuda.max_memory_allocated(), min(b - a for a, b in itertools.pairwise(times))
+    print(f"planned {found.peak / memory.MIB:.0f} MiB, {found.seconds:.3f} s")
+    print(f"taken {taken / memory.MIB:.0f} MiB, {seconds:.3f} s")
+    assert found.peak == pytest.approx(taken, rel=0.1)
+    assert found.seconds == pytest.approx(seconds, rel=0.25)
 
 
 def test_nothing_is_changed():
