@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,8 @@ NESTED, CALLS = "lbfast nested", "lbfast, a call each"
 FLOPS = {"fwd": 2, "bwd": 6, "both": 8}  # times B^2 D
 PEERS_TO = 2**18
 """Pairs: with more, the others would take minutes; ours then take seconds, and are called once for each number."""
+SLOW = 2.0
+"""Seconds: a peer that takes longer for a call on a GPU is called no more."""
 DENSE_LIMIT_GIB = {"cpu": 8, "cuda": 100}
 """Dense candidates that would need more than this are left out."""
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 2e-2}
@@ -141,6 +144,19 @@ def candidates(size: int, dtype: str, device: str) -> tuple[list[str], dict[str,
     return names, absent
 
 
+class _Watched:
+    """A call that knows how long its last run took."""
+
+    def __init__(self, run: Callable[[], Any]):
+        self.run, self.seconds = run, 0.0
+
+    def __call__(self) -> None:
+        begun = time.perf_counter()
+        self.run()
+        torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - begun
+
+
 def measure(
     size: int,
     dim: int,
@@ -161,7 +177,10 @@ def measure(
     for name in names:
         try:
             if record.device == "cuda":
-                memory[name] = harness.gpu_extra_mib(step(name, "both", tensors), warm=often)
+                call = _Watched(step(name, "both", tensors))
+                memory[name] = harness.gpu_extra_mib(call, warm=often)
+                if not name.startswith("lbfast") and call.seconds > SLOW:
+                    raise RuntimeError(f"left out: a call took {call.seconds:.0f} s")
             else:
                 memory[name] = harness.cpu_memory(whole_step, name, size, dim, dtype, warm=(name, 64, dim, dtype)).extra
             if exact is not None and name not in (NESTED, CALLS):

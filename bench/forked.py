@@ -38,7 +38,7 @@ BEHIND = (
 )
 
 
-def _import_all() -> None:
+def import_all() -> None:
     for name in BEHIND:
         with contextlib.suppress(Exception):  # it is the job that will say what is missing
             importlib.import_module(name)

@@ -1,5 +1,5 @@
 """Imported by the process that jobs are forked from: bench/forked.py."""
 
-from .forked import _import_all
+from .forked import import_all
 
-_import_all()
+import_all()

@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="what is done, too")
     parser.add_argument("--list", action="store_true", help="print the plan and nothing else")
     parser.add_argument("--wheels", type=Path, default=ROOT / ".whl", help="folder of peers' wheels (%(default)s)")
-    parser.add_argument("--commit", help="of the checkout, where git is not there to say it")
+    parser.add_argument("--commit", help="of the checkout, where git cannot say it")
     parser.add_argument("--folder", type=Path, default=harness.RESULTS, help="of the results (%(default)s)")
     given = parser.parse_args(argv)
     if given.list:

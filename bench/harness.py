@@ -37,7 +37,7 @@ MIB = 2**20
 TESTS = "LBFAST_BENCH_TESTS"
 """Environment variable by which bench.run and bench.gpu tell their benches how the tests went: "passed"."""
 COMMIT = "LBFAST_COMMIT"
-"""Environment variable: the checkout's commit, where git is not there to say it."""
+"""Environment variable: the checkout's commit, where git is not there to say it, or that of another day."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,9 @@ def header(device: str) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The checkout's commit, "+" behind it where files differ from it; outside one what COMMIT says, or "unknown"."""
+    """What COMMIT says, or the checkout's commit, "+" behind it where files differ; "unknown" without either."""
+    if COMMIT in os.environ:
+        return os.environ[COMMIT]
     try:
         git = ["git", "-C", str(HERE)]
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
@@ -79,7 +81,7 @@ def _commit() -> str:
         changed = [*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)bench/results"]
         dirty = subprocess.run(changed, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get(COMMIT, "unknown")
+        return "unknown"
     return commit.stdout.strip() + ("+" if dirty else "")
 
 

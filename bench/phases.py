@@ -1,6 +1,6 @@
 """What `make gpu` does, in the order of its worth: phases of jobs, each job a process. bench/gpu.py runs them.
 
-The seconds of FIRST add up to 480, for 16 cores and an H100; those of SECOND are for another call.
+The seconds of FIRST add up to 470, for 16 cores and an H100; those of SECOND are for another call.
 """
 
 from __future__ import annotations
@@ -83,16 +83,16 @@ def _attention(case: str, *arguments: str, name: str = "", seconds: float) -> Jo
     return _bench(f"attention{name}", *arguments, module="bench_attention", seconds=seconds, op="attention", gib=10)
 
 
-DEVICE = (_bench("device", module="device", seconds=12),)
+DEVICE = (_bench("device", module="device", seconds=20),)
 OP_BENCHES = (
-    _attention("image L/14", seconds=12),
-    _attention("audio L/14", "--samples", "128", name="-audio", seconds=12),  # whole score matrices of more don't fit
-    _attention("text L", name="-text", seconds=9),
-    _bench("info-nce", "--size", "32768", "8192", "--dim", "768", *QUICK, seconds=18, op="info_nce", gib=20),
-    _bench("mlp", "--shape", "1024", "4096", *QUICK, seconds=12, op="mlp"),
-    _bench("patch-embed", "--width", "1024", *QUICK, seconds=11, op="patch_embed"),
-    _bench("layer-norm", "--width", "1024", *QUICK, seconds=11, op="layer_norm"),
-    _bench("temporal-attention", "--shape", "257", "16", "64", *QUICK, seconds=12, op="temporal_attention"),
+    _attention("image L/14", seconds=20),
+    _attention("audio L/14", "--samples", "128", name="-audio", seconds=20),  # whole score matrices of more don't fit
+    _attention("text L", name="-text", seconds=14),
+    _bench("info-nce", "--size", "32768", "8192", "--dim", "768", *QUICK, seconds=22, op="info_nce", gib=20),
+    _bench("mlp", "--shape", "1024", "4096", *QUICK, seconds=11, op="mlp"),
+    _bench("patch-embed", "--width", "1024", *QUICK, seconds=13, op="patch_embed"),
+    _bench("layer-norm", "--width", "1024", *QUICK, seconds=15, op="layer_norm"),
+    _bench("temporal-attention", "--shape", "257", "16", "64", *QUICK, seconds=15, op="temporal_attention"),
 )
 CANDIDATES = (
     "reference float32",
@@ -110,18 +110,18 @@ def _encoder(modality: str, *batches: str, seconds: float) -> Job:
 
 
 ENCODERS = (  # the largest batch first: it tells most
-    _encoder("image", "256", "8", "1", seconds=45),
-    _encoder("video", "32", "1", seconds=40),
-    _encoder("audio", "64", seconds=20),
-    _encoder("text", "1024", "64", seconds=20),
+    _encoder("image", "256", "8", "1", seconds=38),
+    _encoder("video", "32", "1", seconds=34),
+    _encoder("audio", "64", seconds=17),
+    _encoder("text", "1024", "64", seconds=16),
 )
 TRAINING = (
-    _bench("training", "--arch", "L/14", "--batch", "1024", "--micro-batch", "128", "--memory-batch", "512", "4096",
-           "--seconds", "0.5", module="bench_training", seconds=80, gib=30),
+    _bench("training", "--arch", "L/14", "--batch", "1024", "--micro-batch", "128", "--memory-batch", "4096",
+           "--seconds", "0.5", module="bench_training", seconds=70, gib=30),
     _bench("info-nce-large", "--size", "131072", "1048576", "--dim", "768", "--passes", "both", *QUICK,
            module="bench_info_nce", seconds=50, op="info_nce", gib=20),
 )  # fmt: skip
-PROFILES = (_bench("profile", module="profile", seconds=21),)
+PROFILES = (_bench("profile", module="profile", seconds=10),)
 LOSSES = (
     _bench("sigmoid-loss", "--size", "32768", "8192", *QUICK, seconds=12, op="sigmoid_loss", gib=20),
     _bench("nested-info-nce", "--size", "32768", "--dim", "768", "--passes", "fwd", "both", "--nested", *QUICK,
@@ -220,13 +220,13 @@ def sanitizer() -> str | None:
 
 
 FIRST = (
-    Phase("device", "the device, versions, clocks, what products and copies reach", 10, lambda _: DEVICE),
-    Phase("compile", "what the benches launch, into the caches, on all cores", 50, compiled, together=True),
-    Phase("tests", "every kernel against float64, in three dtypes", 50, tests, together=True),
-    Phase("ops", "ops beside all peers", 97, lambda _: OP_BENCHES),
-    Phase("encoders", "whole encoders beside upstream's arithmetic", 125, lambda _: ENCODERS),
-    Phase("training", "a training step of L/14; the loss at 131,072 and 1,048,576", 127, lambda _: TRAINING),
-    Phase("profile", "where the time of image and video goes, and the power", 21, lambda _: PROFILES),
+    Phase("device", "the device, versions, clocks, what products and copies reach", 20, lambda _: DEVICE),
+    Phase("compile", "what the benches launch, into the caches, on all cores", 40, compiled, together=True),
+    Phase("tests", "every kernel against float64, in three dtypes", 45, tests, together=True),
+    Phase("ops", "ops beside all peers", 130, lambda _: OP_BENCHES),
+    Phase("encoders", "whole encoders beside upstream's arithmetic", 105, lambda _: ENCODERS),
+    Phase("training", "a training step of L/14; the loss at 131,072 and 1,048,576", 120, lambda _: TRAINING),
+    Phase("profile", "where the time of image and video goes, and the power", 10, lambda _: PROFILES),
 )
 SECOND = (
     Phase("losses", "the sigmoid loss beside its peers; nested embeddings beside one call", 20, lambda _: LOSSES),

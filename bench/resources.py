@@ -6,7 +6,8 @@
 
 A kernel file kernels/X.py takes part by its `aot_cases(arch) -> list[AotCase]`. Registers and stack come from the
 compiled binary: a kernel without arrays of its own has a stack only where registers were spilt. Exits with 1 where
-a kernel spills, asks for more shared memory than the architecture gives a block, or cannot be counted.
+a kernel spills, asks for more shared memory than the architecture gives a block, was assembled wrongly (`lost_bases`
+in bench/sass.py), or cannot be counted.
 
 The warp-instructions of a launch are counted in its SASS by bench/sass.py, for cases that state their grid. "issue" is
 the time in which four schedulers a multiprocessor issue them: a bound that no kernel reaches, as the floor is. CTAs:
@@ -169,7 +170,10 @@ def compile_case(kernel: str, index: int, arch: str, counted: bool = True) -> Ro
     try:
         if "scf." in compiled.asm["ttir"]:  # the same again, with TTIR's lines in place of the source's
             compiled = _compile(case, arch, lines=True)
-        count = sass.count(_sass(compiled), compiled.asm["ttir"], compiled.asm["ttgir"], case.trips, case.shares)
+        text = _sass(compiled)
+        if lost := sass.lost_bases(text):
+            return dataclasses.replace(row, error=f"ptxas reads registers that hold something else: {lost[0]}")
+        count = sass.count(text, compiled.asm["ttir"], compiled.asm["ttgir"], case.trips, case.shares)
     except sass.CountError as error:
         return dataclasses.replace(row, uncounted=str(error))
     total = round(count.total * compiled.metadata.num_warps * case.programs)
@@ -222,15 +226,16 @@ def _sass(compiled: Any) -> str:
     name = "disassembled.sass"
     kept = get_cache_manager(hashlib.sha256(compiled.asm["cubin"]).hexdigest())
     if (file := kept.get_file(name)) is None:
-        file = kept.put(_disassembled(compiled), name, binary=False)
+        file = kept.put(disassembled(compiled.asm["cubin"], "-g"), name, binary=False)
     return Path(file).read_text(encoding="utf-8")
 
 
-def _disassembled(compiled: Any) -> str:
+def disassembled(cubin: bytes, *options: str) -> str:
+    """The SASS of a binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        return _tool("nvdisasm", "-c", "-g", file.name)
+        return _tool("nvdisasm", "-c", *options, file.name)
 
 
 def _tool(name: str, *arguments: str) -> str:

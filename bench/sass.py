@@ -72,6 +72,48 @@ def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
     return instructions, labels
 
 
+_LOWER = re.compile(r"UIADD3 (UR\d+), (UP\d), (UR\d+), \S+, URZ")
+_UPPER = re.compile(r"UIADD3\.X UR\d+, (UR\d+), -?0x[0-9a-f]+, URZ, (UP\d)")
+_WRITES = re.compile(r"(\S+) (?:UP\d, )?UR(\d+)\b")
+_UPPER_HALVES = ("UMOV", "UIADD3.X", "USHF.R.S32.HI", "UIMAD")
+"""What writes one: 0, a carried sum, a sign."""
+
+
+def lost_bases(text: str) -> list[str]:
+    """Sums of a 64-bit base and a constant, in uniform registers, that read a half of the base where it no longer is.
+
+    ptxas 12.8, of Triton 3.6 and 3.7, makes such sums for the descriptors of a product's factors in shared memory,
+    where their base was known before a loop and is wanted behind it: the product then reads something else.
+    """
+    code = (re.sub(r"/\*.*?\*/", "", row) for row in text.splitlines())
+    rows = [re.sub(r"^@!?\w+ ", "", " ".join(row.split())) for row in code]
+    lower: dict[str, tuple[int, str]] = {}
+    found = []
+    for at, row in enumerate(rows):
+        if match := _LOWER.match(row):
+            lower[match[2]] = at, match[3]
+        elif (match := _UPPER.match(row)) and match[2] in lower:
+            first, base = lower[match[2]]
+            writer, upper = _writer(rows, at, match[1])
+            same = match[1] == base and writer < first  # both halves are read from one register
+            if same or not upper:
+                found.append(f"{rows[first]} {row}")
+    return found
+
+
+def _writer(rows: Sequence[str], at: int, register: str) -> tuple[int, bool]:
+    """The last row before `at` that writes a uniform register (-1: none), and whether that may be an upper half."""
+    number = int(register.removeprefix("UR"))
+    for index in range(at - 1, -1, -1):
+        if match := _WRITES.match(rows[index]):
+            op, written = match[1], int(match[2])
+            if number == written:
+                return index, op.startswith(_UPPER_HALVES) or ".64" in op
+            if number == written + 1 and (".64" in op or "WIDE" in op):
+                return index, True
+    return -1, True
+
+
 @dataclasses.dataclass
 class Loop:
     """A natural loop. blocks: nested ones' too. passes: how often its body runs each time it is reached."""

@@ -71,7 +71,8 @@ def _attention_fwd_head_kernel(
 ):
     """A head's COLS_1 + COLS_2 keys on chip; its queries by tiles of ROWS, every PARTS-th, and the last FEW as columns.
 
-    EVEN: tiles are whole. Loop invariants stay in the loop: hoisted addresses of V would take 100 registers.
+    EVEN: tiles are whole. Loop invariants stay in the loop: hoisted addresses of V would take 100 registers. The last
+    queries come first: behind the loop ptxas 12.8 loses the base of their factors (`lost_bases` in bench/sass.py).
     """
     pid = tl.program_id(0)
     part = pid % PARTS
@@ -102,7 +103,6 @@ def _attention_fwd_head_kernel(
             queries = load_queries(q_ptr, stride_qn, o_m, o_m < N, first, M, D, D_1, D_2, CAUSAL, HAS_MASK)
             state = attend(queries, part_1, part_2, scale, COLS_2, RAGGED, 0, D_1, D_2, MASKED, PRECISION, ACC)
             finish(o_ptr, lse_ptr, H * D, state, o_m, o_m < N, 0, D, D_1, D_2)
-
     for tile in tl.range(part, whole, PARTS, disable_licm=True):
         o_m = tile * ROWS + tl.arange(0, ROWS)
         m_m = tl.full([ROWS], True, tl.int1) if EVEN else o_m < N

@@ -19,7 +19,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from bench import memcheck
+from bench import memcheck, resources, sass
 from bench.resources import ARCHS, KERNELS
 from lbfast import ops
 from lbfast.kernels import primitives
@@ -38,8 +38,14 @@ class Driver:
         self.target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: about,
-            load_binary=lambda name, kernel, shared, device: (1, 1, 0, 0, 1024),
+            load_binary=self.load,
         )
+
+    def load(self, name, kernel, shared, device):
+        if self.target.backend == "cuda":
+            lost = sass.lost_bases(resources.disassembled(kernel))
+            assert not lost, f"{name}: ptxas reads registers that hold something else: {lost[0]}"
+        return 1, 1, 0, 0, 1024
 
     def get_current_target(self):
         return self.target

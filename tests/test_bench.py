@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import torch
 import bench.options
 from bench import (
     bench_files,
+    bench_info_nce,
     bench_languagebind,
     bench_training,
     contest,
@@ -156,6 +158,38 @@ def test_contest_on_a_gpu(monkeypatch):
     ]
     assert [row["part"] for row in record.rows if "note" in row] == ["both"]
     assert harness.describe(record.header).startswith("NVIDIA H200, ") and record.header["slug"] == "nvidia-h200"
+
+
+def test_what_a_captured_step_reads_stays_alive(monkeypatch):
+    """A replay reads what the step held when it was captured."""
+    graph = SimpleNamespace(replay=lambda: replays.append(1))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: contextlib.nullcontext())
+    kept, replays = torch.zeros(3), []
+    held = weakref.ref(kept)
+    replay = contest.captured(lambda kept=kept: kept.add(1))
+    del kept
+    replay()
+    assert replays == [1] and held() is not None
+    del replay
+    assert held() is None
+
+
+def test_a_backward_that_cannot_be_repeated_is_a_row(monkeypatch):
+    def once(name, part, tensors, step=bench_info_nce.step):
+        def fails():
+            raise RuntimeError("compiled with donated buffers\nand more")
+
+        return fails if (name, part) == ("dense", "bwd") else step(name, part, tensors)
+
+    monkeypatch.setattr(bench_info_nce, "step", once)
+    record = harness.Record("a title", "cpu")
+    bench_info_nce.measure(16, 8, "float32", record, ["fwd", "bwd", "both"], 0.0)
+    noted = [row for row in record.rows if row["name"] == "dense" and "note" in row]
+    assert [(row["part"], row["note"]) for row in noted] == [("bwd", "compiled with donated buffers")]
+    assert {row["part"] for row in record.rows if row["name"] == "dense" and "median_ms" in row} == {"fwd", "both"}
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -264,10 +264,10 @@ def test_jobs_out_of_time_take_nothing_from_others(here, capsys):
     here.takes = 1e6
     begun = here.now
     code, results = here.call("--seconds", "570")
-    ends, first = endings(results), sum(phase.seconds for phase in phases.FIRST)
+    ends, first = endings(results), sum(phase.seconds for phase in phases.FIRST if not phase.together)
     assert code == 0 and results.keys() >= FIGURES  # what they had is kept
     assert all(ends[name][0] == "open" and ends[name][1].startswith("stopped after") for name in FIGURES)
-    assert first - 70 - 55 <= here.now - begun <= 570  # phases of many jobs take no time here
+    assert first <= here.now - begun <= 570  # phases of many jobs take no time here
     spent = {row["name"]: row["seconds"] for row in results["run"]["rows"]}
     for job in (*phases.OP_BENCHES[1:], *phases.ENCODERS, *phases.TRAINING, *phases.PROFILES):
         assert spent[job.name] >= 0.99 * job.seconds * min(1, 97 / 100), job.name

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from _pytest.mark.expression import Expression
 
-from bench import gpu, ledger, phases, story, tune
+from bench import forked, gpu, ledger, phases, story, tune
 
 pytest.importorskip("triton")
 
@@ -27,7 +29,7 @@ def test_needs_a_gpu(capsys, monkeypatch):
 
 
 def test_the_plan(capsys):
-    assert gpu.main(["--list"]) == 0 and "480 s to the end of profile" in capsys.readouterr().out
+    assert gpu.main(["--list"]) == 0 and "470 s to the end of profile" in capsys.readouterr().out
     assert sum(phase.seconds for phase in phases.FIRST) <= 480 >= sum(phase.seconds for phase in phases.SECOND)
     jobs = [job for phase in phases.PHASES for job in phase.jobs(phases.NOTHING)]
     assert len({job.name for job in jobs}) == len(jobs)
@@ -49,9 +51,15 @@ def test_every_gpu_test_belongs_to_a_job(request):
     marked = [item.nodeid.removeprefix("tests/").lower() for item in request.session.items if "gpu" in item.keywords]
     if not any(test.startswith("test_gpu.py") for test in marked):
         pytest.skip("runs with tests/test_gpu.py")
-    jobs = [Expression.compile(job.arguments[-1]) for job in phases.tests(phases.NOTHING)]
+    jobs = phases.tests(phases.NOTHING)
     for test in marked:
-        assert sum(job.evaluate(functools.partial(_within, test)) for job in jobs) == 1, test
+        assert sum(_runs(job, test) for job in jobs) == 1, test
+
+
+def _runs(job, test):
+    files = [Path(argument).name for argument in job.arguments if argument.endswith(".py")]
+    chosen = Expression.compile(job.arguments[-1]).evaluate(functools.partial(_within, test))
+    return chosen and test.startswith(tuple(files))
 
 
 def _within(test, word, **more):
@@ -133,3 +141,36 @@ def test_memcheck_jobs_name_ops_that_have_cases():
 
     names = {name.split()[0].strip(",") for name in memcheck.cases("cpu", torch.float32)}
     assert set(phases.OPS) <= names
+
+
+def test_jobs_are_forked_from_a_process_with_the_imports_done(tmp_path, monkeypatch):
+    """They end as commands do, and one that hangs is stopped with its children."""
+    monkeypatch.setattr(forked, "BEHIND", ())  # the server's own
+    monkeypatch.chdir(ROOT)
+    module = tmp_path / "job_for_a_fork.py"
+    module.write_text(
+        "import os, subprocess, sys, time\n"
+        "print(os.environ['SAID'], sys.argv[1:], 'torch' in sys.modules, flush=True)\n"
+        "if sys.argv[1] == 'hang': print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)\n"
+        "sys.exit(int(sys.argv[1]))\n"
+    )
+    env, log = {**os.environ, "PYTHONPATH": str(tmp_path), "SAID": "hello", "OMP_NUM_THREADS": "1"}, tmp_path / "log"
+    command = [sys.executable, "-m", module.stem]
+    for code in (0, 3):
+        assert forked.run([*command, str(code)], 60, env, log) == code
+        assert log.read_text() == f"hello ['{code}'] True\n"
+    assert forked.run([*command, "hang"], 2, env, log) is None
+    child = int(log.read_text().splitlines()[-1])
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            break
+        state = Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        if state == "Z":  # killed; who is to wait for it is gone, too
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError("the child of a job that was stopped lives on")
+    assert forked.run([sys.executable, "-c", "raise SystemExit(4)"], 60, env, log) == 4

@@ -60,6 +60,9 @@ def test_report_of_results(tmp_path):
     assert cells[3].endswith(", 1.50 x upstream") and cells[4].endswith(", 3.00 x upstream autocast")
     assert "2 threads of A CPU (AVX512, AMX)" in made["README.md"] and report.NO_GPU in made["README.md"]
     assert "- video, full, dense: not timed: out of memory" in every
+    assert re.search(r"\| training-l14-video +\| - ", every) and re.search(
+        r"\| languagebind-video +\| 2026-01-01 ", every
+    )
     assert "- peer: not timed: absent" in every and "![languagebind-video](a-cpu-languagebind-video.svg)" in every
     assert made["a-cpu-languagebind-video.svg"].count("<rect") == 1 + 4
     with pytest.raises(ValueError, match="bench:speed: expected one of"):

@@ -327,3 +327,24 @@ def test_loads_of_a_trip_by_layout(load, loads):
 def test_refuses_a_call_that_is_always_made():
     with pytest.raises(sass.CountError, match="a call"):
         count("2: CALL.REL.NOINC `(.L_x_1)\n3: EXIT\n.L_x_1:\n3: RET.REL.NODEC R4", STRAIGHT)
+
+
+KEPT = """
+        /*0010*/                   USGXT.U32 UR6, UR6, 0xe ;
+        /*0020*/                   UIADD3 UR10, UP0, UR6, 0x80, URZ ;
+        /*0030*/                   HGMMA.64x64x16.F32.BF16 R56, gdesc[UR12], R56 ;
+        /*0040*/                   UMOV UR6, URZ ;
+        /*0050*/                   UIADD3.X UR11, UR6, 0x40000040, URZ, UP0, !UPT ;
+"""
+
+
+def test_bases_that_are_lost():
+    """What ptxas 12.8 made of attention over 257 tokens, and what it makes elsewhere."""
+    assert sass.lost_bases(KEPT) == []
+    both = [row for row in KEPT.splitlines() if "UMOV" not in row]
+    assert sass.lost_bases("\n".join(both)) == [
+        "UIADD3 UR10, UP0, UR6, 0x80, URZ ; UIADD3.X UR11, UR6, 0x40000040, URZ, UP0, !UPT ;"
+    ]
+    assert len(sass.lost_bases(KEPT.replace("UMOV UR6, URZ", "ULDC UR6, c[0x0][0x268]"))) == 1
+    assert sass.lost_bases(KEPT.replace("UMOV UR6, URZ", "UIADD3.64 UR6, UR14, 0x4, URZ")) == []
+    assert sass.lost_bases(KEPT.replace("UMOV UR6, URZ", "UIMAD.WIDE.U32 UR5, UR14, 0x4, URZ")) == []
