@@ -90,6 +90,26 @@ def test_operators_join_time_and_work():
     assert found[0].roofline == 0.5 and found[0].intensity == 2 and found[1].roofline == 0
 
 
+def test_kernels_that_no_operator_launched(tmp_path):
+    """As Triton's launcher does in inference: they have rows of their own, by name."""
+
+    def kernel(name, ms, of=None):
+        return {"cat": "kernel", "name": name, "dur": 1e3 * ms, "args": {} if of is None else {"External id": of}}
+
+    events = [
+        {"cat": "cpu_op", "name": "aten::addmm", "args": {"External id": 7}},
+        {"cat": "cuda_driver", "name": "cuLaunchKernelEx", "args": {"correlation": 9}},
+        {"name": "a comment"},
+        kernel("gemm", 4, of=7),
+        kernel("_norm", 1),
+        kernel("_norm", 2),
+        kernel("_gelu", 5, of=8),
+    ]
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({"traceEvents": events}))
+    assert trace.alone(path) == {"_norm": (2, 3.0), "_gelu": (1, 5.0)}
+
+
 def test_times_of_a_gpu():
     """Kernels count for the operator that launched them: with all inside where it was counted, else its own."""
 
@@ -102,7 +122,8 @@ def test_times_of_a_gpu():
     ours = event("lbfast::mlp", 250, [product])
     outer = event("aten::linear", 0, [event("aten::addmm", 2000)])
     kernel = event("sm90_gemm", 1e9, device=trace.DeviceType.CUDA)
-    found = trace._by_name([ours, outer, kernel], "cuda", {"lbfast::mlp", "aten::addmm"})
+    launch = event("cuLaunchKernelEx", 300)  # of no operator: `alone` has its kernel
+    found = trace._by_name([ours, outer, kernel, launch], "cuda", {"lbfast::mlp", "aten::addmm"})
     assert found == {"lbfast::mlp": (1, 0.75), "aten::linear": (1, 0.0), "aten::addmm": (1, 2.0)}
 
 

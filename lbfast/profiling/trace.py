@@ -19,11 +19,13 @@ from lbfast.profiling import machine, power
 from lbfast.profiling.count import Counter, Work
 
 POINTS = 2000  # of the memory timeline, at most
+_LAUNCHES = ("cuLaunch", "cudaLaunch")  # whose kernels are their operators', or `alone`
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One row: an operator's work in one call of the model. ms: of the GPU where there is one, else of the CPU.
+    """One row: the work of an operator, or of a kernel that none launched, in one call of the model. ms: of the GPU
+    where there is one, else of the CPU.
 
     roofline: the least time its FLOP and bytes could take at the machine's measured rates, over the time they took;
     above 1 where a cache served the bytes.
@@ -99,6 +101,8 @@ def run(
     with files.replacing(trace) as staged:
         profiler.export_chrome_trace(str(staged))
     spent = _by_name(profiler.events(), kind, counter.work.keys())
+    if kind == "cuda":
+        spent |= alone(trace)
     return Profile(
         machine.facts(kind), items, ms, operators(spent, counter.work, rates), rates, timeline(trace, kind), energy
     )
@@ -129,7 +133,7 @@ def _by_name(events: Iterable[Any], kind: str, counted: Collection[str]) -> dict
     """Name -> (calls, milliseconds): the whole time of operators that were counted, of the others their own."""
     spent: dict[str, tuple[int, float]] = {}
     for event in events:
-        if event.device_type != DeviceType.CPU or event.cpu_parent is not None:
+        if event.device_type != DeviceType.CPU or event.cpu_parent is not None or event.name.startswith(_LAUNCHES):
             continue
         for name, ms in _own_times(event, kind, counted):
             calls, total = spent.get(name, (0, 0.0))
@@ -147,6 +151,19 @@ def _own_times(event: Any, kind: str, counted: Collection[str]) -> Iterator[tupl
     if not whole:
         for child in event.cpu_children:
             yield from _own_times(child, kind, counted)
+
+
+def alone(trace: Path) -> dict[str, tuple[int, float]]:
+    """Kernels of a trace that no operator launched, as Triton's are where nothing is differentiated: name -> (calls,
+    milliseconds)."""
+    events = json.loads(trace.read_text())["traceEvents"]
+    launchers = {event["args"].get("External id") for event in events if event.get("cat") == "cpu_op"}
+    spent: dict[str, tuple[int, float]] = {}
+    for event in events:
+        if event.get("cat") == "kernel" and event["args"].get("External id") not in launchers - {None}:
+            calls, total = spent.get(event["name"], (0, 0.0))
+            spent[event["name"]] = (calls + 1, total + event["dur"] / 1e3)
+    return spent
 
 
 def operators(spent: dict[str, tuple[int, float]], work: dict[str, Work], rates: machine.Rates) -> list[Operator]:
