@@ -16,7 +16,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,17 +122,28 @@ def _cases(machine: Machine) -> Iterable[tuple[str, Sequence[Row], str]]:
             yield f"{SHOWN[modality]}, batch {case.rsplit(' ', 1)[1]}", result.rows, case
 
 
-def encoders(machine: Machine) -> str:
+def encoders(machines: Mapping[str, Machine]) -> str:
     """What a user gains: in each precision our fastest, and how much sooner than the fastest other of that precision.
 
-    float8, which is less exact, is among `details`.
+    A case of each modality: the largest batch on a GPU, the smallest on a CPU. The others, and float8, which is less
+    exact, are among `details`.
     """
-    table = []
-    for name, rows, case in _cases(machine):
-        timed = [row for row in rows if row["case"] == case and "median_ms" in row]
-        cells = [_beside(timed, dtypes) for dtypes in (("float32",), ("bfloat16", "float16"), ("int8",))]
-        table.append((name, _ms(_best(rows, "reference float32", case)), *cells))
-    return harness.table(("encoder, ms", "upstream, float32", "lbfast, float32", "bfloat16", "int8"), table)
+    said, table = [], []
+    for slug in sorted(machines, key=lambda s: (not _gpu(machines[s]), s)):
+        machine, chosen = machines[slug], max if _gpu(machines[slug]) else min
+        short = next(iter(machine.values())).header["device"].removeprefix("NVIDIA ") if _gpu(machine) else "CPU"
+        cases = list(_cases(machine))
+        for modality in ENCODERS:
+            mine = [case for case in cases if case[2].startswith(modality)]
+            if mine:
+                name, rows, case = chosen(mine, key=lambda found: int(found[2].rsplit(" ", 1)[1]))
+                timed = [row for row in rows if row["case"] == case and "median_ms" in row]
+                cells = [_beside(timed, dtypes) for dtypes in (("float32",), ("bfloat16", "float16"), ("int8",))]
+                table.append((name, short, _ms(_best(rows, "reference float32", case)), *cells))
+        if cases:
+            said.append(f"{short}: {_on(machine, commits=False)}.")
+    columns = ("encoder, ms", "on", "upstream, float32", "lbfast, float32", "bfloat16", "int8")
+    return "\n".join(said) + "\n\n" + harness.table(columns, table, left=2) if table else "Not measured yet."
 
 
 def _beside(timed: Sequence[Row], dtypes: Sequence[str]) -> str:
@@ -266,8 +277,7 @@ def feeding(machine: Machine) -> str:
     return harness.table(("batches", "", "busy", "main process, ms a file"), cells, left=2)
 
 
-SECTIONS = {
-    "encoders": encoders,
+SECTIONS: dict[str, Callable[[Machine], str]] = {
     "details": details,
     "shared": shared,
     "batches": row_of_batches,
@@ -276,13 +286,15 @@ SECTIONS = {
     "files": decoding,
     "pipeline": feeding,
 }
+NAMES = ("encoders", *SECTIONS)
 NEEDS = {"batches": "languagebind-row", "files": "files-all", "pipeline": "files-all"}
 
 
 def section(name: str, machines: Mapping[str, Machine]) -> str:
     """What goes between the markers of this name: a table for each machine, GPUs first; of no GPU, a line.
 
-    What a user gains is shown of one CPU, the last that was measured; of a day's, that with the most candidates.
+    What a user gains, "encoders", is one table, of GPUs and of one CPU, the last that was measured; of a day's, that
+    with the most candidates.
     """
     if name == "encoders":
         last = max(
@@ -293,7 +305,8 @@ def section(name: str, machines: Mapping[str, Machine]) -> str:
             ),
             default="",
         )
-        machines = {slug: machine for slug, machine in machines.items() if slug == last or _gpu(machine)}
+        text = encoders({slug: machine for slug, machine in machines.items() if slug == last or _gpu(machine)})
+        return text if any(map(_gpu, machines.values())) else f"{text}\n\n{NO_GPU}"
     parts = []
     for slug in sorted(machines, key=lambda s: (not _gpu(machines[s]), s)):
         machine = machines[slug]
@@ -301,9 +314,7 @@ def section(name: str, machines: Mapping[str, Machine]) -> str:
             continue
         table = SECTIONS[name](machine)
         if table.count("\n") > 1:
-            parts.append(f"On {_on(machine, commits=name != 'encoders')}:\n\n{table}")
-    if name == "encoders" and not any(map(_gpu, machines.values())):
-        parts.append(NO_GPU)
+            parts.append(f"On {_on(machine)}:\n\n{table}")
     return "\n\n".join(parts or ["Not measured yet."])
 
 
@@ -342,8 +353,8 @@ def page(text: str, machines: Mapping[str, Machine]) -> str:
     """A page with its tables made anew. ValueError for a marker of another name."""
 
     def fill(match: re.Match[str]) -> str:
-        if match[2] not in SECTIONS:
-            raise ValueError(f"bench:{match[2]}: expected one of {', '.join(SECTIONS)}")
+        if match[2] not in NAMES:
+            raise ValueError(f"bench:{match[2]}: expected one of {', '.join(NAMES)}")
         return f"{match[1]}{section(match[2], machines)}\n{match[3]}"
 
     return _MARKER.sub(fill, text)

@@ -199,8 +199,8 @@ def test_the_whole_with_the_benches_themselves(here, monkeypatch, capsys):
         tiny.unpack(archive, home)
     machines = {**report.load(harness.RESULTS), **report.load(home)}
     assert machines["nvidia-h200"].keys() >= FIGURES
-    tables = {name: report.section(name, machines) for name in report.SECTIONS}
-    assert tables["encoders"].startswith("On NVIDIA H200") and report.NO_GPU not in tables["encoders"]
+    tables = {name: report.section(name, machines) for name in report.NAMES}
+    assert tables["encoders"].startswith("H200: NVIDIA H200") and report.NO_GPU not in tables["encoders"]
     assert "layer norm" in tables["ops"] and "32x16" in tables["info-nce"]
     every, _ = report.index(machines)
     assert "nvidia-h200: profile" in every and "| languagebind-row " in every

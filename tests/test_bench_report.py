@@ -57,8 +57,12 @@ def test_report_of_results(tmp_path):
     assert "old" not in made["README.md"] and made["README.md"].endswith("1.00 x\n")
     line = next(line for line in made["README.md"].splitlines() if line.startswith("| video"))
     cells = [cell.strip() for cell in line.split("|")]
-    assert cells[3].endswith(", 1.50 x upstream") and cells[4].endswith(", 3.00 x upstream autocast")
-    assert "2 threads of A CPU (AVX512, AMX)" in made["README.md"] and report.NO_GPU in made["README.md"]
+    assert cells[2] == "CPU" and cells[4].endswith(", 1.50 x upstream")
+    assert cells[5].endswith(", 3.00 x upstream autocast")
+    assert (
+        "CPU: 2 threads of A CPU (AVX512, AMX), torch 2.13, 2026-01-01.\n" in made["README.md"]
+        and report.NO_GPU in made["README.md"]
+    )
     assert "- video, full, dense: not timed: out of memory" in every
     assert re.search(r"\| training-l14-video +\| - ", every) and re.search(
         r"\| languagebind-video +\| 2026-01-01 ", every
