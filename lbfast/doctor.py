@@ -93,8 +93,9 @@ def choices(device: str) -> Iterator[Choice]:
         against: dict[str, dict[str, list[torch.dtype]]] = {}
         for dtype in DTYPES:
             try:
-                implementations = importlib.import_module(f"lbfast.ops.{op}").IMPLEMENTATIONS
+                module = importlib.import_module(f"lbfast.ops.{op}")
                 inputs = sample(lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device=device))
+                implementations = module.in_order(*inputs) if hasattr(module, "in_order") else module.IMPLEMENTATIONS
                 reasons = dispatch.explain(implementations, *inputs)
             except Exception as error:  # the doctor examines broken installations
                 chosen[dtype] = f"cannot tell: {error}"

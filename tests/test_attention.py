@@ -491,8 +491,7 @@ def test_a_gpu_gives_float32_without_gradients_to_sdpa():
 
     def chosen(dtype=torch.float32, causal=False, padded=None, impl=None, **more):
         x = SimpleNamespace(**{"dtype": dtype, "is_cuda": True, "requires_grad": False, **more})
-        order = module._SDPA_FIRST if module._sdpa_is_sooner(x, x, x, causal, padded) else module.IMPLEMENTATIONS
-        takes = dict.fromkeys(order, lambda *inputs: [])
+        takes = dict.fromkeys(module.in_order(x, x, x, causal, padded), lambda *inputs: [])
         return dispatch.choose("attention", impl, takes, x, x, x, causal, padded)
 
     with pytest.MonkeyPatch.context() as patch:
