@@ -45,6 +45,7 @@ TINY = {  # arguments by which the benches do what a CPU can, in place of the pl
     "bench.bench_layer_norm": ["--tokens", "3", "--width", "64", "--clips", "1", *FEW, "--no-compile"],
     "bench.bench_mlp": ["--rows", "7", "--shape", "16", "32", *FEW, "--no-compile"],
     "bench.bench_info_nce": ["--size", "32", "--dim", "16", *FEW],
+    "bench.bench_sigmoid_loss": ["--size", "32", "--dim", "16", *FEW],
     "bench.bench_training": ["--batch", "2", "--micro-batch", "2", "--width", "64", "--layers", "1", *LITTLE, *FEW],
     "bench.profile": ["--batch", "1", "1", *FEW],
     "bench.tune": [],
@@ -145,8 +146,9 @@ def test_the_whole_with_the_benches_themselves(here, monkeypatch, capsys):
 
     def bench(module, out, command, log):
         name = "bench.tune" if module == "bench.tuned" else module
-        arguments = TINY.get(name) or []
-        if module == "bench.bench_languagebind":
+        if module != "bench.bench_languagebind":
+            arguments = TINY[name]
+        else:
             arguments = [out.stem.split("-")[1], "--batch", "1", *FEW, "--no-compile", "--no-upstream"]
         if module == "bench.tuned":
             inner = command[command.index("-m") + 3]
