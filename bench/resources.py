@@ -170,7 +170,7 @@ def compile_case(kernel: str, index: int, arch: str, counted: bool = True) -> Ro
     try:
         if "scf." in compiled.asm["ttir"]:  # the same again, with TTIR's lines in place of the source's
             compiled = _compile(case, arch, lines=True)
-        text = _sass(compiled)
+        text = disassembled(compiled.asm["cubin"])
         if lost := sass.lost_bases(text):
             return dataclasses.replace(row, error=f"ptxas reads registers that hold something else: {lost[0]}")
         count = sass.count(text, compiled.asm["ttir"], compiled.asm["ttgir"], case.trips, case.shares)
@@ -219,23 +219,18 @@ def _compile(case: Any, arch: str, lines: bool = False) -> Any:
         return triton.compile(source, target, options)
 
 
-def _sass(compiled: Any) -> str:
-    """The disassembly, kept in Triton's cache: it takes longer than all else that is done with a compiled kernel."""
+def disassembled(cubin: bytes) -> str:
+    """SASS of a binary, kept in Triton's cache: it takes longer than all else that is done with a compiled kernel."""
     from triton.runtime.cache import get_cache_manager
 
     name = "disassembled.sass"
-    kept = get_cache_manager(hashlib.sha256(compiled.asm["cubin"]).hexdigest())
-    if (file := kept.get_file(name)) is None:
-        file = kept.put(disassembled(compiled.asm["cubin"], "-g"), name, binary=False)
-    return Path(file).read_text(encoding="utf-8")
-
-
-def disassembled(cubin: bytes, *options: str) -> str:
-    """The SASS of a binary."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return _tool("nvdisasm", "-c", *options, file.name)
+    kept = get_cache_manager(hashlib.sha256(cubin).hexdigest())
+    if (found := kept.get_file(name)) is None:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            found = kept.put(_tool("nvdisasm", "-c", "-g", file.name), name, binary=False)
+    return Path(found).read_text(encoding="utf-8")
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -185,6 +185,7 @@ def test_a_backward_that_cannot_be_repeated_is_a_row(monkeypatch):
         return fails if (name, part) == ("dense", "bwd") else step(name, part, tensors)
 
     monkeypatch.setattr(bench_info_nce, "step", once)
+    monkeypatch.setattr(harness, "cpu_memory", lambda *of, **more: harness.Memory(1.0, 2.0))
     record = harness.Record("a title", "cpu")
     bench_info_nce.measure(16, 8, "float32", record, ["fwd", "bwd", "both"], 0.0)
     noted = [row for row in record.rows if row["name"] == "dense" and "note" in row]
