@@ -6,12 +6,12 @@
     python -m bench.gpu --list                        the plan: phases, jobs and their seconds
 
 Phases and jobs are rows of data (bench/phases.py); a job is a process of its own with a time limit, forked from one
-that has the imports behind it (bench/forked.py). Whatever becomes of
-one, the others run. What is measured goes to bench/results/<device>.json as it comes, where the next run, and
-`bench.report`, find it; DIR gets the same in an archive to unpack in bench/results, and a summary of a few pages, the
-end of which is printed too. Needs torch, triton, transformers and pytest; installs nothing. Pure-Python peers are taken
-from wheels in --wheels. The exit status is 1 where something is red: a failed test, a bench that fails or finds one of
-ours wrong, a finding of compute-sanitizer. What is absent, out of time or short of memory is said, and is no failure.
+that has the imports behind it (bench/forked.py). Whatever becomes of one, the others run. What is measured goes to
+bench/results/<device>.json as it comes, where the next run, and `bench.report`, find it; DIR gets the same in an
+archive to unpack in bench/results, and a summary of a few pages, the end of which is printed too. Needs torch, triton,
+transformers and pytest; installs nothing. Pure-Python peers are taken from wheels in --wheels. The exit status is 1
+where something is red: a failed test, a bench that fails or finds one of ours wrong, a finding of compute-sanitizer.
+What is absent, out of time or short of memory is said, and is no failure.
 """
 
 from __future__ import annotations

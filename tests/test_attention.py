@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -483,31 +482,3 @@ def test_native_passes_on_what_is_not_finite(dtype):
 @pytest.mark.parametrize(("n", "m", "d"), ((593, 593, 64), (321, 512, 80), (77, 330, 32)))
 def test_many_heads_with_a_pass_for_each_tile_of_keys(n, m, d, dtype):
     check("triton", separate(1, n, m, 3, d, dtype))
-
-
-def test_a_gpu_gives_float32_without_gradients_to_sdpa():
-    """Which has tensor cores for it; but what is asked for stays."""
-    module = importlib.import_module("lbfast.ops.attention")
-
-    def chosen(dtype=torch.float32, causal=False, padded=None, impl=None, **more):
-        x = SimpleNamespace(**{"dtype": dtype, "is_cuda": True, "requires_grad": False, **more})
-        takes = dict.fromkeys(module.in_order(x, x, x, causal, padded), lambda *inputs: [])
-        return dispatch.choose("attention", impl, takes, x, x, x, causal, padded)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "triton_interpreted", lambda: False)
-        assert chosen() == chosen(requires_grad=False) == "torch"
-        assert chosen(impl="triton") == "triton"
-        with use_impl("triton"):
-            assert chosen() == "triton"
-        others = (
-            {"dtype": torch.bfloat16},
-            {"causal": True},
-            {"padded": 1},
-            {"requires_grad": True},
-            {"is_cuda": False},
-        )
-        for other in others:
-            assert chosen(**other) == "triton", other
-        with torch.no_grad():
-            assert chosen(requires_grad=True) == "torch"
