@@ -52,7 +52,7 @@ class Offload:
 
         def pack(x: torch.Tensor) -> Any:
             if x.device.type == "cpu" or x.nbytes < _SMALL or x.untyped_storage().data_ptr() in parameters:
-                return x
+                return x.detach()
             kept = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
             kept.copy_(x, non_blocking=True)
             return x.device, kept
@@ -76,8 +76,8 @@ def saved_bytes(module: nn.Module, run: Callable[[], Any]) -> int:
         storage = x.untyped_storage()
         if storage.data_ptr() not in parameters:
             seen[storage.data_ptr()] = storage.nbytes()
-        alive.append(x)  # so that no address is used again
-        return x
+        alive.append(x.detach())  # so that no address is used again
+        return alive[-1]  # not x: an output that its own node has saved would never be freed
 
     with saved_tensors_hooks(pack, lambda x: x):
         run()
