@@ -121,7 +121,7 @@ INFO_NCE: Mapping[str, Launch] = {
     "sm_90 sigmoid labels": Launch(
         {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3
     ),
-    "sm_90 sigmoid": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
+    "sm_90 sigmoid": Launch({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
     "sm_100": Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
     "sm_100 bwd": Launch({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),
     "sm_100 kept": Launch({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, num_warps=8, num_stages=3),

@@ -26,20 +26,20 @@ import triton.language as tl
 from lbfast.kernels.pairs import (
     LOG2_E,
     NO_DIAGONAL,
+    NONE,
     diagonal,
     launch_of,
+    negatives,
     options,
     products,
     row_of,
     rows_contiguous,
-    same_label,
     tile_of,
 )
 from lbfast.kernels.primitives import AotCase, on_device
 
 from lbfast.kernels import configs
 
-NONE = tl.constexpr(-3.4028234663852886e38)  # logit of a pair that is left out
 LEAST, MOST = tl.constexpr(2.0**-90), tl.constexpr(2.0**126)
 _LEAST_BITS, _RANGE = tl.constexpr((127 - 90) << 23), tl.constexpr((126 + 90) << 23)
 MOST_KEPT = tl.constexpr(2.0**50)
@@ -53,21 +53,6 @@ _MOST_PARTS = 512  # that one program joins
 def shift_of(scale):
     """The tiles' shift: 0, or of a large scale 16 or 32, whose product with LOG2_E is exact."""
     return 16 * tl.minimum(tl.maximum(tl.ceil(tl.abs(scale) / 16) - 5, 0.0), 2.0)
-
-
-@triton.jit
-def _negatives(t, row_labels_ptr, col_labels_ptr, m, n, diag, first_m, first_n):
-    """t with NONE for positives, for pairs past the end, and for those that share a label. [BLOCK_M, BLOCK_N]."""
-    BLOCK_M: tl.constexpr = t.shape[0]
-    BLOCK_N: tl.constexpr = t.shape[1]
-    o_m, o_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
-    if row_labels_ptr is not None:
-        t = tl.where(same_label(row_labels_ptr, col_labels_ptr, m, n, o_m, o_n), NONE, t)
-    first = first_m + diag - first_n  # column of the tile's first row's positive
-    if (first < BLOCK_N) & (first + BLOCK_M > 0) | (first_m + BLOCK_M > m) | (first_n + BLOCK_N > n):
-        inside = (o_m < m)[:, None] & (o_n < n)[None, :]
-        t = tl.where(inside & (o_n[None, :] != (o_m + diag)[:, None]), t, NONE)
-    return t
 
 
 @triton.jit
@@ -149,13 +134,13 @@ def _info_nce_fwd_kernel(
     p_poor = poor_ptr + tile_m * tl.cdiv(n, BLOCK_N) + tile_n
     p_row, p_col = tile_n.to(tl.int64) * m + o_m, tile_m.to(tl.int64) * n + o_n
     if x_ptr.dtype.element_ty == tl.float32:  # its rounding is finer than that of a logit far from the shift
-        z = _negatives(acc * scale, row_labels_ptr, col_labels_ptr, m, n, diag, first_m, first_n)
+        z = negatives(acc * scale, row_labels_ptr, col_labels_ptr, m, n, diag, first_m, first_n)
         _own_sums(z, row_sums_ptr, row_shifts_ptr, p_row, m_m, 1)
         _own_sums(z, col_sums_ptr, col_shifts_ptr, p_col, m_n, 0)
         tl.store(p_poor, 1)
     else:
         t = acc * (scale * LOG2_E) - shift_of(scale) * LOG2_E
-        e = tl.exp2(_negatives(t, row_labels_ptr, col_labels_ptr, m, n, diag, first_m, first_n))
+        e = tl.exp2(negatives(t, row_labels_ptr, col_labels_ptr, m, n, diag, first_m, first_n))
         row_sum, col_sum = tl.sum(e, axis=1), tl.sum(e, axis=0)
         most = _RANGE if kept_ptr is None else _RANGE_KEPT
         tl.store(p_poor, (tl.maximum(_worst(row_sum, m_m), _worst(col_sum, m_n)) > most).to(tl.int8))
@@ -219,7 +204,7 @@ def _info_nce_again_kernel(
                         BLOCK_K,
                         PRECISION,
                     )
-                    z = _negatives(acc * scale, row_labels_ptr, col_labels_ptr, m, n, diag, first_m, first_n)
+                    z = negatives(acc * scale, row_labels_ptr, col_labels_ptr, m, n, diag, first_m, first_n)
                     _own_sums(z, row_sums_ptr, row_shifts_ptr, tl.cast(tile_n, tl.int64) * m + o_m, o_m < m, 1)
                     _own_sums(z, col_sums_ptr, col_shifts_ptr, tile_m.to(tl.int64) * n + o_n, o_n < n, 0)
 

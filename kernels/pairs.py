@@ -13,6 +13,7 @@ from lbfast.kernels.primitives import arch, dot_precision
 from lbfast.kernels import configs
 
 NO_DIAGONAL = -(2**30)
+NONE = tl.constexpr(-3.4028234663852886e38)  # logit of a pair that is left out
 LOG2_E = tl.constexpr(1.4426950408889634)
 _ROWS = 4096
 
@@ -72,6 +73,21 @@ def same_label(row_labels_ptr, col_labels_ptr, m, n, o_m, o_n):
     return rows[:, None] == cols[None, :]
 
 
+@triton.jit
+def negatives(t, row_labels_ptr, col_labels_ptr, m, n, diag, first_m, first_n):
+    """t with NONE for positives, for pairs past the end, and for those that share a label. [BLOCK_M, BLOCK_N]."""
+    BLOCK_M: tl.constexpr = t.shape[0]
+    BLOCK_N: tl.constexpr = t.shape[1]
+    o_m, o_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    if row_labels_ptr is not None:
+        t = tl.where(same_label(row_labels_ptr, col_labels_ptr, m, n, o_m, o_n), NONE, t)
+    first = first_m + diag - first_n  # column of the tile's first row's positive
+    if (first < BLOCK_N) & (first + BLOCK_M > 0) | (first_m + BLOCK_M > m) | (first_n + BLOCK_N > n):
+        inside = (o_m < m)[:, None] & (o_n < n)[None, :]
+        t = tl.where(inside & (o_n[None, :] != (o_m + diag)[:, None]), t, NONE)
+    return t
+
+
 def row_of(name: str, wide: bool, kind: str = "") -> configs.Launch:
     """The row of an architecture: "wide" for float32, or of a kind of kernel ("labels", "bwd"), or the plain one."""
     table = configs.INFO_NCE
@@ -106,8 +122,11 @@ def chunk(m: int, n: int, d: int, size: int, workspace: int, launch: configs.Lau
     """Rows and columns of dS (m, n) to have at a time, multiples of the tile: about square, at most workspace bytes.
 
     dy is read and written once for all rows of a chunk, dx for all columns. About _ROWS rows, or so many that dx's
-    product (128 x 256 numbers a multiprocessor) fills a GPU's multiprocessors; fewer, where that leaves fewer columns.
+    product (128 x 256 numbers a multiprocessor) fills a GPU's multiprocessors; fewer, where that leaves fewer columns;
+    all, where they fit.
     """
+    if m * n * size <= workspace:
+        return m, n
     across = -(-d // 256)
     waves = max(1, round(_ROWS / 128 * across / sms))
     numbers = workspace // size

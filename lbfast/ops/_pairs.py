@@ -146,6 +146,11 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.device.type == "mps" else x.double()
 
 
+def sum_wide(x: torch.Tensor) -> torch.Tensor:
+    """Sum of x in float64, where the device has it."""
+    return x.sum() if x.device.type == "mps" else x.sum(dtype=torch.float64)
+
+
 def row_spans(m: int, n: int, dtype: torch.dtype, workspace: int) -> Iterator[tuple[int, int]]:
     """Rows at a time whose logits against n columns, four times over, fit into the workspace."""
     step = max(1, workspace // max(1, 4 * n * torch.finfo(accumulation(dtype)).bits // 8))

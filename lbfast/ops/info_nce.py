@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -11,7 +12,7 @@ import torch
 from lbfast import dispatch, distributed
 from lbfast.ops import _nested, _pairs
 from lbfast.ops._dense import dense_info_nce
-from lbfast.ops._pairs import accumulation, wide
+from lbfast.ops._pairs import accumulation, sum_wide, wide
 from lbfast.ops._smoothing import smoothing_means, smoothing_partners, smoothing_start
 
 _ROWS_AT_ONCE = 4096
@@ -249,12 +250,14 @@ class _InfoNCE(torch.autograd.Function):
             else:
                 y = text_embeds
                 rows, cols, positives = _ring_stats(image_embeds, y, s, plan)
-            rows[0].add_(0 * positives)  # NaN where that is infinite, as only infinite numbers make it
+            rows[0].add_(positives, alpha=0)  # NaN where that is infinite, as only infinite numbers make it
             cols = shards.merge_statistics(cols)
-            total: Any = 0.0
-            for side, shift, tail in (("image", *rows), ("text", *plan.paired(cols))):
-                if plan.direction in (side, "both"):  # (shift - positive) first: where the two are near, it is exact
-                    total = total + wide((shift - positives) + tail.log()).sum()
+            sides = {"image": rows, "text": plan.paired(cols)}
+            chosen = [stats for side, stats in sides.items() if plan.direction in (side, "both")]
+            shift, tail = torch.stack(chosen, 1)
+            total = sum_wide(
+                (shift - positives) + tail.log()
+            )  # in this order: where the first two are near, it is exact
             plan.silence(rows, cols)
             means: list[torch.Tensor] = []
             if plan.smoothing:
@@ -276,6 +279,7 @@ class _InfoNCE(torch.autograd.Function):
             acc = accumulation(image_embeds.dtype)
             s = scale.to(acc)
             factor = grad.to(acc) / (plan.sides * shards.total)
+            slope = factor * s
             dx: Any = None
             dy: Any = None
             own = y[texts.span(texts.rank)] if plan.whole else y
@@ -290,9 +294,7 @@ class _InfoNCE(torch.autograd.Function):
                 if start[1] is not None:
                     (dy[texts.span(texts.rank)] if plan.whole else dy).copy_(start[1])
             if plan.whole:
-                dx, ds = _row_grads(
-                    image_embeds, y, s, rows, cols, positives, plan, kept, need_x, dy, factor * s, start[0]
-                )
+                dx, ds = _row_grads(image_embeds, y, s, rows, cols, positives, plan, kept, need_x, dy, slope, start[0])
                 if ds is None:
                     ds = _dot(y, dy)
                 dy = texts.scatter_rows(dy) if need_y else None
@@ -301,8 +303,8 @@ class _InfoNCE(torch.autograd.Function):
                     dx = start[0] if means else image_embeds.new_zeros(image_embeds.shape, dtype=acc)
                 dy = _ring_grads(image_embeds, y, s, rows, cols, positives, plan, dx, dy)
                 ds = _dot(image_embeds, dx) if dx is not None else _dot(y, dy)
-                dx = dx.mul_(factor * s).to(image_embeds.dtype) if need_x else None
-            dy = dy.mul_(factor * s).to(y.dtype) if need_y else None
+                dx = _scaled(dx, slope, image_embeds) if need_x else None
+            dy = _scaled(dy, slope, y) if need_y else None
             ds = (shards.sum(ds) * factor).to(scale.dtype) if need_s else None
         return dx, dy, ds, None
 
@@ -321,7 +323,7 @@ def _row_grads(x, y, s, rows, cols, positives, plan, kept, need_x, dy, factor, s
         dx = x.new_zeros(x.shape) if start is None else start
     else:
         dx = x.new_empty(x.shape)
-    ds: Any = wide(s.new_zeros(()))
+    ds = []
     at_once = 4 * _ROWS_AT_ONCE if x.is_cuda else _ROWS_AT_ONCE
     step = max(1, len(x)) if exact or kept else min(len(x), at_once)
     scratch = dx if exact else x.new_empty((step, *x.shape[1:]), dtype=s.dtype)
@@ -332,11 +334,10 @@ def _row_grads(x, y, s, rows, cols, positives, plan, kept, need_x, dy, factor, s
             dx_c.copy_(start[part])
         some, block = rows[:, part].contiguous(), plan.block(None).rows(part)
         plan.implementation.grads(x[part], y, s, some, cols, positives[part], block, kept, dx_c, dy)
-        ds = ds + _dot(x[part], dx_c)
+        ds.append(_dot(x[part], dx_c))
         if need_x:
-            torch.mul(dx_c, factor, out=dx_c)
-            dx[part] = dx_c
-    return dx if need_x else None, ds
+            torch.mul(dx_c, factor, out=dx[part])
+    return dx if need_x else None, functools.reduce(torch.add, ds or [_dot(x, dx)])
 
 
 def _ring_stats(x, y, s, plan):
@@ -362,13 +363,16 @@ def _ring_grads(x, y, s, rows, cols, positives, plan, dx, dy):
     return dy
 
 
+def _scaled(gradient: torch.Tensor, factor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """gradient * factor in the dtype of `like`; in place where it is that already."""
+    out = gradient if gradient.dtype == like.dtype else torch.empty_like(gradient, dtype=like.dtype)
+    return torch.mul(gradient, factor, out=out)
+
+
 def _dot(x: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
-    """sum(x * dx) in float64, some rows at a time: sum(dS * x @ y.T), for dx = dS @ y."""
-    rows = 128 if x.device.type == "cpu" else 4096  # a CPU's allocator keeps what is freed: little
-    total = wide(dx.new_zeros(()))
-    for x_c, dx_c in zip(x.split(rows), dx.split(rows)):
-        total = total + torch.dot(wide(dx_c).flatten(), x_c.flatten().to(total.dtype))
-    return total
+    """sum(x * dx), some rows at a time: sum(dS * x @ y.T), for dx = dS @ y."""
+    rows = 128 if x.device.type == "cpu" else 4 * _ROWS_AT_ONCE  # a CPU's allocator keeps what is freed: little
+    return functools.reduce(torch.add, (sum_wide(a * b) for a, b in zip(x.split(rows), dx.split(rows))))
 
 
 def _merge(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
