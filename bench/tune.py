@@ -231,10 +231,10 @@ TUNABLES = (
     Tunable("ATTENTION_FWD", {"ROWS": (64, 128), "COLS": (64, 128)}, _spectrograms, _attention, stages=(2, 3, 4)),
     Tunable(
         "ATTENTION_BWD",
-        {"ROWS": (64, 128), "COLS": (32, 64), "DQ_ROWS": (128, 256)},
+        {"ROWS": (64, 128), "COLS": (32, 64)},
         _spectrograms,
         _attention,
-        stages=(1, 2, 3),
+        stages=(2, 3, 4),
         backward=True,
     ),
     Tunable("INFO_NCE", call=_loss, **_LOSSES),  # type: ignore[arg-type]

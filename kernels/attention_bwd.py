@@ -3,10 +3,8 @@
     P = exp2(S - lse);  delta = rowsum(dO O);  dS = P (dO V^T - delta)
     dV = P^T dO;  dQ = scale dS K;  dK = scale dS^T Q
 
-Three forms; tables say which sizes take the first two.
+Two forms; a table says which sizes take the first.
 - Whole: one program a head and five products; attention_whole_bwd.py.
-- Passes, for longer sequences without masks, where there are heads enough to fill the GPU: the same once for each tile
-  of keys, dQ's sums waiting in L2; attention_passes_bwd.py.
 - Split, for the others: a launch over tiles of queries gives dQ, another over tiles of keys dK and dV. Each computes P
   again: seven products. Tiles of rows and of columns are whole, and so without masks, but for the last, of 16, 32, ...:
   no sequence is padded to 128. The first launch leaves -lse and delta where the second reads them as vectors;
@@ -22,17 +20,14 @@ from typing import Any
 import torch
 import triton
 from lbfast.kernels.attention import LOG2_E, SHAPES, readable
-from lbfast.kernels.attention_passes_bwd import _attention_bwd_passes_kernel
 from lbfast.kernels.attention_split_bwd import _attention_bwd_dkdv_kernel, _attention_bwd_dq_kernel
 from lbfast.kernels.attention_whole_bwd import _attention_bwd_whole_kernel
 from lbfast.kernels.primitives import (
-    MULTIPROCESSORS,
     AotCase,
     accumulator,
     arch,
     dot_precision,
     on_device,
-    programs,
     split_head,
 )
 
@@ -66,15 +61,6 @@ def _whole_launch(name: str, itemsize: int, n: int, m: int, d: int, masked: bool
     return None
 
 
-def _passes_launch(name: str, itemsize: int, heads: int, fill: int, n: int, m: int, d: int) -> configs.Launch | None:
-    """The row of the table for at least `fill` heads, which keep as many programs busy, without masks; or None."""
-    launch = configs.ATTENTION_BWD_PASSES.get(name)
-    if launch is None or heads < fill or (itemsize > 2 and name != "interpreter"):
-        return None
-    least, most = launch.tile["LEAST"], launch.tile["MOST"]
-    return launch if least <= m <= most and n <= most and sum(split_head(d)) <= launch.tile["DIM"] else None
-
-
 def _constants(m: int, d: int, causal: bool, masked: bool, dtype: torch.dtype) -> dict[str, Any]:
     d_1, d_2 = split_head(d)
     return {
@@ -89,17 +75,9 @@ def _constants(m: int, d: int, causal: bool, masked: bool, dtype: torch.dtype) -
     }
 
 
-def _unmasked(constants: dict[str, Any]) -> dict[str, Any]:
-    """Those of the kernel that takes no masks."""
-    return {key: constants[key] for key in ("D", "D_1", "D_2", "PRECISION", "ACC")}
-
-
 def _split_tiles(form: str, n: int, m: int, launch: configs.Launch) -> dict[str, int]:
     """form: "DQ", over tiles of queries, or "DKDV", over tiles of keys."""
-    rows, cols = (
-        launch.tile.get(f"{form}_ROWS", launch.tile["ROWS"]),
-        launch.tile.get(f"{form}_COLS", launch.tile["COLS"]),
-    )
+    rows, cols = launch.tile["ROWS"], launch.tile["COLS"]
     size, across = (n, m) if form == "DQ" else (m, n)
     return {"ROWS": rows, "TAIL_ROWS": _rest(size, rows) or rows, "COLS": cols, "TAIL": _rest(across, cols)}
 
@@ -118,19 +96,6 @@ def _whole_tiles(n: int, m: int, launch: configs.Launch) -> dict[str, int | bool
         "RAGGED": ragged,
         "EXTRA": extra,
         "RAGGED_KEYS": m - extra < keys,
-    }
-
-
-def _passes_tiles(n: int, m: int, launch: configs.Launch) -> dict[str, int | bool]:
-    keys, cols = launch.tile["KEYS"], launch.tile["COLS"]
-    last = m % keys or keys
-    last_keys = max(64, triton.next_power_of_2(last))  # as many rows as the tensor cores of sm_90 take
-    return {
-        "ROWS": 128,
-        "KEYS": keys,
-        "LAST_KEYS": last_keys,
-        "RAGGED_KEYS": last < last_keys,
-        "COLS": cols,
     }
 
 
@@ -161,10 +126,7 @@ def attention_bwd(
     name = arch(q.device)
     masked = causal or padded is not None
     whole = _whole_launch(name, q.element_size(), n, m, d, masked)
-    passes = None
-    if not whole and not masked:
-        passes = _passes_launch(name, q.element_size(), b * h, programs(q.device, 1), n, m, d)
-    rows = whole.tile["KEYS"] * 2 if whole else max(n, m) if passes else 256
+    rows = whole.tile["KEYS"] * 2 if whole else 256
     do, q, k, v = (_near(x, rows) for x in (do, q, k, v))
     pad = None if padded is None else padded.view(torch.uint8)
     strides = (
@@ -181,15 +143,6 @@ def attention_bwd(
             _attention_bwd_whole_kernel[(b * h,)](
                 do, q, k, v, pad, o, lse, dq, dk, dv, scratch, *strides, n, m, h, scale * LOG2_E, scale, h * d,
                 **_whole_tiles(n, m, whole), **constants, num_warps=whole.num_warps, num_stages=whole.num_stages,
-            )  # fmt: skip
-            return dq, dk, dv
-        if passes:
-            tiles = _passes_tiles(n, m, passes)
-            pitch = triton.cdiv(n, tiles["COLS"]) * tiles["COLS"]
-            scratch = torch.empty((b * h, 2 + sum(split_head(d)), pitch), dtype=lse.dtype, device=q.device)
-            _attention_bwd_passes_kernel[(b, h)](
-                do, q, k, v, o, lse, dq, dk, dv, scratch, *strides[:12], pitch, h * d, n, m, h, scale * LOG2_E, scale,
-                **tiles, **_unmasked(constants), num_warps=passes.num_warps, num_stages=passes.num_stages,
             )  # fmt: skip
             return dq, dk, dv
         launch = _split_launch(name, q.element_size(), max(n, m), d)
@@ -239,26 +192,7 @@ def aot_cases(arch: str) -> list[AotCase]:
                     bytes=8 * size + b * n * h * 4,
                     programs=b * h,
                     trips=(n // tiles["KEYS"], -(-n // tiles["COLS"]) if tiles["RAGGED"] else n // tiles["COLS"]),
-                )
-            )
-            continue
-        passes = None if text else _passes_launch(arch, 2, b * h, MULTIPROCESSORS.get(arch, 0), n, n, d)
-        if passes:
-            tiles = _passes_tiles(n, n, passes)
-            blocks, steps = triton.cdiv(n, tiles["KEYS"]), triton.cdiv(n, tiles["COLS"])
-            unmasked = {key: kind for key, kind in signature.items() if key not in ("stride_pb", "stride_pm")}
-            cases.append(
-                AotCase(
-                    f"attention bwd {what} x{b}",
-                    _attention_bwd_passes_kernel,
-                    unmasked | read | written | {"share": "fp32", "stride_s": "i32:16", "stride_on": "i32:16"},
-                    _unmasked(constants) | tiles,
-                    passes.num_warps,
-                    passes.num_stages,
-                    flops=5 * flops,
-                    bytes=8 * size + b * n * h * 4,
-                    programs=b * h,
-                    trips=(triton.cdiv(n, tiles["ROWS"]), steps, blocks - 1, steps, steps),
+                    spilt=whole.spilt,
                 )
             )
             continue
@@ -287,6 +221,7 @@ def aot_cases(arch: str) -> list[AotCase]:
                     programs=b * h * blocks,
                     trips=(statistics.fmean(means),) if one else (statistics.fmean(means[:-1] or [0]), means[-1]),
                     shares=() if one else ((blocks - 1) / blocks,),
+                    spilt=launch.spilt,
                 )
             )
     return cases

@@ -19,11 +19,15 @@ def lookup(table: Mapping[str, Row], arch: str) -> Row:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Tile sizes by their names in the kernel, warps, and software pipeline stages."""
+    """Tile sizes by their names in the kernel, warps, and software pipeline stages.
+
+    spilt: bytes that a thread may spill; more than 0 where that was measured to be faster than what spills none.
+    """
 
     tile: Mapping[str, int]
     num_warps: int
     num_stages: int = 1
+    spilt: int = 0
 
 
 # layer_norm: NUMBERS of a tile in each thread; PER_SM programs a multiprocessor, each with partial sums of its own, in
@@ -75,7 +79,8 @@ ATTENTION_FWD: Mapping[str, Launch] = {
 }
 ATTENTION_BWD: Mapping[str, Launch] = {
     "default": Launch({"ROWS": 128, "COLS": 32}, num_warps=8, num_stages=2),
-    "sm_90": Launch({"ROWS": 128, "COLS": 64, "DQ_ROWS": 256}, num_warps=8, num_stages=1),
+    "sm_90": Launch({"ROWS": 128, "COLS": 32}, num_warps=8, num_stages=3),
+    "sm_90 large": Launch({"ROWS": 64, "COLS": 64}, num_warps=4, num_stages=3, spilt=56),
     "sm_100": Launch({"ROWS": 128, "COLS": 64}, num_warps=8, num_stages=2),
     "large": Launch({"ROWS": 128, "COLS": 32}, num_warps=8, num_stages=2),
     "gfx942 large": Launch({"ROWS": 64, "COLS": 32}, num_warps=4, num_stages=1),
@@ -84,13 +89,15 @@ ATTENTION_BWD: Mapping[str, Launch] = {
 }
 
 # Of the backward, which sizes one program a head takes: up to KEYS keys and one, heads up to DIM, with MASKS causal and
-# padded ones too; COLS queries a step, RAGGED_COLS where there are fewer keys. What no row takes, ATTENTION_BWD splits,
-# DQ_ROWS queries a program where that is not ROWS; "large": heads above 64.
+# padded ones too; COLS queries a step, RAGGED_COLS where there are fewer keys. What no row takes, ATTENTION_BWD splits;
+# "large": heads above 64.
 ATTENTION_BWD_WHOLE: Mapping[str, tuple[Launch, ...]] = {
     "sm_90": (
         Launch({"KEYS": 64, "DIM": 64, "MASKS": 1, "COLS": 64, "RAGGED_COLS": 64}, num_warps=4),
         Launch({"KEYS": 128, "DIM": 64, "MASKS": 1, "COLS": 64, "RAGGED_COLS": 64}, num_warps=8),
-        Launch({"KEYS": 256, "DIM": 64, "MASKS": 0, "COLS": 64, "RAGGED_COLS": 32}, num_warps=8),
+        Launch(
+            {"KEYS": 256, "DIM": 64, "MASKS": 0, "COLS": 64, "RAGGED_COLS": 32}, num_warps=8, num_stages=3, spilt=120
+        ),
     ),
     "interpreter": (
         Launch({"KEYS": 16, "DIM": 128, "MASKS": 1, "COLS": 32, "RAGGED_COLS": 32}, num_warps=4),
@@ -98,13 +105,6 @@ ATTENTION_BWD_WHOLE: Mapping[str, tuple[Launch, ...]] = {
         Launch({"KEYS": 128, "DIM": 64, "MASKS": 1, "COLS": 64, "RAGGED_COLS": 32}, num_warps=8),
         Launch({"KEYS": 256, "DIM": 64, "MASKS": 0, "COLS": 64, "RAGGED_COLS": 32}, num_warps=8),
     ),
-}
-
-# Of the backward, which sizes without masks take one program a head with a pass for each tile of KEYS keys: LEAST to
-# MOST keys (32 MB of dQ's sums on an H100, whose L2 has 50), up to MOST queries, heads up to DIM. COLS as above.
-ATTENTION_BWD_PASSES: Mapping[str, Launch] = {
-    "sm_90": Launch({"KEYS": 128, "DIM": 64, "LEAST": 320, "MOST": 1024, "COLS": 64}, num_warps=8),
-    "interpreter": Launch({"KEYS": 128, "DIM": 128, "LEAST": 320, "MOST": 1024, "COLS": 64}, num_warps=8),
 }
 
 # info_nce and sigmoid_loss: tiles of logits, GROUP rows of tiles swept together. "wide": float32. "labels": where pairs

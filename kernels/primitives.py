@@ -25,6 +25,7 @@ class AotCase:
     "fp32"), with ":16" behind it where the address or the number is a multiple of 16, as the launcher would find it;
     constants: the other arguments (constexpr, and None for tensors left out) -> value.
     flops, bytes: what one launch at this shape must do and move, for the floor.
+    spilt: bytes that a thread may spill.
     programs: the launch's grid, 0 where `bench.resources` is not to count instructions. To count with, in the source's
     order, each function at each of its calls, without what constants decide: trips, how often a loop's body runs when
     the loop is reached, and shares, how many of the programs that reach an `if` take its first arm; means where
@@ -42,6 +43,7 @@ class AotCase:
     programs: int = 0
     trips: tuple[float, ...] = ()
     shares: tuple[float, ...] = ()
+    spilt: int = 0
 
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 72, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}

@@ -480,5 +480,5 @@ def test_native_passes_on_what_is_not_finite(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES["triton"])
 @pytest.mark.parametrize(("n", "m", "d"), ((593, 593, 64), (321, 512, 80), (77, 330, 32)))
-def test_many_heads_with_a_pass_for_each_tile_of_keys(n, m, d, dtype):
+def test_longer_sequences(n, m, d, dtype):
     check("triton", separate(1, n, m, 3, d, dtype))

@@ -1,4 +1,4 @@
-"""Every Triton kernel, compiled without a GPU for every architecture, neither spills nor asks for too much memory."""
+"""Every Triton kernel, compiled without a GPU for every architecture, keeps to the registers and the memory it has."""
 
 import json
 import os
@@ -34,7 +34,8 @@ def resources(*arguments):
 def test_every_kernel_fits():
     rows, code = resources("--json", "--reduced", "--workers", "2")
     bad = [
-        f"{r['case']} {r['arch']}: {r['error'] or ''} {r['spills']} B spilt, {r['shared']} of {r['shared_limit']} B"
+        f"{r['case']} {r['arch']}: {r['error'] or ''} {r['spills']} of {r['spills_limit']} B spilt, "
+        f"{r['shared']} of {r['shared_limit']} B"
         for r in rows
         if not r["fits"]
     ]
@@ -71,7 +72,6 @@ LAUNCHES = [(arch, "bfloat16") for arch in ("gfx942", "sm_80", "sm_90", "sm_100"
 them all."""
 
 ONLY_OF_16_BITS = {
-    "_attention_bwd_passes_kernel",
     "_attention_bwd_whole_kernel",
     "_attention_fwd_head_kernel",
     "_info_nce_again_kernel",
@@ -91,8 +91,6 @@ def test_every_launch_compiles(arch, dtype):
     wanted = set(re.findall(r"^def (_\w+_kernel)\(", sources, re.MULTILINE))
     if arch not in configs.ATTENTION_BWD_WHOLE:
         wanted -= {"_attention_bwd_whole_kernel"}
-    if arch not in configs.ATTENTION_BWD_PASSES:
-        wanted -= {"_attention_bwd_passes_kernel"}
     if arch in {"sm_80", "gfx942"}:  # which have no float8 products of ours
         wanted = {name for name in wanted if "float8" not in name}
     if dtype == "float32":
