@@ -18,7 +18,11 @@ from . import harness, tune
 from .run import OPS
 
 TESTS = harness.HERE.parent / "tests"
+PYTEST = ("-o", "addopts=", "-v", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu")
 QUICK = ("--seconds", "0.15")
+ALONE = ("training_plan",)
+"""Files of tests that measure time: nothing else may run."""
+
 DTYPES = {"bfloat16": "bfloat16", "float16": "float16 and not bfloat16", "float32": "float32", "other": "not float"}
 
 
@@ -155,19 +159,25 @@ def tests(found: Found) -> list[Job]:
     files = [str(path) for path in sorted(TESTS.glob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
     if not files:
         return [Job("tests", "pytest", kind="tests", absent=f"no tests in {TESTS}: they come with a checkout")]
-    options = ("-o", "addopts=", "-v", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu")
     jobs = []
     for op in OPS:
         of_op = "attention and not temporal" if op == "attention" else op
         for dtype, words in DTYPES.items():
-            name, about = f"tests {op} {dtype}", (*options, *files, "-k", f"{of_op} and {words}")
+            name, about = f"tests {op} {dtype}", (*PYTEST, *files, "-k", f"{of_op} and {words}")
             jobs.append(Job(name, "pytest", about, "tests", op, gib=12 if dtype == "other" else 3))
     for file in files:
         name = Path(file).stem.removeprefix("test_")
-        if not any(op in name for op in OPS):
-            about = (*options, file, "-k", f"not ({' or '.join(OPS)})")
+        if not any(op in name for op in OPS) and name not in ALONE:
+            about = (*PYTEST, file, "-k", f"not ({' or '.join(OPS)})")
             jobs.append(Job(f"tests other, {name}", "pytest", about, "tests", "other", gib=12))
     return jobs
+
+
+def tests_alone(found: Found) -> list[Job]:
+    return [
+        Job(f"tests other, {name}", "pytest", (*PYTEST, str(TESTS / f"test_{name}.py")), "tests", "other", seconds=50)
+        for name in ALONE
+    ]
 
 
 def tuned_check(found: Found) -> list[Job]:
@@ -179,7 +189,7 @@ def tuned_check(found: Found) -> list[Job]:
 
 
 def tuned(found: Found) -> list[Job]:
-    return [_bench("tune", module="tune", seconds=180)]
+    return [_bench("tune", module="tune", seconds=150)]
 
 
 def again(found: Found) -> list[Job]:
@@ -230,9 +240,10 @@ FIRST = (
 )
 SECOND = (
     Phase("losses", "the sigmoid loss beside its peers; nested embeddings beside one call", 20, lambda _: LOSSES),
+    Phase("plans", "whether runs of training take what was planned", 50, tests_alone),
     Phase("check", "the rows to tune, compiled and compared, on all cores", 90, tuned_check, together=True),
-    Phase("tune", "launch tables: eight rows each", 180, tuned),
-    Phase("again", "the ops that tuning changed", 100, again),
+    Phase("tune", "launch tables: eight rows each", 150, tuned),
+    Phase("again", "the ops that tuning changed", 80, again),
     Phase("sanitizer", "compute-sanitizer over small cases of every kernel", 90, sanitized, together=True),
 )
 PHASES = (*FIRST, *SECOND)

@@ -52,7 +52,7 @@ def test_every_gpu_test_belongs_to_a_job(request):
     marked = [item.nodeid.removeprefix("tests/").lower() for item in request.session.items if "gpu" in item.keywords]
     if not any(test.startswith("test_gpu.py") for test in marked):
         pytest.skip("runs with tests/test_gpu.py")
-    jobs = phases.tests(phases.NOTHING)
+    jobs = [*phases.tests(phases.NOTHING), *phases.tests_alone(phases.NOTHING)]
     for test in marked:
         assert sum(_runs(job, test) for job in jobs) == 1, test
 
