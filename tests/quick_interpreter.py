@@ -1,9 +1,10 @@
 """Triton's interpreter made quicker, its results unchanged bit by bit.
 
 Most of its time goes into what is found out anew at every operation of every program: types, shapes, patches of the
-language, and the overflow of integers that it looks for number by number. Here a type, a shape and a pair of operands'
-types are looked at once, and the rest takes shorter ways. Whatever is not of the ordinary kind goes Triton's own way,
-errors included. tests/interpreter.py installs it.
+language, and the overflow of integers, which it looks for number by number and mentions to nobody. Here a type, a shape
+and a pair of operands' types are looked at once, and the rest takes shorter ways, the commonest operators those of
+tests/quick_operators.py. Whatever is not of the ordinary kind goes Triton's own way, errors included.
+tests/interpreter.py installs it.
 
 The objects are shared with Triton's compiler, which tests run beside the interpreter: what only holds where numbers are
 numpy's is put on the interpreter's own semantic and builder.
@@ -13,15 +14,15 @@ from __future__ import annotations
 
 import builtins
 import functools
-import itertools
 import math
-import operator
 from typing import Any
 
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+
+from tests import quick_operators
 
 _BITS = {tl.int1.name: 8} | {
     kind.name: kind.primitive_bitwidth
@@ -79,7 +80,8 @@ def _patch_attr(obj: object, name: str, member: Any, builder: Any, scope: Any) -
         kwargs["_semantic"] = interpreter.interpreter_semantic
         return function(*args, **kwargs)
 
-    scope.set_attr(obj, name, call)
+    quick = quick_operators.OPERATORS.get(name) if obj is tl.tensor else None
+    scope.set_attr(obj, name, quick(call) if quick else call)
 
 
 _Its: Any = type(interpreter.interpreter_semantic) if hasattr(interpreter, "_LangPatchScope") else object
@@ -107,18 +109,20 @@ class _Semantic(_Its):
             lhs, rhs = self.cast(lhs, result), self.cast(rhs, result)
         return self.broadcast_impl_value(lhs, rhs)
 
-    def binary_op_sanitize_overflow_impl(self, lhs: Any, rhs: Any, operation: Any) -> None:
-        """Looks at all numbers only where the operands' ranges leave room for one that is too large."""
-        kind, function = lhs.dtype, getattr(operator, operation.__name__, None)
-        if kind.is_int() and 8 <= kind.int_bitwidth < 64 and function and lhs.handle.data.size:
-            ends = [(int(x.handle.data.min()), int(x.handle.data.max())) for x in (lhs, rhs)]
-            extremes = [function(a, b) for a, b in itertools.product(*ends)]
-            if kind.get_int_min_value() <= min(extremes) and max(extremes) <= kind.get_int_max_value():
-                return
-        super().binary_op_sanitize_overflow_impl(lhs, rhs, operation)
+    def binary_op_sanitize_overflow_impl(self, *operands: Any) -> None:
+        """What it finds is only said to who debugs."""
+        if self.builder.options.debug:
+            super().binary_op_sanitize_overflow_impl(*operands)
 
     def cast(self, input: Any, dst_ty: Any, *rounding: Any) -> Any:
-        return input if input.dtype is dst_ty else super().cast(input, dst_ty, *rounding)
+        if input.dtype is dst_ty:
+            return input
+        quick = None if rounding else quick_operators.cast(input, dst_ty.scalar)
+        return super().cast(input, dst_ty, *rounding) if quick is None else quick
+
+    def where(self, condition: Any, x: Any, y: Any) -> Any:
+        quick = quick_operators.where(condition, x, y)
+        return super().where(condition, x, y) if quick is None else quick
 
     def broadcast_impl_value(self, lhs: Any, rhs: Any) -> tuple[Any, Any]:
         if not (type(lhs.type) is type(rhs.type) is tl.block_type):
@@ -269,6 +273,7 @@ def install() -> None:
     interpreter._get_np_dtype = _numpy_dtype(interpreter._get_np_dtype)
     TensorHandle.__init__ = _handle
     InterpreterBuilder.binary_op = _binary_op
+    quick_operators.install()
     InterpreterBuilder.create_splat = _splat(InterpreterBuilder.create_splat)
     tl.core._unwrap_if_constexpr = _unwrapped(tl.core._unwrap_if_constexpr)
     tl.tuple.__getitem__ = _item(tl.tuple.__getitem__)

@@ -64,6 +64,16 @@ def _dot_kernel(a_ptr, b_ptr, c_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.con
     tl.store(p_c, tl.dot(a, b, tl.load(p_c), out_dtype=tl.float32))
 
 
+@triton.jit
+def _addresses_kernel(x_ptr, out_ptr, wanted_ptr, stride, M: tl.constexpr, N: tl.constexpr):
+    """Rows that lie apart, some of their numbers; what is not wanted is neither read nor written."""
+    o_m, o_n = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
+    wanted = tl.load(wanted_ptr + o_m * N + o_n) != 0
+    x = tl.load(x_ptr + o_m.to(tl.int64) * stride + o_n, mask=wanted, other=-1)
+    tl.store(out_ptr + o_n * M + o_m, x, mask=wanted)
+    tl.store(out_ptr + M * N + o_m * N + o_n, tl.where(wanted & (o_n > 0) | (x == -1), 2 - x, x * stride))
+
+
 def cast(x, dtype):
     out = torch.empty(x.shape, dtype=dtype)
     _cast_kernel[(1,)](x, out, x.numel(), triton.next_power_of_2(x.numel()))
@@ -152,6 +162,18 @@ def test_dot_sums_exact_products_in_float32():
     _dot_kernel[(1,)](a, b, out, 32, 32, 32)
     exact = a.double() @ b.double() + c.double()
     assert (out.double() - exact).abs().max() < 32 * 2**-24 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.int32, torch.int64))
+@pytest.mark.parametrize("share", (0, 0.5, 1))
+def test_addresses(dtype, share):
+    memory = torch.randint(-99, 99, (32, 50), generator=torch.Generator().manual_seed(0)).to(dtype)
+    wanted = torch.rand(32, 32, generator=torch.Generator().manual_seed(1)) < share
+    out = torch.full((2, 32, 32), 77, dtype=dtype)
+    _addresses_kernel[(1,)](memory, out, wanted.to(torch.int8), 50, 32, 32)
+    x = torch.where(wanted, memory[:, :32], -1)
+    assert torch.equal(out[0], torch.where(wanted, x, 77).t())
+    assert torch.equal(out[1], torch.where(wanted & (torch.arange(32) > 0) | (x == -1), 2 - x, x * 50))
 
 
 def test_a_file_is_met_in_anothers_launch_first(tmp_path, monkeypatch):
