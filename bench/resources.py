@@ -258,8 +258,11 @@ def _amd(compiled: Any) -> tuple[int, int]:
 
 
 def measure(jobs: list[tuple[str, int, str]], workers: int, counted: Sequence[str]) -> list[Row]:
-    """Compiles all jobs in `workers` processes, in order; counts those for the architectures `counted`."""
-    context = multiprocessing.get_context("spawn")
+    """Compiles all jobs in `workers` processes, in order; counts those for the architectures `counted`.
+
+    They are forked from this one, which has imported all there is to import, and computed nothing.
+    """
+    context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
         return list(pool.map(compile_case, *zip(*jobs), (arch in counted for _, _, arch in jobs)))
 

@@ -2,6 +2,8 @@
 and not run. A process of its own, with TRITON_INTERPRET=0:
 
     python -m tests.launches sm_90 bfloat16    an architecture of bench.resources; prints the kernels' names
+    python -m tests.launches                   each line of input in a process forked from this one: "sm_90 bfloat16
+                                               folder" leaves stdout and stderr there, and its status is answered
 
 `bench.resources` compiles what kernels/X.py describes; this compiles what launches ask for, where Triton makes a
 constant of a number that is 1 and drops what is None.
@@ -12,7 +14,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import importlib
+import os
+import signal
 import sys
+import traceback
 from types import SimpleNamespace
 
 import torch
@@ -161,5 +166,25 @@ def main(arch: str, kind: str) -> None:
     print(*sorted(LAUNCHED), sep="\n", flush=True)
 
 
+def serve() -> None:
+    for line in sys.stdin:
+        arch, kind, folder = line.rstrip("\n").split(" ", 2)
+        child = os.fork()
+        if not child:
+            status = 1
+            signal.alarm(500)
+            try:
+                for number, name in ((1, "stdout"), (2, "stderr")):
+                    os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+                main(arch, kind)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:]) if sys.argv[1:] else serve()

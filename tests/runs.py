@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -54,6 +56,26 @@ def script(folder: Path, code: str, *arguments: object) -> None:
     said_to(folder)
     sys.argv = ["-c", *map(str, arguments)]
     exec(compile(code, "script", "exec"), {"__name__": "__main__"})
+
+
+def called(folder: Path, environment: dict[str, str], function: str, *arguments: object) -> None:
+    """As `python -c "from module import function; function(arguments)"`, of "module:function", in that environment."""
+    said_to(folder)
+    os.environ.update(environment)
+    module, _, name = function.partition(":")
+    getattr(importlib.import_module(module), name)(*arguments)
+
+
+def ended(context: Any, folder: Path, target: Any, *arguments: object, seconds: float = 300) -> SimpleNamespace:
+    """target(folder, *arguments) in a process of that context: its status and what it has said."""
+    folder.mkdir(exist_ok=True)
+    process = context.Process(target=target, args=(folder, *arguments))
+    process.start()
+    process.join(seconds)
+    process.kill()
+    process.join()
+    said = {name: (folder / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")}
+    return SimpleNamespace(returncode=process.exitcode, **said)
 
 
 def lbfast_command(folder: Path, *arguments: object) -> None:

@@ -1,9 +1,7 @@
 """What a call under torch.inference_mode leaves behind, in a cache or an attribute, serves a training later on."""
 
 import gc
-import os
-import subprocess
-import sys
+import importlib.util
 import tempfile
 from pathlib import Path
 
@@ -16,9 +14,8 @@ from lbfast.losses import InfoNCELoss
 from lbfast.model.languagebind import LanguageBind
 from lbfast.processing.audio import resample
 from lbfast.processing.processor import transform_dict
-from tests import tiny
+from tests import runs, tiny
 
-ROOT = Path(__file__).resolve().parent.parent
 MEDIA = {
     "image": (tiny.picture, "png"),
     "thermal": (tiny.picture, "png"),
@@ -80,6 +77,10 @@ def evaluate(made, files):
 
 def first_inference_then_training():
     torch.set_num_threads(1)
+    if importlib.util.find_spec("triton"):
+        from tests import interpreter
+
+        interpreter.install()
     made = models()
     with tempfile.TemporaryDirectory() as name:
         files = {modality: str(make(Path(name, f"{modality}.{end}"))) for modality, (make, end) in MEDIA.items()}
@@ -99,11 +100,8 @@ def first_inference_then_training():
         assert missing in ([], ["logit_scale"]), f"{name}: {missing}"
 
 
-def test_training_after_inference_mode():
+def test_training_after_inference_mode(processes, tmp_path):
     """In a process of its own, whose caches are empty."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    code = "from tests.test_inference_mode import first_inference_then_training as run; run()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    function = f"{__name__}:{first_inference_then_training.__name__}"
+    done = runs.ended(processes, tmp_path, runs.called, {"TRITON_INTERPRET": "1"}, function)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -18,14 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHS = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"}
 
 
-def compiled(module, *arguments):
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+def environment():
+    return {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
 
 
 def resources(*arguments):
-    done = compiled("bench.resources", *arguments)
+    command = [sys.executable, "-m", "bench.resources", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
     assert done.stdout.startswith("["), done.stderr[-2000:]
     return json.loads(done.stdout), done.returncode
 
@@ -81,12 +80,23 @@ ONLY_OF_16_BITS = {
 """Heads whose tokens' products a block keeps, and exponentials that the backward finds again."""
 
 
+@pytest.fixture(scope="module")
+def launches():
+    """Which has imported torch and Triton, once for all."""
+    command, pipe = [sys.executable, "-m", "tests.launches"], subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=pipe, stdout=pipe, text=True)
+    yield process
+    process.communicate(timeout=30)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "dtype"), LAUNCHES)
-def test_every_launch_compiles(arch, dtype):
+def test_every_launch_compiles(arch, dtype, launches, tmp_path):
     """With what a launch makes constant: numbers that are 1, tensors that are None."""
-    done = compiled("tests.launches", arch, dtype)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launches.stdin.write(f"{arch} {dtype} {tmp_path}\n")
+    launches.stdin.flush()
+    status = launches.stdout.readline()
+    assert status == "0\n", status + (tmp_path / "stderr").read_text()[-3000:]
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob("*.py"))
     wanted = set(re.findall(r"^def (_\w+_kernel)\(", sources, re.MULTILINE))
     if arch not in configs.ATTENTION_BWD_WHOLE:
@@ -95,4 +105,4 @@ def test_every_launch_compiles(arch, dtype):
         wanted = {name for name in wanted if "float8" not in name}
     if dtype == "float32":
         wanted -= ONLY_OF_16_BITS
-    assert set(done.stdout.split()) == wanted
+    assert set((tmp_path / "stdout").read_text().split()) == wanted
