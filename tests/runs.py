@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,6 +85,17 @@ def lbfast_command(folder: Path, *arguments: object) -> None:
     said_to(folder)
     sys.argv = ["lbfast", *map(str, arguments)]
     lbfast.__main__.main()
+
+
+def lbfast_of_a_session(folder: Path, *arguments: object) -> None:
+    """As `setsid lbfast arguments`: what its workers are forked from is its own."""
+    os.setsid()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    forkserver._forkserver.__init__()  # type: ignore[misc]
+    resource_tracker._resource_tracker.__init__()  # type: ignore[misc]
+    lbfast_command(folder, *arguments)
 
 
 def _lbfast_of_rank(folder: Path, *arguments: object) -> None:

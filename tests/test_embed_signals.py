@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.process
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lbfast.embedding.journal import partial_path
-from tests import tiny
+from tests import runs, tiny
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +39,7 @@ def of_session(session: int) -> list[str]:
     return found
 
 
-def left_after(run: subprocess.Popen[str], seconds: float = 1) -> list[str]:
+def left_after(run: multiprocessing.process.BaseProcess, seconds: float = 1) -> list[str]:
     """The processes of its session that live for longer than that."""
     end = time.monotonic() + seconds
     while (left := of_session(run.pid)) and time.monotonic() < end:
@@ -47,25 +48,27 @@ def left_after(run: subprocess.Popen[str], seconds: float = 1) -> list[str]:
 
 
 @pytest.fixture
-def run(tmp_path):
-    """Starts a run in a session of its own, and waits until it has finished rows with two workers."""
+def run(tmp_path, processes):
+    """A run in a session of its own that has finished rows with two workers: its process, and what it has said."""
     source, model = tiny.picture(tmp_path / "in" / "000.png"), tiny.checkpoint(tmp_path, "image")
     for i in range(1, 3000):
         os.link(source, tmp_path / "in" / f"{i:04}.png")
     out = tmp_path / "out.parquet"
-    command = [sys.executable, "-m", "lbfast", "embed", str(tmp_path / "in"), "--model", str(model)]
-    command += ["--out", str(out), "--batch-size", "2", "--workers", "2"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeding, start_new_session=True
-    )
+    command = [tmp_path, "embed", tmp_path / "in", "--model", model, "--out", out, "--batch-size", 2, "--workers", 2]
+    process = processes.Process(target=runs.lbfast_of_a_session, args=command)
+    process.start()
     for _ in range(6000):  # not by the clock: all may be stopped from outside for a while
-        if process.poll() is not None or (partial_path(out).exists() and partial_path(out).stat().st_size > 3000):
+        if not process.is_alive() or (partial_path(out).exists() and partial_path(out).stat().st_size > 3000):
             break
         time.sleep(0.01)
-    assert process.poll() is None and partial_path(out).exists(), process.communicate()
-    yield process
+
+    def said() -> list[str]:
+        return [(tmp_path / name).read_text() for name in ("stdout", "stderr")]
+
+    assert process.is_alive() and partial_path(out).exists(), said()
+    yield process, said
     process.kill()
-    process.wait()
+    process.join()
 
 
 @pytest.mark.slow
@@ -74,10 +77,12 @@ def run(tmp_path):
 )
 def test_a_line_and_the_status(run, number, group):
     """Sent to the process alone, or as a closed terminal and Ctrl-C do to all of its group."""
-    (os.killpg if group else os.kill)(run.pid, number)
-    out, said = run.communicate()
-    assert (run.returncode, out, said) == (128 + number, "", LINE)
-    assert not left_after(run)
+    process, said = run
+    assert len(of_session(process.pid)) >= 4  # itself, what workers are forked from, and those
+    (os.killpg if group else os.kill)(process.pid, number)
+    process.join(60)
+    assert (process.exitcode, said()) == (128 + number, ["", LINE])
+    assert not left_after(process)
 
 
 MOMENTS = ("lbfast.cli", "typer.core", "rich.console", "torch._C", "transformers")
@@ -172,10 +177,11 @@ process.kill()
 
 @pytest.mark.slow
 def test_nobody_lives_on_after_a_kill(run):
-    run.kill()
-    out, said = run.communicate(timeout=30)
-    assert not left_after(run)
-    assert (out, said) == ("", "")
+    process, said = run
+    process.kill()
+    process.join(30)
+    assert not left_after(process)
+    assert said() == ["", ""]
 
 
 @pytest.mark.slow
