@@ -209,7 +209,7 @@ def _plot(rows: list[dict[str, float]], path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 8), layout="constrained")
+    figure = Figure(figsize=(8, 8))
     FigureCanvasAgg(figure)
     evaluated = {name for row in rows if (name := headline(row)) is not None}
     panels = figure.subplots(3 + bool(evaluated), sharex=True)
@@ -227,7 +227,9 @@ def _plot(rows: list[dict[str, float]], path: Path) -> Path:
         panels[-1].legend()
         panels[-1].grid(alpha=0.3)
     panels[-1].set_xlabel("step")
-    figure.align_ylabels()
+    for axes in panels:  # where matplotlib's layouts put them, each of which measures every label first
+        axes.yaxis.set_label_coords(-0.09, 0.5)
+    figure.subplots_adjust(left=0.11, right=0.98, bottom=0.06, top=0.98, hspace=0.2)
     with files.replacing(path) as staged:
         figure.savefig(staged, dpi=120)
     return path
