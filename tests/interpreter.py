@@ -1,6 +1,6 @@
 """bfloat16 for Triton's interpreter, which alone rounds it wrongly and multiplies its bits as integers.
 
-`install()` puts it right; tests/conftest.py does that wherever kernels are interpreted. Then
+`install()` puts it right; tests/fixtures.py does that wherever kernels are interpreted. Then
 
 - casts from and to bfloat16 round to nearest, ties to even, and keep infinities, NaN and denormals; what is no float32
   passes through float32, as in Triton and torch;

@@ -210,7 +210,7 @@ def test_kernels_are_no_package_of_that_name():
 
 
 def test_what_is_named_as_slow_is_there():
-    """conftest marks them; a name that is no test's marks nothing."""
+    """tests/fixtures.py marks them; a name that is no test's marks nothing."""
     for name in (ROOT / "tests" / "slow.txt").read_text(encoding="utf-8").split():
         file, test = name.split("::")
         assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), name
