@@ -174,10 +174,8 @@ def tests(found: Found) -> list[Job]:
 
 
 def tests_alone(found: Found) -> list[Job]:
-    return [
-        Job(f"tests other, {name}", "pytest", (*PYTEST, str(TESTS / f"test_{name}.py")), "tests", "other", seconds=50)
-        for name in ALONE
-    ]
+    about = {name: (*PYTEST, str(TESTS / f"test_{name}.py"), "-k", name) for name in ALONE}
+    return [Job(f"tests other, {name}", "pytest", about[name], "tests", "other", seconds=50) for name in ALONE]
 
 
 def tuned_check(found: Found) -> list[Job]:
