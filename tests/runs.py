@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -35,6 +36,8 @@ with contextlib.suppress(ImportError):
     import matplotlib.figure  # noqa: F401  (what a run imports late is there before the fork)
 with contextlib.suppress(ImportError):
     import torch.utils.tensorboard
+
+gc.freeze()  # a million objects of libraries that no collection of a run's need look at
 
 SAVE_EVERY = 3
 STEPS = 10_000
@@ -121,7 +124,7 @@ def torchrun(folder: Path, processes: int, *arguments: object) -> None:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        start_method="forkserver",
+        start_method="fork",  # this process has started no threads, and has imported everything
     )
     elastic_launch(config, _lbfast_of_rank)(folder, *arguments)
 

@@ -18,6 +18,7 @@ from lbfast import processing
 from lbfast.mini.files import write_world
 from lbfast.processing.media import MediaError
 from lbfast.processing.processor import transform_dict
+from tests import tiny
 
 VISION = {
     "image_size": 56,
@@ -172,12 +173,16 @@ def test_from_pretrained(tmp_path, samples):
         transform_dict["image"].from_pretrained(tmp_path / "nothing")
 
 
-def test_importing_costs_nothing():
+def test_importing_and_decoding_cost_nothing(tmp_path):
+    """What a worker does with a picture, too."""
+    picture = tiny.picture(tmp_path / "a.png")
     code = (
         "import sys, lbfast.processing.processor, lbfast.mini.files\n"
+        "from lbfast.data.decode import Processors, Task\n"
+        f"pixels = Processors({{'image': {{'image_size': 64}}}}).decode(Task('image', {str(picture)!r}))\n"
         "heavy = {'av', 'kaldi_native_fbank', 'transformers', 'triton', 'torchvision', 'torchaudio', 'cv2', 'decord'}\n"
-        "print(sorted(heavy & set(sys.modules)))"
+        "print(pixels.shape, sorted(heavy & set(sys.modules)))"
     )
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=root)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    assert done.stdout.strip() == "(3, 64, 64) []", done.stdout + done.stderr

@@ -124,7 +124,7 @@ class Processors:
         try:
             part: dict[str, Any] = {"clip_start_sec": task.start_sec, "clip_end_sec": task.end_sec}
             with _opened(task) as item:
-                return as_array(self._processor(task)([item], **part)["pixel_values"][0].to(self._dtype))
+                return as_array(self._processor(task).pixel_values([item], **part)[0].to(self._dtype))
         except Exception as error:
             return _why(task, error)
 

@@ -79,7 +79,7 @@ class Reader:
             generator = torch.Generator().manual_seed(task.seed) if self._training else None
             self._processor.train(self._training, generator)
             with as_file(task.sample.media) as file:
-                pixels = self._processor([file], raw=self._raw)["pixel_values"][0]
+                pixels = self._processor.pixel_values([file], raw=self._raw)[0]
             return Read(task.path, as_array(pixels.to(self._dtype)), caption)
         except StoreError as error:
             return Undecodable(str(error), lasting=True)

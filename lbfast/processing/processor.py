@@ -157,18 +157,40 @@ class Processor:
         encoding = None if text is None else self._tokenize(text, context_length, return_tensors, truncation, kwargs)
         if images is None:
             return encoding
+        pixel_values: Any = self.pixel_values(
+            images,
+            raw=raw,
+            clip_start_sec=clip_start_sec,
+            clip_end_sec=clip_end_sec,
+            layout=layout,
+            strict=strict,
+            allow_urls=allow_urls,
+        )
+        if return_tensors == "np":
+            pixel_values = pixel_values.numpy()
+        from transformers import BatchFeature
+
+        return BatchFeature({**(encoding or {}), "pixel_values": pixel_values})
+
+    def pixel_values(
+        self,
+        images: Any,
+        *,
+        raw: bool = False,
+        clip_start_sec: float | None = None,
+        clip_end_sec: float | None = None,
+        layout: str | None = None,
+        strict: bool | None = None,
+        allow_urls: bool | None = None,
+    ) -> torch.Tensor:
+        """What the call makes of items, alone: a tensor; transformers is not imported. Raises as the call does."""
         given = {"clip_start_sec": clip_start_sec, "clip_end_sec": clip_end_sec, "layout": layout}
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         self._check_options(options)
         asked: dict[str, Any] = {"strict": strict, "allow_urls": allow_urls}
         asked = {name: value for name, value in asked.items() if value is not None}
         options["reading"] = replace(self.reading, **asked) if asked else self.reading
-        from transformers import BatchFeature
-
-        pixel_values: Any = self._pixels(images, raw, options)
-        if return_tensors == "np":
-            pixel_values = pixel_values.numpy()
-        return BatchFeature({**(encoding or {}), "pixel_values": pixel_values})
+        return self._pixels(images, raw, options)
 
     def segments(self, item: Any, cuts: Cuts, *, strict: bool | None = None) -> Iterator[Segment]:
         """The parts of a recording of any length, each when it is decoded; see `lbfast.processing.segments`.
