@@ -38,6 +38,7 @@ with contextlib.suppress(ImportError):
     import torch.utils.tensorboard
 
 gc.freeze()  # a million objects of libraries that no collection of a run's need look at
+gc.set_threshold(100_000, 10, 10)
 
 SAVE_EVERY = 3
 STEPS = 10_000

@@ -72,10 +72,10 @@ class Noise:
     def train(self, mode, generator=None):
         self.training, self.generator = mode, generator
 
-    def __call__(self, files, raw):
+    def pixel_values(self, files, raw):
         assert not raw and len(files) == 1
         if Path(files[0]).name == "deadly":
             os._exit(3)
         first = Path(files[0]).read_bytes()[0]
         draw = torch.rand((), generator=self.generator) if self.training else torch.zeros(())
-        return {"pixel_values": torch.stack([torch.full((3, 2, 2), float(first)) + draw])}
+        return torch.stack([torch.full((3, 2, 2), float(first)) + draw])

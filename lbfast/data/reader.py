@@ -45,7 +45,7 @@ class Reader:
     """Reads samples with a copy of a processor: what the workers do.
 
     Args:
-        processor: of the modality.
+        processor: of the modality; its `pixel_values` is called.
         views: captions to draw from, with weights; None: see `DEFAULT_VIEWS`.
         training: draw flips and segments, from each sample's seed.
         raw: uint8 pixels.
