@@ -255,9 +255,7 @@ class _InfoNCE(torch.autograd.Function):
             sides = {"image": rows, "text": plan.paired(cols)}
             chosen = [stats for side, stats in sides.items() if plan.direction in (side, "both")]
             shift, tail = torch.stack(chosen, 1)
-            total = sum_wide(
-                (shift - positives) + tail.log()
-            )  # in this order: where the first two are near, it is exact
+            total = sum_wide((shift - positives) + tail.log())  # the first two first: where they are near, it is exact
             plan.silence(rows, cols)
             means: list[torch.Tensor] = []
             if plan.smoothing:
