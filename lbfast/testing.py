@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 ROUNDING = {torch.float64: 1e-12, torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 """One unit of relative rounding of each dtype."""
@@ -95,25 +94,6 @@ def poisoned_empty() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         flags.fill_uninitialized_memory = before[2]
-
-
-class _Float16Products(TorchDispatchMode):
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if function is torch.ops.aten.mm.default and args[0].dtype == torch.float16:
-            return (args[0].float() @ args[1].float()).half()
-        return function(*args, **(kwargs or {}))
-
-
-def float16_products(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Where x is float16 on a CPU, products of two matrices are what torch makes of them there, in less time.
-
-    Sums in float32, rounded once: the same but for those sums' order. torch's loops for processors without float16's
-    instructions take up to a hundred times as long as float32's.
-    """
-    quicker = x.dtype == torch.float16 and x.device.type == "cpu"
-    return _Float16Products() if quicker else contextlib.nullcontext()
 
 
 def randn(
